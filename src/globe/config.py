@@ -1,0 +1,439 @@
+"""The configuration: one dataclass per group, registered with Hydra's ConfigStore. Values live in `conf/`.
+
+Nothing here imports torch. `__post_init__` only checks (it can run more than once); sizes that depend on the
+checkpoint (`n/4`, `3p/4`) stay text here and are resolved once by `globe.problem`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from globe.errors import ConfigError
+
+NUMERICS_VERSION = 1
+"""Part of a run's identity; raised whenever the same options give other numbers."""
+
+
+class Family(StrEnum):
+    up = "up"
+    gate = "gate"
+    both = "both"
+
+
+class SampleMethod(StrEnum):
+    first_n = "first_n"
+    evenly_spaced = "evenly_spaced"
+
+
+class Centre(StrEnum):
+    none = "none"
+    scalar = "scalar"
+    expert_mean = "expert_mean"
+
+
+class Scale(StrEnum):
+    none = "none"
+    family = "family"
+    expert = "expert"
+    row = "row"
+
+
+class Activation(StrEnum):
+    identity = "identity"
+    silu = "silu"
+    tanh = "tanh"
+    gelu = "gelu"
+
+
+class Seeding(StrEnum):
+    random = "random"
+    kmeans = "kmeans"
+    group_svd = "group_svd"
+    aligned = "aligned"
+
+
+class FirstCodes(StrEnum):
+    mixed = "mixed"
+    nnls = "nnls"
+    simplex = "simplex"
+
+
+class CodeMap(StrEnum):
+    entmax15 = "entmax15"
+    sparsemax = "sparsemax"
+
+
+class Dictionary(StrEnum):
+    gauss_newton = "gauss_newton"
+    mod = "mod"
+
+
+class Curve(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class FitDtype(StrEnum):
+    float32 = "float32"
+    float64 = "float64"
+
+
+class ExportDtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class WandbMode(StrEnum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+def _check(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value!r} is not possible: give {allowed}")
+
+
+@dataclass
+class ModelConfig:
+    path: Optional[str] = None
+    """Checkpoint directory or Hugging Face hub id; null is the embedded model."""
+    revision: Optional[str] = None
+    """Hub revision (branch, tag or commit); null is the default branch."""
+    force_download: bool = False
+    """Download again even if the hub cache has the files."""
+    include_shared: bool = False
+    """Also take the always-on shared expert where it has the shape of a routed one."""
+    max_experts: Optional[int] = None
+    """Use at most this many routed experts per layer; null is all."""
+    sample_method: SampleMethod = SampleMethod.first_n
+    """Which experts `max_experts` keeps."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_experts is None or self.max_experts >= 2,
+            "model.max_experts",
+            self.max_experts,
+            "an integer of at least 2, or null for all experts",
+        )
+        _check(self.path is None or bool(self.path.strip()), "model.path", self.path, "a folder, a hub id or null")
+
+
+@dataclass
+class NormaliseConfig:
+    centre: Centre = Centre.scalar
+    """What is subtracted and stored as an exact constant: nothing, one number, or the p x d mean expert."""
+    scale: Scale = Scale.family
+    """What is divided out and folded into the adapters: nothing, or one std per family, expert or row."""
+
+
+@dataclass
+class BankConfig:
+    m: Union[int, str] = "n/4"
+    """Number of atoms: an integer or an expression in n, the number of experts that share the bank."""
+    r: Union[int, str] = "p/2"
+    """Rows of an atom: an integer or an expression in p, the rows of an expert."""
+    activation: Activation = Activation.silu
+    """phi; blended in by `schedule.lam` (0 is linear whatever stands here)."""
+
+    def __post_init__(self) -> None:
+        for key in ("m", "r"):
+            value = getattr(self, key)
+            _check(not isinstance(value, int) or value >= 1, f"bank.{key}", value, "an integer of at least 1")
+
+
+@dataclass
+class InitConfig:
+    seeding: Seeding = Seeding.group_svd
+    """How the first atoms are made."""
+    codes: FirstCodes = FirstCodes.mixed
+    """First codes: dense mixtures, or the NNLS (optionally simplex) fit to the warm start."""
+    one_hot: float = 0.1
+    """Share of an expert's own atom in mixed first codes, 0 to 1."""
+    concentration: float = 0.3
+    """Dirichlet concentration of mixed first codes."""
+    scale: float = 0.25
+    """Standard deviation of the entries of the first mixed bases; small keeps a smooth phi nearly linear."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.one_hot <= 1, "init.one_hot", self.one_hot, "a number from 0 to 1")
+        _check(self.concentration > 0, "init.concentration", self.concentration, "a positive number")
+        _check(self.scale > 0, "init.scale", self.scale, "a positive number")
+
+
+@dataclass
+class CurveConfig:
+    kind: Curve = Curve.constant
+    """Shape of the way from start to end; constant stays at start."""
+    start: float = 0.0
+    end: float = 0.0
+    warmup: float = 0.0
+    """Share of all steps, 0 to 1, spent at `start` before the way begins."""
+    hold: float = 0.0
+    """Share of all steps, 0 to 1, spent at `end` after the way is done."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.warmup <= 1, "schedule.*.warmup", self.warmup, "a share of the steps from 0 to 1")
+        _check(0 <= self.hold <= 1, "schedule.*.hold", self.hold, "a share of the steps from 0 to 1")
+        _check(
+            self.warmup + self.hold <= 1,
+            "schedule.*.warmup + schedule.*.hold",
+            self.warmup + self.hold,
+            "shares that sum to at most 1",
+        )
+        _check(
+            self.kind is not Curve.exponential or (self.start > 0 and self.end > 0),
+            "schedule.*.start, schedule.*.end",
+            (self.start, self.end),
+            "positive numbers for an exponential curve",
+        )
+
+
+@dataclass
+class ScheduleConfig:
+    lam: CurveConfig = field(default_factory=CurveConfig)
+    """Homotopy of the activation: 0 linear, 1 phi."""
+    beta: CurveConfig = field(default_factory=lambda: CurveConfig(start=1.0, end=1.0))
+    """Blend of the dictionary target: 0 the aligned warm start, 1 weight-aware (the true objective)."""
+    temperature: CurveConfig = field(default_factory=lambda: CurveConfig(start=1.0, end=1.0))
+    """Temperature T of the code map; `codes.target_support` adds a control loop on top."""
+
+    def __post_init__(self) -> None:
+        for key, curve, low in (("lam", self.lam, 0.0), ("beta", self.beta, 0.0)):
+            for end in ("start", "end"):
+                value = getattr(curve, end)
+                _check(low <= value <= 1, f"schedule.{key}.{end}", value, "a number from 0 to 1")
+        for end in ("start", "end"):
+            value = getattr(self.temperature, end)
+            _check(value > 0, f"schedule.temperature.{end}", value, "a positive number")
+
+
+@dataclass
+class CodesConfig:
+    map: CodeMap = CodeMap.entmax15
+    """Map from logits to the simplex; decides the support, least squares decides the values."""
+    target_support: Optional[Union[int, str]] = None
+    """Median number of atoms an expert may use at the end; an integer, an expression in m, or null for dense."""
+    every: int = 5
+    """A coding step every so many steps; 0 leaves the first codes fixed."""
+    prune: float = 1e-3
+    """Codes below this share of the expert's largest are set to zero."""
+    eta: float = 0.05
+    """Gain of the temperature control; outside 0.02 to 0.1 it is slow or oscillates."""
+    control_every: int = 5
+    """Temperature control every so many steps."""
+    l1: float = 0.0
+    """L1 penalty on the codes, relative to the mean squared norm of the atoms' contributions."""
+    simplex: bool = False
+    """Constrain the codes of an expert to sum to one."""
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 0, "codes.every", self.every, "a number of steps of at least 0")
+        _check(self.control_every >= 1, "codes.control_every", self.control_every, "a number of steps of at least 1")
+        _check(0 <= self.prune < 1, "codes.prune", self.prune, "a share from 0 to below 1")
+        _check(0 < self.eta <= 0.5, "codes.eta", self.eta, "a gain above 0 and at most 0.5 (0.02 to 0.1 is good)")
+        _check(self.l1 >= 0, "codes.l1", self.l1, "a number of at least 0")
+        _check(
+            not isinstance(self.target_support, int) or self.target_support >= 1,
+            "codes.target_support",
+            self.target_support,
+            "an integer of at least 1, an expression such as m/2, or null",
+        )
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 60
+    """Steps of alternating minimisation at most."""
+    time_limit: Optional[float] = None
+    """Seconds after which a fit ends at the next step, per bank; null is no limit."""
+    dictionary: Dictionary = Dictionary.gauss_newton
+    """Dictionary step."""
+    cg_iterations: int = 10
+    """Conjugate-gradient iterations of a Gauss-Newton step."""
+    damping: float = 1e-3
+    """First Levenberg-Marquardt damping, relative to the preconditioner's mean diagonal."""
+    momentum: float = 0.9
+    """Largest Nesterov extrapolation between Gauss-Newton steps; 0 is none."""
+    lambda_A: float = 0.0
+    """Relative ridge of the adapter refit, on top of the smallest one that keeps it solvable."""
+    lambda_B: float = 0.0
+    """Relative ridge of the dictionary step."""
+    lambda_T: float = 0.0
+    """Relative ridge of the weight-aware targets."""
+    evaluate_every: int = 5
+    """Validation (the error after pruning, in the export dtype) every so many steps."""
+    patience: int = 4
+    """Validations without improvement, with a stable support, before an early stop; 0 never stops early."""
+    tolerance: float = 1e-4
+    """Relative improvement of the validation error that counts as one."""
+    checkpoint_every: float = 60.0
+    """Seconds between checkpoints of a running fit; 0 writes one after every step."""
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "train.steps", self.steps, "an integer of at least 1")
+        _check(
+            self.time_limit is None or self.time_limit > 0, "train.time_limit", self.time_limit, "seconds, or null"
+        )
+        _check(self.cg_iterations >= 1, "train.cg_iterations", self.cg_iterations, "an integer of at least 1")
+        _check(self.damping > 0, "train.damping", self.damping, "a positive number")
+        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "a number from 0 to below 1")
+        for key in ("lambda_A", "lambda_B", "lambda_T", "checkpoint_every", "tolerance"):
+            _check(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "a number of at least 0")
+        _check(self.evaluate_every >= 1, "train.evaluate_every", self.evaluate_every, "an integer of at least 1")
+        _check(self.patience >= 0, "train.patience", self.patience, "an integer of at least 0")
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.disabled
+    """disabled never imports wandb; offline writes beside the run and asks for nothing; online needs a key."""
+    project: str = "globe"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    """Null is the sweep's name."""
+    tags: list[str] = field(default_factory=list)
+    log_every: int = 1
+    """Steps between two logged points."""
+
+    def __post_init__(self) -> None:
+        _check(self.log_every >= 1, "wandb.log_every", self.log_every, "an integer of at least 1")
+
+
+@dataclass
+class Config:
+    family: Family = Family.up
+    """Which projection: up, gate, or both (one bank each)."""
+    layer: Any = 12
+    """Layers: `12`, `all`, `[4,12,20]` or `4-8`."""
+    seed: int = 0
+    device: Device = Device.auto
+    dtype: FitDtype = FitDtype.float32
+    """Arithmetic of the fit."""
+    export_dtype: ExportDtype = ExportDtype.auto
+    """Dtype of the exported factors; auto is the checkpoint's own."""
+    deterministic: bool = False
+    """Use only deterministic kernels; slower on a GPU, no difference on a CPU."""
+    threads: Optional[int] = None
+    """CPU threads; null leaves the number to PyTorch."""
+    output: str = "outputs"
+    """Folder that holds the run folders."""
+    sweep: str = "sweep"
+    """Name of the folder that holds the runs of a multirun."""
+    overwrite: bool = False
+    """Repeat a run that has finished instead of reporting it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+        _check(self.threads is None or self.threads >= 1, "threads", self.threads, "an integer of at least 1, or null")
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; call before `hydra.main` or `compose` reads `conf/`."""
+    store = ConfigStore.instance()
+    store.store(name="globe_schema", node=Config)
+    for group, schema in (
+        ("model", ModelConfig),
+        ("init", InitConfig),
+        ("schedule", ScheduleConfig),
+        ("wandb", WandbConfig),
+    ):
+        store.store(group=group, name=f"{group}_schema", node=schema)
+    OmegaConf.register_new_resolver("globe_run_name", _run_name_resolver, replace=True)
+
+
+def conf_dir() -> str:
+    """Absolute path of `conf/`: of the checkout, or of the installed wheel."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here.parents[1] / "conf", here / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return str(candidate)
+    raise ConfigError(f"no conf/config.yaml beside {here}: reinstall globe, or pass --config-dir")
+
+
+def to_config(node: DictConfig) -> Config:
+    """The composed Hydra config as plain checked dataclasses. Raises ConfigError."""
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    return config
+
+
+_NOT_IDENTITY = ("output", "sweep", "overwrite", "wandb", "device", "threads", "hydra")
+
+
+def identity(config: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that name a run by all that changes its numbers.
+
+    `config` is the plain nested dict of a composed config. Where it runs and who watches does not count.
+    """
+    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    kept["train"] = {k: v for k, v in kept["train"].items() if k not in ("checkpoint_every",)}
+    kept["model"] = {k: v for k, v in kept["model"].items() if k != "force_download"}
+    if kept["model"]["path"] and Path(kept["model"]["path"]).is_dir():
+        kept["model"]["path"] = str(Path(kept["model"]["path"]).resolve())
+    text = json.dumps([NUMERICS_VERSION, kept], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """Folder name of a run: what one looks for first, then its identity; never a slash, a space or an equals sign."""
+    path = config["model"]["path"]
+    layer = config["layer"]
+    layer = "+".join(str(one) for one in layer) if isinstance(layer, list) else str(layer)
+    parts = [
+        Path(path).name if path else "embedded",
+        str(config["family"]),
+        f"L{layer}",
+        f"m{config['bank']['m']}",
+        f"r{config['bank']['r']}",
+    ]
+    if config["codes"]["target_support"] is not None:
+        parts.append(f"s{config['codes']['target_support']}")
+    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("/", "over")).strip("-") for part in parts)
+    return f"{slug[:100]}_{identity(config)}"
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A composed Hydra config as a nested dict of plain values, without Hydra's own node."""
+    masked = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
+    result = OmegaConf.to_container(masked, resolve=True, enum_to_str=True)
+    assert isinstance(result, dict)
+    return {str(key): value for key, value in result.items()}
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The same nested dict from checked dataclasses."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _run_name_resolver(*, _root_: DictConfig) -> str:
+    return run_name(plain(_root_))

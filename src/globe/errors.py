@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message is one sentence that names the option or file and the remedy."""
+
+
+class GlobeError(ValueError):
+    """Base of every error that a wrong option, file or checkpoint can cause."""
+
+
+class ConfigError(GlobeError):
+    """A configuration value is out of range, contradictory or unknown."""
+
+
+class CheckpointError(GlobeError):
+    """A model checkpoint is missing, incomplete, of an unknown kind, or holds unusable numbers."""
+
+
+class ArtefactError(GlobeError):
+    """A GloBE artefact is missing, truncated, foreign, or of another format version."""
+
+
+class FitError(GlobeError):
+    """A fit cannot go on: its numbers are no longer finite, or a solve failed beyond repair."""
