@@ -1,0 +1,101 @@
+# Every target is listed by `make help`; a target's help is the text after its `##`.
+#
+#   PYTHON=...        interpreter that makes the environment (default: the first working Python >= 3.11)
+#   VENV=...          where the environment is (default .venv)
+#   VENV_FLAGS=...    e.g. --system-site-packages, to see the torch of the machine
+#   CONSTRAINTS=...   exact versions (default constraints.txt; the last choice is remembered in .venv)
+#   ARGS=...          passed on to pytest, the smoke test and the benchmarks
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+VENV_FLAGS ?=
+CONSTRAINTS ?= $(or $(shell cat $(VENV)/.constraints 2>/dev/null),constraints.txt)
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.stamp-$(notdir $(basename $(CONSTRAINTS)))
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+# Nothing here may ask for a network or a key.
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
+# Test workers share the cores, so one thread each; everything else takes the cores there are, up to four.
+THREADS := $(or $(OMP_NUM_THREADS),$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4))))
+TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1
+RUN_ENV := $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
+PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help
+help:  ## Print every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environment --------------------------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(STAMP)  ## Make .venv and install GloBE with its development tools (about two minutes, once)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if ! $(PY) -c '$(NEW_ENOUGH)' 2>/dev/null; then \
+	  for python in $(CANDIDATES); do \
+	    if $$python -c '$(NEW_ENOUGH)' 2>/dev/null; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then \
+	    echo "GloBE needs Python 3.11 or newer and none of '$(CANDIDATES)' is: install one, or name it with" \
+	      "'make PYTHON=/path/to/python3.11 setup'." >&2; \
+	    exit 1; \
+	  fi; \
+	  $$found -m venv --clear $(VENV_FLAGS) $(VENV); \
+	fi
+	@echo "Installing into $(VENV) with $(CONSTRAINTS) (about two minutes the first time) ..."
+	@$(PY) -m pip install --quiet --no-input --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@rm -f $(VENV)/.stamp-*
+	@echo $(CONSTRAINTS) > $(VENV)/.constraints
+	@touch $@
+
+# --- use ----------------------------------------------------------------------------------------------------------
+
+.PHONY: smoke-test
+smoke-test: $(STAMP)  ## Train a bank on the embedded model and print a summary (no network, under a minute)
+	$(RUN_ENV) $(PY) -m globe.train experiment=smoke $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP)  ## Measure GloBE against the closed forms at the same kept parameters
+	$(RUN_ENV) $(PY) experiments/bench/run.py $(ARGS)
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(STAMP)  ## Run the tests that are not marked slow, with coverage (at least 90 %)
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+.PHONY: test-all
+test-all: $(STAMP)  ## Run every test, slow ones included, with coverage
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP)  ## Check style and formatting (ruff)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.PHONY: types
+types: $(STAMP)  ## Check types (mypy)
+	$(BIN)/mypy
+
+.PHONY: check
+check: lint types test  ## Everything a change has to pass: lint, types, test
+
+.PHONY: golden
+golden: $(STAMP)  ## Write the golden trace anew; a numerical change commits its diff
+	$(TEST_ENV) $(PY) tests/golden/make_trace.py
+
+.PHONY: clean
+clean:  ## Remove caches and build products; keep .venv and outputs/
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
