@@ -1,7 +1,7 @@
-"""The file format of a learned bank: a folder with `bank.safetensors` (tensors) and `globe.json` (what they are).
+"""The file format of a learned bank: a folder with `bank.safetensors` and `globe.json`, which says what it is.
 
-A reader checks everything before use and refuses with one sentence; a writer makes the whole folder appear, or
-nothing.
+A reader checks everything before use and refuses with one sentence; a writer makes the whole folder appear,
+or nothing.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ METADATA_KEY = "globe"
 def write_artefact(artefact: BankArtefact, folder: str | os.PathLike[str]) -> None:
     """Write `folder/bank.safetensors` and `folder/globe.json`; the whole folder appears, or nothing does.
 
-    Both files are made and synced in a hidden folder beside the target, which is then renamed. An earlier artefact
-    at the same place is moved aside first and removed last, so a kill leaves at least one of the two, whole. Equal
-    tensors, members and source give equal bytes of `bank.safetensors`: times and metrics stand in `globe.json`.
+    Both files are made and synced in a hidden folder beside the target, which is then renamed. An earlier
+    artefact at the same place is moved aside first and removed last, so a kill leaves at least one of the
+    two, whole. Equal tensors, members and source give equal bytes of `bank.safetensors`: times and metrics
+    stand in `globe.json`.
 
-    Raises ArtefactError when the artefact is not valid, when its records are not plain JSON with finite numbers,
-    when `folder` is something else than an artefact, or when the disk refuses.
+    Raises ArtefactError when the artefact is not valid, when its records are not plain JSON with finite
+    numbers, when `folder` is something else than an artefact, or when the disk refuses.
     """
     target = Path(folder).absolute()
     validate(artefact, "the artefact to be written")
@@ -101,6 +102,8 @@ def _write_files(artefact: BankArtefact, folder: Path) -> None:
             f"the artefact's source, config or metrics are not plain JSON: {error}"
         ) from error
     (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    # safetensors makes its file readable by the owner alone, whatever the umask says
+    shutil.copymode(folder / RECORD_FILE, folder / TENSORS_FILE)
     for path in (folder / TENSORS_FILE, folder / RECORD_FILE, folder):
         _sync(path)
 
@@ -138,9 +141,9 @@ def _sync(path: Path) -> None:
 def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -> BankArtefact:
     """Read and check an artefact; tensors come on the CPU in the dtypes they were written in.
 
-    `verify_hash` compares the SHA-256 of `bank.safetensors` with the one in `globe.json`, which reads the file
-    once more. Raises ArtefactError when a file is missing, truncated, foreign, changed, of another format version,
-    or when `validate` finds the tensors unusable.
+    `verify_hash` compares the SHA-256 of `bank.safetensors` with the one in `globe.json`, which reads the
+    file once more. Raises ArtefactError when a file is missing, truncated, foreign, changed, of another
+    format version, or when `validate` finds the tensors unusable.
     """
     root = Path(folder)
     record = _read_record(root)
@@ -207,7 +210,7 @@ def _read_record(root: Path) -> dict[str, Any]:
     version = record["format_version"]
     if version != FORMAT_VERSION:
         raise ArtefactError(
-            f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}: export the run again"
+            f"{path} has format version {version!r} where {FORMAT_VERSION} is read: export the run again"
         )
     return record
 

@@ -1,4 +1,4 @@
-"""What a learned bank is once it is exported: its tensors, whose experts they stand for, and what makes it valid."""
+"""A learned bank once it is exported: its tensors, whose experts they stand for, and what makes it valid."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class BankArtefact:
 
 
 def member_of(artefact: BankArtefact, layer: int, family: str) -> int:
-    """Position in `artefact.members` of a layer and family. Raises ArtefactError if the bank does not hold it."""
+    """Position in `artefact.members` of a layer and family; raises ArtefactError if the bank lacks it."""
     for position, member in enumerate(artefact.members):
         if member.layer == layer and member.family == family:
             return position
