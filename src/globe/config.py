@@ -6,21 +6,19 @@ checkpoint (`n/4`, `3p/4`) stay text here and are resolved once by `globe.proble
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from globe.errors import ConfigError
-
-NUMERICS_VERSION = 1
-"""Part of a run's identity; raised whenever the same options give other numbers."""
+from globe.identity import run_name
 
 
 class Family(StrEnum):
@@ -115,17 +113,25 @@ def _check(condition: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key}={value!r} is not possible: give {allowed}")
 
 
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _at_least_zero(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
 @dataclass
 class ModelConfig:
-    path: Optional[str] = None
+    path: str | None = None
     """Checkpoint directory or Hugging Face hub id; null is the embedded model."""
-    revision: Optional[str] = None
+    revision: str | None = None
     """Hub revision (branch, tag or commit); null is the default branch."""
     force_download: bool = False
     """Download again even if the hub cache has the files."""
     include_shared: bool = False
     """Also take the always-on shared expert where it has the shape of a routed one."""
-    max_experts: Optional[int] = None
+    max_experts: int | None = None
     """Use at most this many routed experts per layer; null is all."""
     sample_method: SampleMethod = SampleMethod.first_n
     """Which experts `max_experts` keeps."""
@@ -137,7 +143,12 @@ class ModelConfig:
             self.max_experts,
             "an integer of at least 2, or null for all experts",
         )
-        _check(self.path is None or bool(self.path.strip()), "model.path", self.path, "a folder, a hub id or null")
+        _check(
+            self.path is None or bool(self.path.strip()),
+            "model.path",
+            self.path,
+            "a folder, a hub id or null",
+        )
 
 
 @dataclass
@@ -150,10 +161,10 @@ class NormaliseConfig:
 
 @dataclass
 class BankConfig:
-    m: Union[int, str] = "n/4"
+    m: int | str = "n/4"
     """Number of atoms: an integer or an expression in n, the number of experts that share the bank."""
-    r: Union[int, str] = "p/2"
-    """Rows of an atom: an integer or an expression in p, the rows of an expert."""
+    r: int | str = "p/2"
+    """Rows of an atom: an integer or an expression in p or d, the rows and columns of an expert."""
     activation: Activation = Activation.silu
     """phi; blended in by `schedule.lam` (0 is linear whatever stands here)."""
 
@@ -178,8 +189,8 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         _check(0 <= self.one_hot <= 1, "init.one_hot", self.one_hot, "a number from 0 to 1")
-        _check(self.concentration > 0, "init.concentration", self.concentration, "a positive number")
-        _check(self.scale > 0, "init.scale", self.scale, "a positive number")
+        _check(_positive(self.concentration), "init.concentration", self.concentration, "a positive number")
+        _check(_positive(self.scale), "init.scale", self.scale, "a positive number")
 
 
 @dataclass
@@ -193,22 +204,6 @@ class CurveConfig:
     hold: float = 0.0
     """Share of all steps, 0 to 1, spent at `end` after the way is done."""
 
-    def __post_init__(self) -> None:
-        _check(0 <= self.warmup <= 1, "schedule.*.warmup", self.warmup, "a share of the steps from 0 to 1")
-        _check(0 <= self.hold <= 1, "schedule.*.hold", self.hold, "a share of the steps from 0 to 1")
-        _check(
-            self.warmup + self.hold <= 1,
-            "schedule.*.warmup + schedule.*.hold",
-            self.warmup + self.hold,
-            "shares that sum to at most 1",
-        )
-        _check(
-            self.kind is not Curve.exponential or (self.start > 0 and self.end > 0),
-            "schedule.*.start, schedule.*.end",
-            (self.start, self.end),
-            "positive numbers for an exponential curve",
-        )
-
 
 @dataclass
 class ScheduleConfig:
@@ -220,21 +215,37 @@ class ScheduleConfig:
     """Temperature T of the code map; `codes.target_support` adds a control loop on top."""
 
     def __post_init__(self) -> None:
-        for key, curve, low in (("lam", self.lam, 0.0), ("beta", self.beta, 0.0)):
-            for end in ("start", "end"):
-                value = getattr(curve, end)
-                _check(low <= value <= 1, f"schedule.{key}.{end}", value, "a number from 0 to 1")
-        for end in ("start", "end"):
-            value = getattr(self.temperature, end)
-            _check(value > 0, f"schedule.temperature.{end}", value, "a positive number")
+        for name in ("lam", "beta", "temperature"):
+            _check_curve(f"schedule.{name}", getattr(self, name), share=name != "temperature")
+
+
+def _check_curve(key: str, curve: CurveConfig, *, share: bool) -> None:
+    """A curve does not know which schedule it is; its owner does, so that the message can name the key."""
+    for name in ("start", "end"):
+        value = getattr(curve, name)
+        if share:
+            _check(0 <= value <= 1, f"{key}.{name}", value, "a number from 0 to 1")
+        else:
+            _check(_positive(value), f"{key}.{name}", value, "a positive number")
+        _check(
+            curve.kind is not Curve.exponential or value > 0,
+            f"{key}.{name}",
+            value,
+            f"a positive number, which {key}.kind=exponential needs at both ends",
+        )
+    for name in ("warmup", "hold"):
+        value = getattr(curve, name)
+        _check(0 <= value <= 1, f"{key}.{name}", value, "a share of the steps from 0 to 1")
+    rest = 1 - curve.warmup
+    _check(curve.hold <= rest, f"{key}.hold", curve.hold, f"at most {rest:g}, what {key}.warmup leaves")
 
 
 @dataclass
 class CodesConfig:
     map: CodeMap = CodeMap.entmax15
     """Map from logits to the simplex; decides the support, least squares decides the values."""
-    target_support: Optional[Union[int, str]] = None
-    """Median number of atoms an expert may use at the end; an integer, an expression in m, or null for dense."""
+    target_support: int | str | None = None
+    """Median number of atoms an expert may use at the end: an integer, an expression in m; null is dense."""
     every: int = 5
     """A coding step every so many steps; 0 leaves the first codes fixed."""
     prune: float = 1e-3
@@ -250,10 +261,17 @@ class CodesConfig:
 
     def __post_init__(self) -> None:
         _check(self.every >= 0, "codes.every", self.every, "a number of steps of at least 0")
-        _check(self.control_every >= 1, "codes.control_every", self.control_every, "a number of steps of at least 1")
+        _check(
+            self.control_every >= 1,
+            "codes.control_every",
+            self.control_every,
+            "a number of steps of at least 1",
+        )
         _check(0 <= self.prune < 1, "codes.prune", self.prune, "a share from 0 to below 1")
-        _check(0 < self.eta <= 0.5, "codes.eta", self.eta, "a gain above 0 and at most 0.5 (0.02 to 0.1 is good)")
-        _check(self.l1 >= 0, "codes.l1", self.l1, "a number of at least 0")
+        _check(
+            0 < self.eta <= 0.5, "codes.eta", self.eta, "a gain above 0 and at most 0.5 (0.02 to 0.1 is good)"
+        )
+        _check(_at_least_zero(self.l1), "codes.l1", self.l1, "a number of at least 0")
         _check(
             not isinstance(self.target_support, int) or self.target_support >= 1,
             "codes.target_support",
@@ -266,7 +284,7 @@ class CodesConfig:
 class TrainConfig:
     steps: int = 60
     """Steps of alternating minimisation at most."""
-    time_limit: Optional[float] = None
+    time_limit: float | None = None
     """Seconds after which a fit ends at the next step, per bank; null is no limit."""
     dictionary: Dictionary = Dictionary.gauss_newton
     """Dictionary step."""
@@ -293,25 +311,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "train.steps", self.steps, "an integer of at least 1")
-        _check(
-            self.time_limit is None or self.time_limit > 0, "train.time_limit", self.time_limit, "seconds, or null"
-        )
+        limit = self.time_limit
+        _check(limit is None or limit > 0, "train.time_limit", limit, "seconds above 0, or null for no limit")
         _check(self.cg_iterations >= 1, "train.cg_iterations", self.cg_iterations, "an integer of at least 1")
-        _check(self.damping > 0, "train.damping", self.damping, "a positive number")
+        _check(_positive(self.damping), "train.damping", self.damping, "a positive number")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "a number from 0 to below 1")
         for key in ("lambda_A", "lambda_B", "lambda_T", "checkpoint_every", "tolerance"):
-            _check(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "a number of at least 0")
-        _check(self.evaluate_every >= 1, "train.evaluate_every", self.evaluate_every, "an integer of at least 1")
+            value = getattr(self, key)
+            _check(_at_least_zero(value), f"train.{key}", value, "a number of at least 0")
+        _check(
+            self.evaluate_every >= 1, "train.evaluate_every", self.evaluate_every, "an integer of at least 1"
+        )
         _check(self.patience >= 0, "train.patience", self.patience, "an integer of at least 0")
 
 
 @dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.disabled
-    """disabled never imports wandb; offline writes beside the run and asks for nothing; online needs a key."""
+    """disabled never imports wandb; offline writes beside the run, asks for nothing; online needs a key."""
     project: str = "globe"
-    entity: Optional[str] = None
-    group: Optional[str] = None
+    entity: str | None = None
+    group: str | None = None
     """Null is the sweep's name."""
     tags: list[str] = field(default_factory=list)
     log_every: int = 1
@@ -326,7 +346,7 @@ class Config:
     family: Family = Family.up
     """Which projection: up, gate, or both (one bank each)."""
     layer: Any = 12
-    """Layers: `12`, `all`, `[4,12,20]` or `4-8`."""
+    """Layers: `12`, `all`, `[4,12,20]`, or `4-8` (both ends included; `4:8` and `4..8` are the same)."""
     seed: int = 0
     device: Device = Device.auto
     dtype: FitDtype = FitDtype.float32
@@ -335,7 +355,7 @@ class Config:
     """Dtype of the exported factors; auto is the checkpoint's own."""
     deterministic: bool = False
     """Use only deterministic kernels; slower on a GPU, no difference on a CPU."""
-    threads: Optional[int] = None
+    threads: int | None = None
     """CPU threads; null leaves the number to PyTorch."""
     output: str = "outputs"
     """Folder that holds the run folders."""
@@ -354,7 +374,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
-        _check(self.threads is None or self.threads >= 1, "threads", self.threads, "an integer of at least 1, or null")
+        _check(self.seed < 2**63, "seed", self.seed, "an integer below 2**63")
+        threads = self.threads
+        _check(threads is None or threads >= 1, "threads", threads, "an integer of at least 1, or null")
+        _check(bool(self.output.strip()), "output", self.output, "the folder that holds the runs")
+        one_folder = bool(self.sweep.strip(". ")) and not re.search(r"[/\\]", self.sweep)
+        _check(one_folder, "sweep", self.sweep, "a folder name without a slash")
 
 
 def register() -> None:
@@ -381,50 +406,20 @@ def conf_dir() -> str:
 
 
 def to_config(node: DictConfig) -> Config:
-    """The composed Hydra config as plain checked dataclasses. Raises ConfigError."""
+    """The composed Hydra config as plain checked dataclasses. Raises ConfigError, also for an unknown key."""
+    known = [one.name for one in fields(Config)]
+    for key in map(str, node):
+        # Hydra lets `+key=value` add to the top level, where it would change nothing but the run's name
+        if key not in known:
+            raise ConfigError(f"{key} is not an option: give one of {', '.join(known)}")
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     return config
 
 
-_NOT_IDENTITY = ("output", "sweep", "overwrite", "wandb", "device", "threads", "hydra")
-
-
-def identity(config: dict[str, Any]) -> str:
-    """Eight hexadecimal digits that name a run by all that changes its numbers.
-
-    `config` is the plain nested dict of a composed config. Where it runs and who watches does not count.
-    """
-    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
-    kept["train"] = {k: v for k, v in kept["train"].items() if k not in ("checkpoint_every",)}
-    kept["model"] = {k: v for k, v in kept["model"].items() if k != "force_download"}
-    if kept["model"]["path"] and Path(kept["model"]["path"]).is_dir():
-        kept["model"]["path"] = str(Path(kept["model"]["path"]).resolve())
-    text = json.dumps([NUMERICS_VERSION, kept], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def run_name(config: dict[str, Any]) -> str:
-    """Folder name of a run: what one looks for first, then its identity; never a slash, a space or an equals sign."""
-    path = config["model"]["path"]
-    layer = config["layer"]
-    layer = "+".join(str(one) for one in layer) if isinstance(layer, list) else str(layer)
-    parts = [
-        Path(path).name if path else "embedded",
-        str(config["family"]),
-        f"L{layer}",
-        f"m{config['bank']['m']}",
-        f"r{config['bank']['r']}",
-    ]
-    if config["codes"]["target_support"] is not None:
-        parts.append(f"s{config['codes']['target_support']}")
-    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("/", "over")).strip("-") for part in parts)
-    return f"{slug[:100]}_{identity(config)}"
-
-
 def plain(node: DictConfig) -> dict[str, Any]:
     """A composed Hydra config as a nested dict of plain values, without Hydra's own node."""
-    masked = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
+    masked = OmegaConf.masked_copy(node, [key for key in map(str, node) if key != "hydra"])
     result = OmegaConf.to_container(masked, resolve=True, enum_to_str=True)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}

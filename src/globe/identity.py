@@ -1,0 +1,61 @@
+"""Which runs are the same run: the options that change numbers, a hash of them, and the folder name it gives.
+
+Works on plain nested dicts, as Hydra composes them, before any check: a run that fails has a name as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+NUMERICS_VERSION = 1
+"""Part of a run's identity; raised whenever the same options give other numbers."""
+
+_NOT_IDENTITY = {
+    "": ("output", "sweep", "overwrite", "wandb", "device", "threads", "hydra"),
+    "train": ("checkpoint_every",),
+    "model": ("force_download",),
+}
+"""Options that say where a run happens and who watches, by group; all others change its numbers."""
+
+
+def numerics(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a plain nested config that changes a run's numbers."""
+    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY[""]}
+    for group in ("train", "model"):
+        kept[group] = {key: value for key, value in kept[group].items() if key not in _NOT_IDENTITY[group]}
+    return kept
+
+
+def identity(config: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that name a run by all that changes its numbers.
+
+    `config` is the plain nested dict of a composed config. A checkpoint folder counts by its absolute path.
+    """
+    kept = numerics(config)
+    path = kept["model"]["path"]
+    if path and Path(path).is_dir():
+        kept["model"]["path"] = str(Path(path).resolve())
+    text = json.dumps([NUMERICS_VERSION, kept], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """Folder name of a run: what one looks for first, then its identity; no slash, space or equals sign."""
+    path = config["model"]["path"]
+    layer = config["layer"]
+    layer = "+".join(str(one) for one in layer) if isinstance(layer, list) else str(layer)
+    parts = [
+        Path(path).resolve().name if path else "embedded",
+        str(config["family"]),
+        f"L{layer}",
+        f"m{config['bank']['m']}",
+        f"r{config['bank']['r']}",
+    ]
+    if config["codes"]["target_support"] is not None:
+        parts.append(f"s{config['codes']['target_support']}")
+    slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("/", "over")).strip("-") for part in parts)
+    return f"{slug[:100]}_{identity(config)}"
