@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
 from globe.errors import ConfigError
 from globe.identity import run_name
@@ -405,8 +405,9 @@ def conf_dir() -> str:
     raise ConfigError(f"no conf/config.yaml beside {here}: reinstall globe, or pass --config-dir")
 
 
-def to_config(node: DictConfig) -> Config:
+def to_config(node: Container) -> Config:
     """The composed Hydra config as plain checked dataclasses. Raises ConfigError, also for an unknown key."""
+    assert isinstance(node, DictConfig)
     known = [one.name for one in fields(Config)]
     for key in map(str, node):
         # Hydra lets `+key=value` add to the top level, where it would change nothing but the run's name
@@ -417,8 +418,9 @@ def to_config(node: DictConfig) -> Config:
     return config
 
 
-def plain(node: DictConfig) -> dict[str, Any]:
+def plain(node: Container) -> dict[str, Any]:
     """A composed Hydra config as a nested dict of plain values, without Hydra's own node."""
+    assert isinstance(node, DictConfig)
     masked = OmegaConf.masked_copy(node, [key for key in map(str, node) if key != "hydra"])
     result = OmegaConf.to_container(masked, resolve=True, enum_to_str=True)
     assert isinstance(result, dict)
@@ -430,5 +432,5 @@ def config_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def _run_name_resolver(*, _root_: DictConfig) -> str:
+def _run_name_resolver(*, _root_: Container) -> str:
     return run_name(plain(_root_))
