@@ -33,8 +33,7 @@ def curve_value(
     Raises ValueError on an unknown kind, shares outside [0, 1], and ends an exponential cannot join.
     """
     if not (0 <= warmup and 0 <= hold and warmup + hold <= 1 + 1e-12):
-        raise ValueError(f"schedule warmup={warmup}, hold={hold}: give shares from 0 to 1 that sum to at
-        most 1")
+        raise ValueError(f"schedule warmup={warmup}, hold={hold}: give shares that sum to at most 1")
     t = _progress(step, steps, warmup, hold)
     match kind:
         case "constant":
@@ -45,8 +44,7 @@ def curve_value(
             way = (1 - math.cos(math.pi * t)) / 2
         case "exponential":
             if start <= 0 or end <= 0:
-                raise ValueError(f"schedule start={start}, end={end}: an exponential curve needs positive
-                ends")
+                raise ValueError(f"schedule start={start}, end={end}: exponential needs positive ends")
             return end if t == 1 else start * (end / start) ** t
         case _:
             raise ValueError(f"schedule kind={kind!r} is not one of constant, linear, cosine, exponential")
