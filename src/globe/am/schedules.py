@@ -32,7 +32,7 @@ def curve_value(
 
     Raises ValueError on an unknown kind, shares outside [0, 1], and ends an exponential cannot join.
     """
-    if not (0 <= warmup and 0 <= hold and warmup + hold <= 1 + 1e-12):
+    if not (warmup >= 0 and hold >= 0 and warmup + hold <= 1 + 1e-12):
         raise ValueError(f"schedule warmup={warmup}, hold={hold}: give shares that sum to at most 1")
     t = _progress(step, steps, warmup, hold)
     match kind:

@@ -32,8 +32,7 @@ def next_temperature(T: float, median: float, target: float, *, eta: float, clam
     unless T, target and eta are positive.
     """
     if not (T > 0 and target > 0 and eta > 0):
-        raise ValueError(f"temperature {T}, codes.target_support={target}, codes.eta={eta} must all be
-        positive")
+        raise ValueError(f"T={T}, codes.target_support={target}, codes.eta={eta} must all be positive")
     change = max(-clamp, min(clamp, eta * (median / target - 1)))
     return min(HIGHEST, max(LOWEST, T * math.exp(-change)))
 
@@ -49,12 +48,11 @@ def simplex_weights(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> Floa
     wide = z if z.dtype == torch.float64 else z.float()
     top = wide.amax(dim=1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
-        raise FitError("the code logits are no longer finite: lower codes.eta or raise
-        schedule.temperature.end")
-    # the map ignores a shift of a row, and all below its reach is outside the support: clamping changes no
-    # weight but keeps a small T from overflowing to inf - inf inside the map shifted = ((wide - top) /
-    # T).clamp_min(-2 * _REACH[code_map]) return entmax15(shifted, dim=1) if code_map == "entmax15" else
-    # sparsemax(shifted, dim=1)
+        raise FitError("the code logits are no longer finite: lower codes.eta or codes.l1 and start again")
+    # the map ignores a shift of a row, and all below its reach is outside the support: the clamp changes no
+    # weight, and keeps a small T from overflowing to inf - inf inside the map
+    shifted = ((wide - top) / T).clamp_min(-2 * _REACH[code_map])
+    return entmax15(shifted, dim=1) if code_map == "entmax15" else sparsemax(shifted, dim=1)
 
 
 def support_from_logits(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> Bool[Tensor, "n m"]:
