@@ -19,6 +19,7 @@ __all__ = [
     "WarmStart",
     "align",
     "energy_captured",
+    "leading_eigenvectors",
     "logits_from_codes",
     "nnls_codes",
     "procrustes",
@@ -67,11 +68,15 @@ def right_basis(X: Float[Tensor, "rows d"], r: int) -> Float[Tensor, "r d"]:
         raise ValueError(f"r={r} is not between 1 and {min(rows, d)}, the smaller side of {rows} x {d}")
     wide = widen(X)
     if rows >= d:
-        basis = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, -r:].flip(1)
+        basis = leading_eigenvectors(wide.mT @ wide, r)
     else:
-        left = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -r:].flip(1)
-        basis = torch.linalg.qr(wide.mT @ left).Q
-    return _fix_signs(basis.mT).to(X)
+        basis = torch.linalg.qr((leading_eigenvectors(wide @ wide.mT, r) @ wide).mT).Q.mT
+    return _fix_signs(basis).to(X)
+
+
+def leading_eigenvectors(gram: Float[Tensor, "d d"], r: int) -> Float[Tensor, "r d"]:
+    """The r leading eigenvectors of a symmetric matrix as orthonormal rows, strongest first, signs fixed."""
+    return _fix_signs(torch.linalg.eigh(gram).eigenvectors[:, -r:].flip(1).mT)
 
 
 def _fix_signs(basis: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:

@@ -1,0 +1,126 @@
+"""The last step of a fit: freeze the supports, refit once, fold the scale back, round to the exported
+dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.records import Factors
+from globe.am.temperature import prune as prune_codes
+from globe.compose import mixed_bases
+from globe.errors import FitError
+from globe.metrics import CHUNK, pruned_share, relfrob, squared_norms
+from globe.normalise import Joined, Normalised, fold_scale, join
+
+Refit = Callable[[Float[Tensor, "n p d"], Float[Tensor, "n r d"]], Float[Tensor, "n p r"]]
+"""Least squares adapters: (X, M) -> argmin over A_i of ||X_i - A_i M_i||."""
+
+
+class Finalised(NamedTuple):
+    """Factors as they are exported, and what they cost in accuracy."""
+
+    factors: Factors
+    """pruned, in the exported dtype, the scale folded into the adapters: W_i ~ adapters_i M_i + mean"""
+    mean: Tensor | None
+    """nothing, one number per member (members,) in the fit's dtype, or (members, p, d) in the exported one"""
+    scale: Tensor | None
+    """the folded scale, (n,) or (n, p); provenance"""
+    errors: Float[Tensor, " n"]
+    """squared Frobenius errors of the exported factors, in the units of the normalised experts"""
+    norms: Float[Tensor, " n"]
+    """squared Frobenius norms of the normalised experts"""
+    relfrob: float
+    """sqrt(sum errors / sum norms): the headline figure"""
+    pruned: float
+    """share of the positive codes that the prune set to zero"""
+
+
+def finalise(
+    factors: Factors,
+    normalised: Normalised | Joined,
+    *,
+    lam: float,
+    activation: str,
+    export_dtype: torch.dtype,
+    prune: float,
+    refit: Refit | None = None,
+) -> Finalised:
+    """Prune, round bank and codes, refit the adapters against the rounded bases, fold the scale, round,
+    measure.
+
+    `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
+    rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are.
+
+    The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
+    experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
+
+    Raises FitError when `export_dtype` can't hold the factors: overflow, or an expert whose codes all vanish.
+    """
+    joined = normalised if isinstance(normalised, Joined) else join([normalised])
+    X = joined.experts
+    kept = prune_codes(factors.codes, prune)
+    codes, bank = kept.to(export_dtype), factors.bank.to(export_dtype)
+    adapters = factors.adapters
+    if refit is not None:
+        M = mixed_bases(codes.to(X), bank.to(X), lam=lam, activation=activation)
+        adapters = refit(X, M)
+    exported = Factors(bank, codes, fold_scale(adapters, joined.scale).to(export_dtype))
+    mean = joined.mean
+    if mean is not None and mean.dim() == 3:
+        mean = mean.to(export_dtype)
+    _check(exported, kept, mean, export_dtype)
+    errors = _exported_errors(exported, joined, mean, lam, activation)
+    norms = squared_norms(X)
+    return Finalised(
+        exported,
+        mean,
+        joined.scale,
+        errors,
+        norms,
+        relfrob(errors, norms),
+        pruned_share(factors.codes, codes),
+    )
+
+
+def _check(exported: Factors, kept: Float[Tensor, "n m"], mean: Tensor | None, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    remedy = "choose export_dtype=bfloat16 or float32" if dtype != torch.float32 else "restart the fit"
+    for which, tensor in {**exported._asdict(), "mean": mean}.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise FitError(
+                f"the {which} can't be written in export_dtype={name} (not finite there): {remedy}"
+            )
+    lost = (kept > 0).any(dim=1) & (exported.codes == 0).all(dim=1)
+    if bool(lost.any()):
+        raise FitError(f"codes of {int(lost.sum())} experts vanish in export_dtype={name}: {remedy}")
+
+
+def _exported_errors(
+    exported: Factors, joined: Joined, mean: Tensor | None, lam: float, activation: str
+) -> Float[Tensor, " n"]:
+    X, scale = joined.experts, joined.scale
+    parts = []
+    for start in range(0, X.shape[0], CHUNK):
+        rows = slice(start, min(start + CHUNK, X.shape[0]))
+        M = mixed_bases(exported.codes[rows], exported.bank, lam=lam, activation=activation).to(X)
+        inverse = None if scale is None else 1 / scale[rows]
+        approximation = fold_scale(exported.adapters[rows].to(X), inverse) @ M
+        if mean is not None and joined.mean is not None and mean.dim() == 3:
+            shift = (mean.to(X) - joined.mean)[_members(joined, rows)]
+            approximation += fold_scale(shift, inverse)
+        parts.append(squared_norms(X[rows] - approximation))
+    return torch.cat(parts)
+
+
+def _members(joined: Joined, rows: slice) -> list[int]:
+    """Position of the member that each row belongs to."""
+    return [
+        next(at for at, stop in enumerate(joined.starts[1:]) if row < stop)
+        for row in range(rows.start, rows.stop)
+    ]
