@@ -34,7 +34,7 @@ FOREIGN_TO_KERNELS = (
 ONLY_IN = {
     "wandb": ("tracking.py",),
     "matplotlib": ("report",),
-    "transformers": ("hf/", "evaluate", "patch"),
+    "transformers": ("hf/", "evaluate"),
     "accelerate": ("hf/", "evaluate"),
     "lm_eval": ("evaluate",),
     "torch": tuple(name for name in FILES if name not in ("config.py", "errors.py")),
