@@ -17,6 +17,8 @@ from globe.errors import ConfigError
 
 CHUNK = 8
 """Experts that are composed at once when dense matrices are rebuilt."""
+_WIDENED = 1 << 24
+"""Numbers of a bank that are widened at once."""
 
 
 def mixed_bases(
@@ -29,33 +31,62 @@ def mixed_bases(
     activation: str,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "n r d"]:
-    """M_i = phi_lam(sum_j alpha_ij B_j) with dense atoms B_j, or low-rank ones B_j = U_j V_j (left and
-    right).
+    """M_i = phi_lam(sum_j alpha_ij B_j) with dense atoms B_j, or low-rank ones B_j = U_j V_j (left, right).
 
     Mixed and activated in float32 or wider, whatever the dtype of the factors, then rounded once to `dtype`
-    (None: the dtype of the mixing). Atoms that none of the given experts uses are not touched, so one
-    expert with sparse codes costs its support. Give `bank` or both of `atoms_left` and `atoms_right`.
+    (None: the dtype of the mixing). Where at most half the atoms are used, only those are read, so one expert
+    with sparse codes costs its support. Give `bank` or both of `atoms_left` and `atoms_right`.
     """
     low_rank = atoms_left is not None and atoms_right is not None
     if low_rank == (bank is not None):
         raise ValueError(
-            "give either dense atoms (bank) or both halves of low-rank ones (atoms_left, atoms_right)"
+            "give either dense atoms (bank) or both halves of low-rank ones (atoms_left, _right)"
         )
     used = (codes != 0).any(dim=0)
-    if not bool(used.all()):
+    if 2 * int(used.sum()) <= codes.shape[1]:
         codes = codes[:, used]
-        bank = None if bank is None else bank[used]
-        atoms_left = None if atoms_left is None else atoms_left[used]
-        atoms_right = None if atoms_right is None else atoms_right[used]
+        bank, atoms_left, atoms_right = (
+            None if part is None else part[used] for part in (bank, atoms_left, atoms_right)
+        )
     wide = torch.float64 if codes.dtype == torch.float64 else torch.float32
-    if bank is None:
+    if bank is not None:
+        Y = _mix(codes.to(wide), bank)
+    else:
         assert atoms_left is not None
         assert atoms_right is not None
-        bank = atoms_left.to(wide) @ atoms_right.to(wide)
-    m, r, d = bank.shape
-    Y = (codes.to(wide) @ bank.to(wide).reshape(m, r * d)).view(-1, r, d)
+        Y = _mix_low_rank(codes.to(wide), atoms_left.to(wide), atoms_right.to(wide))
     M = phi(Y, lam=lam, activation=activation)
     return M if dtype is None else M.to(dtype)
+
+
+def _mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
+    """sum_j alpha_ij B_j in the dtype of the codes; another dtype's bank is widened in pieces, never
+    whole.
+    """
+    m, r, d = bank.shape
+    flat = bank.reshape(m, r * d)
+    if bank.dtype == codes.dtype:
+        return (codes @ flat).view(-1, r, d)
+    Y = torch.empty(codes.shape[0], r * d, dtype=codes.dtype, device=codes.device)
+    width = max(1, _WIDENED // max(1, m))
+    for start in range(0, r * d, width):
+        Y[:, start : start + width] = codes @ flat[:, start : start + width].to(codes.dtype)
+    return Y.view(-1, r, d)
+
+
+def _mix_low_rank(
+    codes: Float[Tensor, "n m"], left: Float[Tensor, "m r k"], right: Float[Tensor, "m k d"]
+) -> Float[Tensor, "n r d"]:
+    """sum_j alpha_ij U_j V_j.
+
+    For one expert [alpha_1 U_1 .. alpha_m U_m] [V_1; ..; V_m], with no atom made dense; for more experts the
+    dense atoms are made once, m r d numbers, no more than the result takes when m <= n.
+    """
+    m, r, k = left.shape
+    if codes.shape[0] > 1:
+        return _mix(codes, left @ right)
+    wide_left = (codes[0].view(m, 1, 1) * left).transpose(0, 1).reshape(r, m * k)
+    return (wide_left @ right.reshape(m * k, -1)).unsqueeze(0)
 
 
 def bases_of(
@@ -63,7 +94,7 @@ def bases_of(
 ) -> Float[Tensor, "chosen r d"]:
     """`mixed_bases` of some rows of an artefact."""
     return mixed_bases(
-        artefact.codes[rows],
+        artefact.codes[rows if isinstance(rows, slice) else list(rows)],
         artefact.bank,
         atoms_left=artefact.atoms_left,
         atoms_right=artefact.atoms_right,
@@ -87,6 +118,8 @@ def rebuild(
     `Member.stop`).
     """
     chosen = list(range(artefact.n)) if rows is None else list(rows)
+    if any(not 0 <= row < artefact.n for row in chosen):
+        raise IndexError(f"rows {chosen} are not all among the bank's {artefact.n} experts")
     dtype = dtype or artefact.adapters.dtype
     experts = torch.empty(len(chosen), artefact.p, artefact.d, dtype=dtype, device=artefact.adapters.device)
     for start in range(0, len(chosen), chunk):
@@ -102,10 +135,7 @@ def rebuild(
 
 
 def _member_position(artefact: BankArtefact, row: int) -> int:
-    for position, member in enumerate(artefact.members):
-        if member.start <= row < member.stop:
-            return position
-    raise IndexError(f"row {row} is in no member of a bank of {artefact.n} experts")
+    return next(at for at, member in enumerate(artefact.members) if member.start <= row < member.stop)
 
 
 class BasisCache:
