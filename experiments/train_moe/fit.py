@@ -76,7 +76,10 @@ def training_loss(model: PreTrainedModel, rows: Tensor, *, aux_loss: float, top_
 def fit(
     model: PreTrainedModel, tokens: Tensor, validation: Tensor, *, steps: int, args: argparse.Namespace
 ) -> Training:
-    """AdamW on cross-entropy plus the router's loss; leaves the weights that validated best in `model`."""
+    """AdamW on the training loss, in place; `model` ends with the weights that validated best.
+
+    The schedule runs to the end of `steps` or of `args.time_limit` seconds, whichever comes first.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     draw = windows(tokens, context=args.context, batch=args.batch, generator=generator)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -103,10 +106,11 @@ def fit(
         if taken % args.evaluate_every == 0 or progress >= 1:
             now = perplexity(model, validation, window=args.context)
             seconds = time.monotonic() - began
-            print(
-                f"step {taken:5d}  loss {loss.item():.3f}  validation {now:.2f}  {seconds:.0f} s", flush=True
-            )
+            line = f"step {taken:5d}  loss {loss.item():.3f}  validation {now:.2f}  {seconds:.0f} s"
+            print(line, flush=True)
             if now < best:
                 best, kept = now, {name: value.clone() for name, value in model.state_dict().items()}
+    if not kept:
+        raise SystemExit(f"the loss was not finite in {taken} steps: lower --learning-rate")
     model.load_state_dict(kept)
     return Training(taken, taken * args.batch * args.context, time.monotonic() - began, best)
