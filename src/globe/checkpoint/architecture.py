@@ -1,0 +1,165 @@
+"""Where a model keeps its expert matrices: one JSON file per `model_type` in `architectures/`, read here.
+
+A new architecture is one such file and no code. The templates are tensor names with `{layer}` and, when every
+expert has its own tensor, `{expert}`. An architecture may be written in more than one layout (transformers
+can save a Mixtral under its upstream names or as it stands in memory), so a file lists them all and the
+reader takes the one whose tensors exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from globe.errors import CheckpointError
+
+FAMILIES = ("gate", "up", "down")
+_FOLDER = Path(__file__).parent / "architectures"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """How one family is stored: which tensors, and which part of them.
+
+    A matrix that multiplies a column of activations is (p, d): gate and up are (I, H), down is (H, I), with I
+    the intermediate and H the hidden size.
+    """
+
+    template: str
+    """Tensor name with `{layer}`, and `{expert}` if each expert has its own."""
+    half: int | None
+    """None: the tensor holds this family alone. 0 or 1: first or second half of a tensor of gate and up."""
+    transposed: bool
+    """The tensor holds the matrix with its two axes exchanged."""
+    interleaved: bool
+    """The halves alternate row by row, rather than follow each other."""
+
+    @property
+    def fused(self) -> bool:
+        """All experts in one tensor, the expert its first axis."""
+        return "{expert}" not in self.template
+
+    def name(self, layer: int, expert: int) -> str:
+        return self.template.format(layer=layer, expert=expert)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Names of the tensors of one way to store experts. `gate_up` stands in for `gate` and `up`."""
+
+    down: str
+    up: str | None = None
+    gate: str | None = None
+    """None, together with no `gate_up`: the experts have no gate."""
+    gate_up: str | None = None
+    transposed: bool = False
+    interleaved: bool = False
+
+    def slot(self, family: str) -> Slot | None:
+        """Where `family` ("gate", "up" or "down") is; None if the experts have no such matrix."""
+        if family not in FAMILIES:
+            raise CheckpointError(f"family={family!r} is unknown: choose one of {', '.join(FAMILIES)}")
+        if self.gate_up is not None and family != "down":
+            return Slot(self.gate_up, int(family == "up"), self.transposed, self.interleaved)
+        template: str | None = getattr(self, family)
+        return None if template is None else Slot(template, None, self.transposed, False)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigKeys:
+    """Keys of `config.json` that say what the tensors must agree with; None where the config does not say."""
+
+    layers: str | None
+    experts: str | None
+    rows: str | None
+    """The intermediate size I: p of gate and up, d of down."""
+    columns: str | None
+    """The hidden size H: d of gate and up, p of down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Names and orientation of the experts of one `model_type`."""
+
+    model_type: str
+    layouts: tuple[Layout, ...]
+    """Layouts of the routed experts, the upstream one first."""
+    shared: Layout | None
+    """Layout of the always-on shared expert, if there is one; its templates have no `{expert}`."""
+    config: ConfigKeys
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Every `model_type` that has a file in `architectures/`, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
+
+
+@functools.cache
+def load_architecture(model_type: str) -> Architecture:
+    """Architecture of a `model_type`. Raises CheckpointError if there is none or its file is malformed."""
+    if model_type not in known_model_types():
+        raise CheckpointError(
+            f"model_type={model_type!r} is not an architecture GloBE knows "
+            f"({', '.join(known_model_types())}): add {model_type}.json to {_FOLDER}"
+        )
+    path = _FOLDER / f"{model_type}.json"
+    return parse_architecture(path.read_text(encoding="utf-8"), str(path), model_type)
+
+
+def parse_architecture(text: str, where: str, model_type: str) -> Architecture:
+    """Check and build one architecture from its JSON text; `where` names the file in errors.
+
+    Raises CheckpointError for malformed JSON, an unknown or missing key, a template without its placeholders,
+    or a file that describes another `model_type` than its name.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not JSON ({error}): correct it") from error
+    _check_keys(record, Architecture, where, optional={"shared"})
+    if record["model_type"] != model_type:
+        raise CheckpointError(f"{where} describes {record['model_type']!r}: rename it, or correct model_type")
+    if not isinstance(record["layouts"], list) or not record["layouts"]:
+        raise CheckpointError(f"{where} has no layouts: give a list of at least one")
+    shared = record.get("shared")
+    _check_keys(record["config"], ConfigKeys, f"{where}: config", optional={"rows", "columns", "experts"})
+    return Architecture(
+        model_type=model_type,
+        layouts=tuple(_layout(one, f"{where}: layouts") for one in record["layouts"]),
+        shared=None if shared is None else _layout(shared, f"{where}: shared", shared=True),
+        config=ConfigKeys(**{field.name: record["config"].get(field.name) for field in fields(ConfigKeys)}),
+    )
+
+
+def _layout(record: Any, where: str, *, shared: bool = False) -> Layout:
+    flags = {"transposed", "interleaved"}
+    _check_keys(record, Layout, where, optional={field.name for field in fields(Layout)} - {"down"})
+    for key, value in record.items():
+        if key in flags:
+            if not isinstance(value, bool):
+                raise CheckpointError(f"{where}: {key}={value!r} must be true or false")
+            continue
+        found = set(re.findall(r"\{(\w*)\}", value)) if isinstance(value, str) else set()
+        if "layer" not in found or not found <= ({"layer"} if shared else {"layer", "expert"}):
+            raise CheckpointError(f"{where}: {key}={value!r} must be a tensor name with {{layer}} in it")
+    if ("gate_up" in record) == ("up" in record) or {"gate_up", "gate"} <= set(record):
+        raise CheckpointError(f"{where}: give either gate_up, or up with or without gate")
+    if record.get("interleaved") and "gate_up" not in record:
+        raise CheckpointError(f"{where}: interleaved says how gate_up is laid out, so it needs gate_up")
+    return Layout(**record)
+
+
+def _check_keys(record: Any, kind: type, where: str, *, optional: set[str]) -> None:
+    known = {field.name for field in fields(kind)}
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{where} must be an object with the keys {', '.join(sorted(known))}")
+    if unknown := set(record) - known:
+        raise CheckpointError(
+            f"{where} has the unknown key {min(unknown)!r}: the keys are {', '.join(sorted(known))}"
+        )
+    if missing := known - optional - set(record):
+        raise CheckpointError(f"{where} lacks the key {min(missing)!r}")

@@ -1,0 +1,255 @@
+"""Expert matrices out of a Hugging Face checkpoint, layer by layer, without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.checkpoint.architecture import Architecture, Layout, Slot, load_architecture
+from globe.checkpoint.hub import Source, resolve
+from globe.checkpoint.location import Location, find_layouts, locate_matrix
+from globe.checkpoint.model_config import read_config, refuse_quantised, size_of
+from globe.checkpoint.shapes import ExpertShape, matrix_shape, routed_shape
+from globe.checkpoint.shards import ShardReader
+from globe.errors import CheckpointError
+
+SHARED = -1
+"""Expert number of the always-on shared expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The matrices read: `weights[i]` is routed expert `indices[i]` (-1: the shared one) from `names[i]`."""
+
+    weights: Float[Tensor, "n p d"]
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    """Tensor that holds each expert; the same name n times where one tensor holds them all."""
+
+
+class Checkpoint:
+    """An opened checkpoint: what it is, and its expert matrices. Opening reads config and headers only."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.folder = source.folder
+        self.config: dict[str, Any] = read_config(self.folder)
+        self.model_type = str(self.config["model_type"])
+        self.architecture: Architecture = load_architecture(self.model_type)
+        refuse_quantised(self.config, self.folder)
+        self.reader = ShardReader(self.folder)
+        found = find_layouts(self.architecture, self.reader.names)
+        layers = size_of(self.config, self.architecture.config.layers)
+        self.num_layers = layers if layers is not None else max(found, default=-1) + 1
+        # Layers past the last are multi-token-prediction heads (61 of DeepSeek-V3), not the model proper.
+        self._layouts = {layer: found[layer] for layer in sorted(found) if layer < self.num_layers}
+        if not self._layouts:
+            raise CheckpointError(self._no_experts())
+        self._shapes: dict[tuple[int, str], ExpertShape] = {}
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have routed experts, ascending."""
+        return tuple(self._layouts)
+
+    @cached_property
+    def total_parameters(self) -> int:
+        """Floating-point numbers stored in the whole checkpoint; a tied tensor counts once. Headers only."""
+        entries = [self.reader.entry(name) for name in self.reader.names]
+        return sum(one.nbytes // one.dtype.itemsize for one in entries if one.dtype.is_floating_point)
+
+    def source(self) -> dict[str, str | None]:
+        """Provenance: id (hub id or folder), revision (commit, hub only), model_type."""
+        return {"id": self._source.id, "revision": self._source.revision, "model_type": self.model_type}
+
+    def hash_tensors(self, names: Iterable[str]) -> str:
+        """SHA-256 (hexadecimal) of the stored bytes of these tensors, each once, in name order; streams."""
+        return self.reader.hash(names)
+
+    def shape(self, layer: int, family: str) -> ExpertShape:
+        """Sizes of the routed experts, from headers. Raises CheckpointError as `read_experts` does."""
+        if (layer, family) not in self._shapes:
+            self._slot(layer, family)
+            self._shapes[layer, family] = routed_shape(
+                self.reader, self._layout(layer), family, layer, self.config, self.architecture.config
+            )
+        return self._shapes[layer, family]
+
+    def locate(self, layer: int, family: str, expert: int) -> Location:
+        """Where the matrix of a routed expert, or of the shared one (-1), is in the files."""
+        if expert == SHARED:
+            slot = self._shared_slot(layer, family)
+            name = slot.name(layer, 0)
+            return locate_matrix(slot, name, self.reader.shape(name), None)
+        n = self.shape(layer, family).n
+        if not 0 <= expert < n:
+            raise CheckpointError(f"expert {expert} is out of range: layer {layer} has experts 0 to {n - 1}")
+        slot = self._slot(layer, family)
+        name = slot.name(layer, expert)
+        return locate_matrix(slot, name, self.reader.shape(name), expert if slot.fused else None)
+
+    def read_experts(
+        self,
+        layer: int,
+        family: str,
+        *,
+        include_shared: bool = False,
+        max_experts: int | None = None,
+        sample_method: str = "first_n",
+    ) -> Experts:
+        """The expert matrices of one layer and family ("up", "gate" or "down"), in the checkpoint's dtype.
+
+        An expert computes down(act(gate x) * up x): gate and up come as (I, H), down as (H, I), whatever
+        way they are stored. Of n routed experts at most `max_experts` are taken, the first ones or evenly
+        spaced from the first to the last; the shared one, if asked for, comes last. Only the bytes of these
+        matrices are read (both gate and up where they alternate row by row). Raises CheckpointError for a
+        layer out of range or without experts, a family the model lacks, a shared expert of another size,
+        quantised weights, shapes or expert counts that contradict each other or the config, and weights
+        that are not finite.
+        """
+        shape = self.shape(layer, family)
+        indices = choose_experts(shape.n, max_experts, sample_method)
+        places = [self.locate(layer, family, expert) for expert in indices]
+        if include_shared:
+            self._check_shared(shape, layer, family)
+            places.append(self.locate(layer, family, SHARED))
+            indices = (*indices, SHARED)
+        dtype = self.reader.dtype(places[0].tensor)
+        weights = torch.empty(len(places), shape.p, shape.d, dtype=dtype)
+        for target, expert, place in zip(weights, indices, places, strict=True):
+            part = self.reader.read(place.tensor, place.index)
+            target.copy_(part.T if place.transposed else part)
+            if not torch.isfinite(target).all():
+                raise CheckpointError(
+                    f"{place.tensor} in {self.folder} holds NaN or infinite weights (layer {layer}, "
+                    f"{family}, expert {expert}): download it again, or leave this layer out"
+                )
+        return Experts(weights, indices, tuple(place.tensor for place in places))
+
+    def _slot(self, layer: int, family: str) -> Slot:
+        slot = self._layout(layer).slot(family)
+        if slot is None:
+            raise CheckpointError(
+                f"family={family!r}: the experts of {self.model_type} have no {family} matrix"
+            )
+        return slot
+
+    def _layout(self, layer: int) -> Layout:
+        if not 0 <= layer < self.num_layers:
+            raise CheckpointError(
+                f"layer={layer} is out of range: {self._source.id} has layers 0 to {self.num_layers - 1}"
+            )
+        if layer not in self._layouts:
+            raise CheckpointError(
+                f"layer={layer} of {self._source.id} has no routed experts: choose from "
+                f"{_ranges(self.moe_layers)}"
+            )
+        return self._layouts[layer]
+
+    def _shared_slot(self, layer: int, family: str) -> Slot:
+        self._layout(layer)
+        slot = None if self.architecture.shared is None else self.architecture.shared.slot(family)
+        if slot is None or slot.name(layer, 0) not in self.reader:
+            raise CheckpointError(
+                f"model.include_shared=true, but layer {layer} of {self._source.id} has no shared expert: "
+                "set it to false"
+            )
+        return slot
+
+    def _check_shared(self, shape: ExpertShape, layer: int, family: str) -> None:
+        slot = self._shared_slot(layer, family)
+        p, d = matrix_shape(self.reader, slot, slot.name(layer, 0), axes=2)
+        if (p, d) != (shape.p, shape.d):
+            raise CheckpointError(
+                f"model.include_shared=true, but in layer {layer} the shared {family} matrix is {p} x {d} "
+                f"and the routed ones are {shape.p} x {shape.d}: set it to false"
+            )
+
+    def _no_experts(self) -> str:
+        if any(
+            name.endswith(("_blocks", "_scales", ".qweight", ".weight_packed")) for name in self.reader.names
+        ):
+            return (
+                f"{self.folder} holds quantised experts, which GloBE does not read: convert them to "
+                "bfloat16 first"
+            )
+        example = self.architecture.layouts[0].down.format(layer=0, expert=0)
+        return (
+            f"{self.folder} says model_type={self.model_type!r} but has no tensor such as {example}: "
+            "give a checkpoint of the whole model"
+        )
+
+
+def open_checkpoint(
+    path: str | None, *, revision: str | None = None, force_download: bool = False
+) -> Checkpoint:
+    """Open a checkpoint folder, a hub id, or (None) the embedded model.
+
+    Reads `config.json` and headers, no weights. Raises CheckpointError if it cannot be found or downloaded,
+    or is of an unknown architecture, quantised, incomplete or damaged.
+    """
+    return Checkpoint(resolve(path, revision=revision, force_download=force_download))
+
+
+def extract_expert_weights(
+    model_name_or_path: str,
+    include_shared: bool = False,
+    force_download: bool = False,
+    max_experts: int | None = None,
+    single_layer: int | None = None,
+    sample_method: str = "first_n",
+) -> dict[str, list[Tensor]]:
+    """Up and gate matrices of a checkpoint folder or hub id: keys "up" and "gate", lists of (p, d) tensors.
+
+    Layers ascend, experts within a layer too, the shared expert (`include_shared`) last; `single_layer`
+    takes one layer, None all that have routed experts. At most `max_experts` of a layer, by `sample_method`
+    "first_n" or "evenly_spaced". Tensors keep the checkpoint's dtype. Raises CheckpointError as
+    `Checkpoint.read_experts`.
+    """
+    checkpoint = open_checkpoint(model_name_or_path, force_download=force_download)
+    layers = checkpoint.moe_layers if single_layer is None else (single_layer,)
+    weights: dict[str, list[Tensor]] = {"up": [], "gate": []}
+    for layer in layers:
+        for family, matrices in weights.items():
+            experts = checkpoint.read_experts(
+                layer,
+                family,
+                include_shared=include_shared,
+                max_experts=max_experts,
+                sample_method=sample_method,
+            )
+            matrices.extend(experts.weights)
+    return weights
+
+
+def choose_experts(n: int, max_experts: int | None, sample_method: str) -> tuple[int, ...]:
+    """Which of n experts to take: all, the first `max_experts`, or as many from the first to the last."""
+    if max_experts is not None and max_experts < 1:
+        raise CheckpointError(
+            f"model.max_experts={max_experts} is not possible: give at least 1, or null for all"
+        )
+    count = n if max_experts is None else min(max_experts, n)
+    match sample_method:
+        case "first_n":
+            return tuple(range(count))
+        case "evenly_spaced":
+            return tuple(i * (n - 1) // max(count - 1, 1) for i in range(count))
+        case _:
+            raise CheckpointError(f"model.sample_method={sample_method!r}: choose first_n or evenly_spaced")
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(1, 2, 3, 5) as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

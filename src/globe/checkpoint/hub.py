@@ -1,0 +1,97 @@
+"""From what the user typed (a folder, a hub id, nothing) to a folder on disk."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import globe.embedded
+from globe.errors import CheckpointError
+
+EMBEDDED_ID = "globe-tiny"
+# Weights and what describes them. Files in folders below (`original/`, `onnx/`) are copies in other formats.
+ALLOWED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
+IGNORED = ("*/*", "consolidated*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint lies and what to call it."""
+
+    folder: Path
+    id: str
+    """Hub id, folder as typed, or `globe-tiny` for the embedded model."""
+    revision: str | None
+    """Commit of a hub model, if the cache names it; None for folders."""
+
+
+def resolve(path: str | None, *, revision: str | None = None, force_download: bool = False) -> Source:
+    """Find the folder of a checkpoint; download it if it is a hub id.
+
+    `None` is the embedded model. A folder wins over a hub id of the same name. Under HF_HUB_OFFLINE only the
+    cache is asked. Raises CheckpointError if there is no such folder or model, or no way to get it.
+    """
+    if path is None:
+        return Source(globe.embedded.path(), EMBEDDED_ID, None)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"model.revision={revision!r} is for hub ids, but {path} is a folder: drop it"
+            )
+        return Source(folder, path, None)
+    if folder.is_file():
+        raise CheckpointError(f"model.path={path!r} is a file: give the folder that holds it")
+    if not _HUB_ID.fullmatch(path) or path.startswith("."):
+        raise CheckpointError(
+            f"model.path={path!r} is neither a folder here nor a hub id (owner/name): correct it"
+        )
+    return _snapshot(path, revision, force_download)
+
+
+def _snapshot(hub_id: str, revision: str | None, force_download: bool) -> Source:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            hub_id,
+            revision=revision,
+            force_download=force_download,
+            allow_patterns=list(ALLOWED),
+            ignore_patterns=list(IGNORED),
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"model.path={hub_id!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"model.path={hub_id!r} is neither a folder here nor a model on the hub open to you: correct it"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"model.revision={revision!r} does not exist for {hub_id}: give a branch, tag or commit of it"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        # Whatever else the hub's cache lacks, the reader itself checks for the tensors.
+        found = str(getattr(error, "snapshot_path", ""))
+        if not found:
+            raise CheckpointError(
+                f"model.path={hub_id!r} is neither a folder here nor in the hub cache, and the hub is out of "
+                "reach or HF_HUB_OFFLINE is set: download it once while online, or give a folder"
+            ) from error
+    except Exception as error:  # the HTTP library underneath differs between versions
+        raise CheckpointError(
+            f"model.path={hub_id!r} could not be downloaded ({type(error).__name__}: {_first_line(error)}): "
+            "try again, or give a folder"
+        ) from error
+    folder = Path(found)
+    commit = folder.name if folder.parent.name == "snapshots" else revision
+    return Source(folder, hub_id, commit)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

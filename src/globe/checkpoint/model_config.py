@@ -1,0 +1,50 @@
+"""What a checkpoint's `config.json` says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from globe.errors import CheckpointError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint. Raises CheckpointError if missing, malformed or without model_type."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}): download it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{path} names no model_type: it is not the config of a model transformers knows"
+        )
+    return config
+
+
+def refuse_quantised(config: dict[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if the config declares quantised weights, or a GloBE model."""
+    for part in (config, config.get("text_config")):
+        record = part.get("quantization_config") if isinstance(part, dict) else None
+        if record is None:
+            continue
+        method = record.get("quant_method", "unknown") if isinstance(record, dict) else "unknown"
+        if method == "globe":
+            raise CheckpointError(f"{folder} is compressed by GloBE already: give the original checkpoint")
+        raise CheckpointError(
+            f"{folder} holds weights quantised with {method!r}, which GloBE does not read: convert it to "
+            "bfloat16 first (transformers can dequantise while loading)"
+        )
+
+
+def size_of(config: dict[str, Any], key: str | None, layer: int | None = None) -> int | None:
+    """The integer under a dotted key, or the layer's one of a list; None if the config has none."""
+    value: Any = config
+    for part in key.split(".") if key else ():
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, list):
+        value = value[layer] if layer is not None and layer < len(value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,95 @@
+"""A checkpoint copied with some of its tensors replaced, everything else byte for byte."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from globe.checkpoint.folders import FreshFolder, unwritable
+from globe.checkpoint.shards import INDEX, ShardReader
+from globe.checkpoint.tensorfile import TensorFile, raw_bytes
+from globe.errors import CheckpointError
+
+_WEIGHTS = frozenset(
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
+)
+
+
+def copy_checkpoint(
+    source: str | Path, out: str | Path, replace: Mapping[str, Callable[[Tensor], Tensor]]
+) -> None:
+    """Copy the checkpoint folder `source` to `out`, the tensors named in `replace` changed by its functions.
+
+    A function gets the stored tensor (its own copy) and returns one of the same shape and dtype. File
+    names, headers, metadata, the order of tensors, the index and every other tensor stay byte for byte, so
+    tied tensors stay tied; config and tokenizer are copied too. At most one tensor is in memory. `out`
+    appears whole or not at all. Raises CheckpointError if `out` exists, a name is not in the checkpoint, or
+    a function returns another shape or dtype.
+    """
+    reader = ShardReader(source)
+    if absent := sorted(set(replace) - set(reader.names)):
+        raise CheckpointError(
+            f"{source} has no tensor {absent[0]}, so it cannot be replaced: check the names"
+        )
+    if Path(out).absolute() == Path(source).absolute():
+        raise CheckpointError(f"out={str(out)!r} is the checkpoint itself: give another folder")
+    with FreshFolder(out) as folder:
+        copy_support_files(source, folder)
+        if (reader.folder / INDEX).is_file():
+            _copy(reader.folder / INDEX, folder / INDEX)
+        for shard in reader.files:
+            _copy_shard(reader.file(shard), folder / shard, replace)
+
+
+def copy_support_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
+    """Copy what is not weights (config, tokenizer, licence) from one folder into another; returns the names.
+
+    Subfolders, hidden files, weights of any format and their indices are left out.
+    """
+    names = []
+    for path in sorted(Path(source).iterdir()):
+        suffixes = set(path.suffixes)
+        if path.is_file() and not path.name.startswith(".") and not suffixes & _WEIGHTS:
+            _copy(path, Path(out) / path.name)
+            names.append(path.name)
+    return tuple(names)
+
+
+def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    try:
+        with target.open("wb") as copy:
+            copy.write(file.header)
+            for name in file.entries:  # in the order of their bytes, which leave no gap
+                if name in replace:
+                    copy.write(raw_bytes(_replaced(file, name, replace[name])))
+                else:
+                    for piece in file.chunks(name):
+                        copy.write(piece)
+            copy.flush()
+            os.fsync(copy.fileno())
+    except OSError as error:
+        raise unwritable(target, error) from error
+
+
+def _replaced(file: TensorFile, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+    entry = file.entries[name]
+    new = function(file.read(name))
+    if (tuple(new.shape), new.dtype) != (entry.shape, entry.dtype):
+        raise CheckpointError(
+            f"{name} is {entry.dtype} {list(entry.shape)}, but its replacement {new.dtype} "
+            f"{list(new.shape)}: keep shape and dtype"
+        )
+    return new
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)  # follows the links of the hub's cache
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(target, error) from error

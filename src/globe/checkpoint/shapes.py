@@ -1,0 +1,104 @@
+"""Sizes of expert matrices, from file headers alone, checked against each other and against the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from globe.checkpoint.architecture import FAMILIES, ConfigKeys, Layout, Slot
+from globe.checkpoint.model_config import size_of
+from globe.checkpoint.shards import ShardReader
+from globe.errors import CheckpointError
+
+READABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """Sizes of the routed experts of one layer and family: n matrices of p rows and d columns."""
+
+    n: int
+    p: int
+    d: int
+
+
+def routed_shape(
+    reader: ShardReader, layout: Layout, family: str, layer: int, config: dict[str, Any], keys: ConfigKeys
+) -> ExpertShape:
+    """n, p, d of the routed experts; the layout must have the family.
+
+    Raises CheckpointError for a dtype GloBE does not read, experts that differ in shape or dtype, and sizes
+    or counts that contradict the other families or the config.
+    """
+    slot = layout.slot(family)
+    assert slot is not None
+    n = _count(reader, layout, layer, size_of(config, keys.experts, layer))
+    name = slot.name(layer, 0)
+    p, d = matrix_shape(reader, slot, name, axes=3 if slot.fused else 2)
+    first = reader.entry(name)
+    for expert in range(1, 1 if slot.fused else n):
+        other = slot.name(layer, expert)
+        entry = reader.entry(other)
+        if (entry.shape, entry.dtype) != (first.shape, first.dtype):
+            raise CheckpointError(
+                f"{other} in {reader.folder} is {entry.dtype} {list(entry.shape)}, but expert 0 "
+                f"is {first.dtype} {list(first.shape)}: the files do not belong together, download them again"
+            )
+    rows, columns = size_of(config, keys.rows, layer), size_of(config, keys.columns, layer)
+    wanted = (columns, rows) if family == "down" else (rows, columns)
+    if any(promised not in (None, got) for got, promised in zip((p, d), wanted, strict=True)):
+        raise CheckpointError(
+            f"{name} in {reader.folder} holds {p} x {d} matrices where config.json promises "
+            f"{wanted[0] or p} x {wanted[1] or d}: they do not belong together, download both again"
+        )
+    return ExpertShape(n, p, d)
+
+
+def matrix_shape(reader: ShardReader, slot: Slot, name: str, *, axes: int) -> tuple[int, int]:
+    """p and d of the matrices in a stored tensor that should have so many axes. Raises CheckpointError."""
+    entry = reader.entry(name)
+    if entry.dtype not in READABLE:
+        raise CheckpointError(
+            f"{name} in {reader.folder} is stored as {entry.dtype}, a quantised form GloBE does not read: "
+            "convert the checkpoint to bfloat16 first"
+        )
+    if len(entry.shape) != axes or 0 in entry.shape:
+        raise CheckpointError(
+            f"{name} in {reader.folder} has shape {list(entry.shape)} where {axes} axes are due: "
+            "download it again"
+        )
+    p, d = entry.shape[-1 if slot.transposed else -2], entry.shape[-2 if slot.transposed else -1]
+    if slot.half is None:
+        return p, d
+    if p % 2:
+        raise CheckpointError(
+            f"{name} in {reader.folder} has {p} rows, which gate and up cannot share: download it again"
+        )
+    return p // 2, d
+
+
+def _count(reader: ShardReader, layout: Layout, layer: int, promised: int | None) -> int:
+    """Number of routed experts, on which all families and the config must agree."""
+    counts: dict[str, int] = {}
+    for family in FAMILIES:
+        slot = layout.slot(family)
+        if slot is None:
+            continue
+        first = slot.name(layer, 0)
+        if slot.fused:
+            counts[family] = next(iter(reader.shape(first)), 0) if first in reader else 0
+        else:
+            expert = 0
+            while slot.name(layer, expert) in reader:
+                expert += 1
+            counts[family] = expert
+    wanted = promised if promised is not None else max(counts.values())
+    if set(counts.values()) != {wanted}:
+        listed = ", ".join(f"{count} of {family}" for family, count in counts.items())
+        raise CheckpointError(
+            f"layer={layer} of {reader.folder} has other numbers of expert matrices ({listed}) than the "
+            f"{wanted} promised: download the checkpoint again"
+        )
+    return wanted
