@@ -86,7 +86,7 @@ def _mix_low_rank(
     if codes.shape[0] > 1:
         return _mix(codes, left @ right)
     wide_left = (codes[0].view(m, 1, 1) * left).transpose(0, 1).reshape(r, m * k)
-    return (wide_left @ right.reshape(m * k, -1)).unsqueeze(0)
+    return (wide_left @ right.reshape(m * k, right.shape[2])).unsqueeze(0)
 
 
 def bases_of(

@@ -99,7 +99,7 @@ def align(bases: Float[Tensor, "n r d"], target: Float[Tensor, "n r d"]) -> Floa
 
 
 def logits_from_codes(
-    codes: Float[Tensor, "n m"], *, code_map: str, temperature: float = 1.0, margin: float = 1e-6
+    codes: Float[Tensor, "n m"], *, code_map: str, temperature: float = 1.0, margin: float = 1e-4
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, " n"]]:
     """Logits z and gains s with s_i * map(z_i / T) = codes_i: the exact inverse of the code map.
 
