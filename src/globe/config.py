@@ -130,7 +130,7 @@ class ModelConfig:
     force_download: bool = False
     """Download again even if the hub cache has the files."""
     include_shared: bool = False
-    """Also take the always-on shared expert where it has the shape of a routed one."""
+    """Also take the always-on shared expert; refused where it is not of the size of a routed one."""
     max_experts: int | None = None
     """Use at most this many routed experts per layer; null is all."""
     sample_method: SampleMethod = SampleMethod.first_n
@@ -246,8 +246,10 @@ class CodesConfig:
     """Map from logits to the simplex; decides the support, least squares decides the values."""
     target_support: int | str | None = None
     """Median number of atoms an expert may use at the end: an integer, an expression in m; null is dense."""
+    joint: bool = True
+    """Move the codes together with the bank in the Gauss-Newton step."""
     every: int = 5
-    """A coding step every so many steps; 0 leaves the first codes fixed."""
+    """A coding step every so many steps; 0 makes none, which with joint=false leaves the first codes fixed."""
     prune: float = 1e-3
     """Codes below this share of the expert's largest are set to zero."""
     eta: float = 0.05

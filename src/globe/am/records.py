@@ -26,24 +26,29 @@ class Sizes:
     """rows of an atom"""
     target_support: int | None = None
     """median number of atoms an expert may use at the end; None is dense"""
+    atom_rank: int | None = None
+    """k of low-rank atoms B_j = U_j V_j; None is dense atoms"""
 
     @property
     def parameters(self) -> int:
-        """Kept numbers: adapters n p r, bank m r d, codes n m."""
-        return self.n * self.p * self.r + self.m * self.r * self.d + self.n * self.m
+        """Kept numbers: adapters n p r, codes n m, and the bank: m r d, or m k (r + d) with low-rank atoms."""
+        atom = self.r * self.d if self.atom_rank is None else self.atom_rank * (self.r + self.d)
+        return self.n * self.p * self.r + self.m * atom + self.n * self.m
 
     @property
     def kept(self) -> float:
-        """Kept share of the family's own n p d parameters: r/d + m r/(n p) + m/(p d)."""
+        """Kept share of the family's own n p d parameters; r/d + m r/(n p) + m/(p d) with dense atoms."""
         return self.parameters / (self.n * self.p * self.d)
 
 
 class Factors(NamedTuple):
-    """W_i ~ adapters_i phi_lam(sum_j codes_ij bank_j)."""
+    """W_i ~ adapters_i phi_lam(sum_j codes_ij bank_j). With low-rank atoms bank_j = left_j right_j."""
 
     bank: Float[Tensor, "m r d"]
     codes: Float[Tensor, "n m"]
     adapters: Float[Tensor, "n p r"]
+    left: Float[Tensor, "m r k"] | None = None
+    right: Float[Tensor, "m k d"] | None = None
 
 
 class StopReason(StrEnum):

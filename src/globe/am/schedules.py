@@ -11,7 +11,7 @@ def curve_value(
     kind: str,
     start: float,
     end: float,
-    step: int,
+    step: float,
     steps: int,
     *,
     warmup: float = 0.0,
@@ -52,7 +52,7 @@ def curve_value(
     return start * (1 - way) + end * way
 
 
-def _progress(step: int, steps: int, warmup: float, hold: float) -> float:
+def _progress(step: float, steps: int, warmup: float, hold: float) -> float:
     """How far along the way, 0 to 1. A hold of any length wins over the end of the warm-up at the same
     step.
     """

@@ -1,0 +1,107 @@
+"""The coding step: entmax chooses each expert's support, non-negative least squares chooses the values on it.
+
+Least squares works in the projected metric of the true objective, with the activation linearised, so that it sees
+what the adapters will absorb; it can bring back an atom that entmax's gradient (zero off the support) cannot.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from globe.am.chunks import expert_chunks
+from globe.am.objective import Point
+from globe.am.temperature import support_from_logits
+from globe.warm_start import logits_from_codes, nnls_codes
+
+_DAMPING = 1e-3
+"""Relative ridge towards the present codes: their scale along Y_i itself is free and would drift."""
+
+
+def contributions(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n m"]:
+    """alpha_ij ||B_j||_F: what an atom adds to an expert, whatever the gauge."""
+    return codes * torch.linalg.vector_norm(bank, dim=(1, 2))
+
+
+def entmax_support(
+    codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], *, temperature: float, code_map: str
+) -> Bool[Tensor, "n m"]:
+    """Support of map(z_i / T), with z the exact pre-image of the present contributions at T = 1.
+
+    T = 1 keeps the present support, a lower T drops the smallest contributions, a higher one lets atoms back in.
+    Never empty.
+    """
+    logits, _ = logits_from_codes(contributions(codes, bank), code_map=code_map)
+    return support_from_logits(logits, temperature, code_map=code_map)
+
+
+def support_of_median(
+    codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], *, median: int, code_map: str
+) -> Bool[Tensor, "n m"]:
+    """The entmax support at the highest temperature whose median support is at most `median`.
+
+    Bisection on T, in which the median support is monotone; where equal contributions make it jump over the target
+    the result stands below it. Supports that already meet the target are returned as they are.
+    """
+    present = codes > 0
+    if float(present.sum(dim=1).float().median()) <= median:
+        return present
+    low, high = 1e-4, 1.0
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        support = present & entmax_support(codes, bank, temperature=middle, code_map=code_map)
+        if float(support.sum(dim=1).float().median()) <= median:
+            low = middle
+        else:
+            high = middle
+    return present & entmax_support(codes, bank, temperature=low, code_map=code_map)
+
+
+def code_system(
+    bank: Float[Tensor, "m r d"], point: Point
+) -> tuple[Float[Tensor, "n m m"], Float[Tensor, "n m"]]:
+    """Normal equations of a change of codes: K_i[j, l] = <P B_ij, G_i P B_il>, h_i[j] = <B_j, force_i>.
+
+    B_ij = J_i * B_j, P removes the row space of M_i. Costs as much as m conjugate-gradient iterations.
+    """
+    n, m = len(point.gram), len(bank)
+    K, h = bank.new_empty(n, m, m), bank.new_empty(n, m)
+    flat = bank.flatten(1)
+    for part in expert_chunks(n, *bank.shape[1:]):
+        torch.mm(point.force[part].flatten(1), flat.T, out=h[part])
+    for i in range(n):
+        seen = bank if point.slope is None else bank * point.slope[i]
+        Q = point.rows[i]
+        seen = seen - (seen @ Q.T) @ Q
+        torch.mm(seen.flatten(1), (point.gram[i] @ seen).flatten(1).T, out=K[i])
+    return (K + K.mT) / 2, h
+
+
+def propose_codes(
+    bank: Float[Tensor, "m r d"],
+    codes: Float[Tensor, "n m"],
+    point: Point,
+    *,
+    support: Bool[Tensor, "n m"] | None = None,
+    l1: float = 0.0,
+    simplex: bool = False,
+) -> Float[Tensor, "n m"]:
+    """argmin over alpha_i >= 0 on the support of the linearised objective around the present codes.
+
+    1/2 (a - alpha)^T (K + damping) (a - alpha) - h^T (a - alpha) + l1 mean(diag K) sum a. A proposal: the caller
+    measures the true objective. An expert whose proposal is all zero keeps its present codes.
+    """
+    K, h = code_system(bank, point)
+    mean = K.diagonal(dim1=1, dim2=2).mean(dim=1)
+    eye = torch.eye(K.shape[1], dtype=K.dtype, device=K.device)
+    K = K + ((_DAMPING * mean).clamp_min(torch.finfo(K.dtype).tiny))[:, None, None] * eye
+    H = torch.bmm(K, codes.unsqueeze(2)).squeeze(2) + h
+    if l1 > 0 and not simplex:
+        H = H - l1 * mean[:, None]
+    new = nnls_codes(K, H, simplex=simplex, support=support).to(codes)
+    dead = new.sum(dim=1) <= 0
+    if bool(dead.any()):
+        kept = codes if support is None else codes * support
+        new = torch.where(dead[:, None], kept, new)
+    return new

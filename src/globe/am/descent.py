@@ -1,0 +1,153 @@
+"""The dictionary step taken: Gauss-Newton directions tried and accepted or refused, and plain MOD."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.activation import phi
+from globe.am.chunks import expert_chunks
+from globe.am.gauss_newton import gauss_newton_direction
+from globe.am.mod import linearised_targets, mod_step, rescale_gauge
+from globe.am.objective import Point, evaluate, mix
+from globe.am.state import AMState, Atoms
+from globe.am.tangent import tangent
+from globe.am.targets import aligned_warm_start, blend, weight_aware_targets
+
+_DOWN, _UP = 2.5, 5.0
+_LEAST, _MOST = 1e-5, 1e5
+
+
+class Numbers(NamedTuple):
+    """The scalars of a step that its parts share; see `am_step`."""
+
+    lam: float
+    beta: float
+    activation: str
+    cg_iterations: int
+    momentum: float
+    joint: bool
+    lambda_A: float
+    lambda_B: float
+    lambda_T: float
+
+    def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms) -> Point:
+        return evaluate(
+            X, atoms.bank, atoms.codes, lam=self.lam, activation=self.activation, lambda_A=self.lambda_A
+        )
+
+    def bases(self, atoms: Atoms) -> Float[Tensor, "n r d"]:
+        """M_i = phi_lam(Y_i) of all experts; only the steps off the fast path need it."""
+        return phi(mix(atoms.codes, atoms.bank), lam=self.lam, activation=self.activation)
+
+
+def gauss_newton_step(
+    X: Float[Tensor, "n p d"],
+    state: AMState,
+    numbers: Numbers,
+    *,
+    warm: Float[Tensor, "n r d"] | None,
+    generator: torch.Generator,
+) -> tuple[AMState, bool]:
+    """One projected Gauss-Newton step, and whether it was taken.
+
+    A step that lowers the objective is taken and the damping falls; tried first extrapolated (Nesterov, weight
+    k / (k + 3) up to `momentum`), then, if that does not descend, as it is with the momentum reset. If neither
+    descends the state stays, the momentum is dropped and the damping rises fivefold.
+    """
+    pull = None
+    if numbers.beta < 1:
+        assert warm is not None, "beta below 1 needs the warm start"
+        pull = aligned_warm_start(warm, numbers.bases(state.atoms))
+    slopes = tangent(
+        state.atoms.bank,
+        state.atoms.codes,
+        left=state.atoms.left,
+        right=state.atoms.right,
+        free=state.constraint.support,
+        joint=numbers.joint,
+    )
+    move = gauss_newton_direction(
+        slopes,
+        state.point,
+        cg_iterations=numbers.cg_iterations,
+        damping=state.damping,
+        generator=generator,
+        lambda_B=numbers.lambda_B,
+        force=None if pull is None else _blended_force(state, pull, numbers),
+    )
+    plain = state.atoms.moved(move, state.constraint, joint=numbers.joint)
+    relaxed = max(_LEAST, state.damping / _DOWN)
+    if pull is not None:
+        error = _blended_error(X, state, state.atoms, pull, numbers)
+        if _blended_error(X, state, plain, pull, numbers) < error:
+            point = numbers.evaluate(X, plain)
+            return state._replace(
+                atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed
+            ), True
+        return _refused(state), False
+    count = state.momentum_steps + 1
+    weight = min(numbers.momentum, count / (count + 3))
+    if weight > 0:
+        beyond = plain.beyond(state.anchor, weight, state.constraint)
+        point = numbers.evaluate(X, beyond)
+        if point.objective < state.objective:
+            return state._replace(
+                atoms=beyond, point=point, anchor=plain, momentum_steps=count, damping=relaxed
+            ), True
+    point = numbers.evaluate(X, plain)
+    if point.objective < state.objective:
+        return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
+    return _refused(state), False
+
+
+def _refused(state: AMState) -> AMState:
+    return state._replace(anchor=state.atoms, momentum_steps=0, damping=min(_MOST, state.damping * _UP))
+
+
+def _blended_force(state: AMState, pull: Float[Tensor, "n r d"], numbers: Numbers) -> Float[Tensor, "n r d"]:
+    """J * A^T (X~ - A M) for the target X~ = beta X + (1 - beta) A pull."""
+    away = torch.bmm(state.point.gram, pull - numbers.bases(state.atoms))
+    if state.point.slope is not None:
+        away *= state.point.slope
+    return torch.lerp(away, state.point.force, numbers.beta)
+
+
+def _blended_error(
+    X: Float[Tensor, "n p d"],
+    state: AMState,
+    atoms: Atoms,
+    pull: Float[Tensor, "n r d"],
+    numbers: Numbers,
+) -> float:
+    """sum_i ||X~_i - A_i M_i||^2 at the adapters of `state`, for the blended target X~ of `_blended_force`."""
+    A, total = state.point.adapters, 0.0
+    for part in expert_chunks(*X.shape):
+        M = phi(mix(atoms.codes[part], atoms.bank), lam=numbers.lam, activation=numbers.activation)
+        wanted = torch.lerp(A[part] @ pull[part], X[part], numbers.beta)
+        total += float(torch.linalg.vector_norm(wanted - A[part] @ M)) ** 2
+    return total
+
+
+def mod_dictionary_step(
+    X: Float[Tensor, "n p d"],
+    state: AMState,
+    numbers: Numbers,
+    *,
+    warm: Float[Tensor, "n r d"] | None,
+) -> AMState:
+    """Plain MOD on blended targets, atoms brought to equal norms, then the refit; always taken, may ascend."""
+    assert state.atoms.left is None, "MOD needs dense atoms"
+    Y = mix(state.atoms.codes, state.atoms.bank)
+    M = phi(Y, lam=numbers.lam, activation=numbers.activation)
+    target = weight_aware_targets(X, state.point.adapters, lambda_T=numbers.lambda_T)
+    pull = None if numbers.beta == 1 or warm is None else aligned_warm_start(warm, M)
+    target = linearised_targets(Y, M, state.point.slope, blend(numbers.beta, target, pull))
+    bank = mod_step(target, state.atoms.codes, state.atoms.bank, lambda_B=numbers.lambda_B)
+    atoms = Atoms(bank, state.atoms.codes)
+    if not state.constraint.simplex:
+        atoms = Atoms(*rescale_gauge(bank, state.atoms.codes))
+    return state._replace(atoms=atoms, point=numbers.evaluate(X, atoms), anchor=atoms, momentum_steps=0)

@@ -1,0 +1,302 @@
+"""The fit of one bank: schedules, support control, validation, stopping and checkpoints around `am_step`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.coding import support_of_median
+from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
+from globe.am.descent import Numbers
+from globe.am.objective import evaluate
+from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
+from globe.am.resume import Progress, Running, restore, snapshot
+from globe.am.start import first_atoms
+from globe.am.state import AMState, Constraint, start_state
+from globe.am.step import StepFigures, am_step, coding_step
+from globe.am.temperature import next_temperature, prune
+from globe.config import Config, FirstCodes
+from globe.metrics import squared_norms, support_sizes
+from globe.warm_start import truncated_svd
+
+_STALLED_AFTER = 12
+"""Refused steps in a row; the damping has then grown by 5^12 and nothing descends any more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What stays the same through a fit."""
+
+    X: Float[Tensor, "n p d"]
+    sizes: Sizes
+    config: Config
+    export_dtype: torch.dtype | None
+    warm: Float[Tensor, "n r d"] | None
+    """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
+    total: float
+    """sum_i ||X_i||_F^2"""
+
+    def relfrob(self, objective: float) -> float:
+        return (objective / self.total) ** 0.5 if self.total > 0 else 0.0
+
+    def numbers(self, controls: Controls) -> Numbers:
+        train = self.config.train
+        return Numbers(
+            lam=controls.lam,
+            beta=controls.beta,
+            activation=self.config.bank.activation,
+            cg_iterations=train.cg_iterations,
+            momentum=train.momentum,
+            joint=self.config.codes.joint,
+            lambda_A=train.lambda_A,
+            lambda_B=train.lambda_B,
+            lambda_T=train.lambda_T,
+        )
+
+
+def fit_bank(
+    experts: Float[Tensor, "n p d"],
+    sizes: Sizes,
+    config: Config,
+    *,
+    generator: torch.Generator,
+    export_dtype: torch.dtype | None = None,
+    resume: FitState | None = None,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_checkpoint: Callable[[FitState], None] = lambda state: None,
+) -> FitResult:
+    """Learn bank, codes and adapters for normalised experts X (n, p, d).
+
+    min sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 by alternating minimisation (`am_step`), from seeded atoms
+    or from `resume`. The validation error is taken after pruning, with bank and codes rounded to `export_dtype`.
+    `on_checkpoint` gets a state every `train.checkpoint_every` seconds, from which a fit continues bit for bit on the
+    same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step.
+
+    Raises FitError when numbers are no longer finite.
+    """
+    started = time.perf_counter()
+    problem, running = _begin(experts, sizes, config, generator, export_dtype, resume)
+    before, saved = running.progress.seconds, started
+    stop = None
+    while stop is None:
+        share = share_of_fit(config.train, running.progress.step, running.progress.seconds)
+        controls = controls_at(config.schedule, sizes, share)
+        running = _control(problem, running, controls)
+        running, figures = _advance(problem, running, controls)
+        now = time.perf_counter()
+        running = running._replace(progress=_count(running.progress, figures, before + now - started))
+        running, validation = _validate(problem, running)
+        on_step(_record(problem, running, controls, figures, validation))
+        stop = _stop_reason(config, running.progress, controls)
+        if stop is None and now - saved >= config.train.checkpoint_every:
+            on_checkpoint(snapshot(running))
+            saved = now
+    return _finish(problem, running, controls, stop)
+
+
+def _begin(
+    X: Float[Tensor, "n p d"],
+    sizes: Sizes,
+    config: Config,
+    generator: torch.Generator,
+    export_dtype: torch.dtype | None,
+    resume: FitState | None,
+) -> tuple[Problem, Running]:
+    beta = config.schedule.beta
+    bases_for_codes = resume is None and config.init.codes is not FirstCodes.mixed
+    warm = None
+    if bases_for_codes or min(beta.start, beta.end) < 1:
+        warm = truncated_svd(X, sizes.r)
+    problem = Problem(
+        X,
+        sizes,
+        config,
+        export_dtype,
+        None if warm is None else warm.bases,
+        float(squared_norms(X).sum()),
+    )
+    activation, lambda_A = config.bank.activation, config.train.lambda_A
+    if resume is not None:
+        return problem, restore(resume, X, activation=activation, lambda_A=lambda_A)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    state = start_state(
+        X,
+        first_atoms(X, sizes, config.init, generator=generator, warm=warm),
+        lam=controls_at(config.schedule, sizes, 0.0).lam,
+        damping=config.train.damping,
+        constraint=Constraint(None, config.codes.simplex),
+        activation=activation,
+        lambda_A=lambda_A,
+    )
+    return problem, Running(state, state, Progress(seed, problem.relfrob(state.objective)), None)
+
+
+def _control(problem: Problem, running: Running, controls: Controls) -> Running:
+    """Temperature control in its phase; the cut to the target support when the frozen phase begins."""
+    codes, progress = problem.config.codes, running.progress
+    target = problem.sizes.target_support
+    if target is None or controls.phase is Phase.dense or progress.frozen:
+        return running
+    if controls.phase is Phase.control:
+        if progress.step % codes.control_every:
+            return running
+        median = median_support(running.state.atoms.codes)
+        factor = next_temperature(progress.temperature_factor, median, target, eta=codes.eta)
+        return running._replace(progress=replace(progress, temperature_factor=factor))
+    return running._replace(
+        state=cut_support(problem, running.state, controls), progress=replace(progress, frozen=True)
+    )
+
+
+def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
+    """Codes on an entmax support whose median meets the target, refit by least squares on it."""
+    assert problem.sizes.target_support is not None
+    support = support_of_median(
+        state.atoms.codes,
+        state.atoms.bank,
+        median=problem.sizes.target_support,
+        code_map=problem.config.codes.map,
+    )
+    return coding_step(problem.X, state, problem.numbers(controls), support=support)
+
+
+def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Running, StepFigures]:
+    config, progress = problem.config, running.progress
+    numbers = problem.numbers(controls)._asdict()
+    every = config.codes.every
+    state, figures = am_step(
+        problem.X,
+        running.state,
+        **numbers,
+        temperature=controls.temperature * progress.temperature_factor,
+        dictionary=config.train.dictionary,
+        coding=every > 0 and progress.step % every == 0,
+        sparse=controls.phase is Phase.control,
+        code_map=config.codes.map,
+        l1=config.codes.l1,
+        warm=problem.warm,
+        # one draw per step, so that a resumed fit draws the same
+        generator=torch.Generator().manual_seed(progress.seed * 1_000_003 + progress.step),
+    )
+    best = running.best
+    fresh = state.lam != best.lam or state.constraint is not best.constraint or controls.beta < 1
+    if fresh or state.objective <= best.objective:
+        best = state
+    return running._replace(state=state, best=best), figures
+
+
+def _count(progress: Progress, figures: StepFigures, seconds: float) -> Progress:
+    return replace(
+        progress,
+        step=progress.step + 1,
+        seconds=seconds,
+        accepted=progress.accepted + figures.accepted,
+        rejected=progress.rejected + (not figures.accepted),
+        refused_in_a_row=0 if figures.accepted else progress.refused_in_a_row + 1,
+        regularised=progress.regularised + figures.regularised,
+    )
+
+
+def _validate(problem: Problem, running: Running) -> tuple[Running, float | None]:
+    """Every so many steps, the error of what would be exported now, and whether that was any better."""
+    progress, train = running.progress, problem.config.train
+    if progress.step % train.evaluate_every:
+        return running, None
+    error = validation_relfrob(problem, running.state)
+    used = running.state.atoms.codes > 0
+    changed = running.seen is None or float((used != running.seen).double().mean()) > 0.01
+    better = error < progress.best_validation * (1 - train.tolerance)
+    progress = replace(
+        progress,
+        best_validation=min(error, progress.best_validation),
+        validations_without=0 if better or changed else progress.validations_without + 1,
+    )
+    return running._replace(progress=progress, seen=used), error
+
+
+def validation_relfrob(problem: Problem, state: AMState) -> float:
+    """RelFrob with codes pruned, bank and codes rounded to the export dtype, adapters refit."""
+    codes = prune(state.atoms.codes, problem.config.codes.prune)
+    bank = state.atoms.bank
+    if problem.export_dtype is not None:
+        codes = codes.to(problem.export_dtype).to(codes)
+        bank = bank.to(problem.export_dtype).to(bank)
+    point = evaluate(
+        problem.X,
+        bank,
+        codes,
+        lam=state.lam,
+        activation=problem.config.bank.activation,
+        lambda_A=problem.config.train.lambda_A,
+    )
+    return problem.relfrob(point.objective)
+
+
+def _stop_reason(config: Config, progress: Progress, controls: Controls) -> StopReason | None:
+    train = config.train
+    if progress.step >= train.steps:
+        return StopReason.steps
+    if train.time_limit is not None and progress.seconds >= train.time_limit:
+        return StopReason.time
+    if progress.refused_in_a_row >= _STALLED_AFTER and controls.final:
+        return StopReason.stalled
+    if train.patience and controls.final and progress.validations_without >= train.patience:
+        return StopReason.converged
+    return None
+
+
+def _record(
+    problem: Problem,
+    running: Running,
+    controls: Controls,
+    figures: StepFigures,
+    validation: float | None,
+) -> StepRecord:
+    state, progress = running.state, running.progress
+    support = support_sizes(state.atoms.codes).double()
+    return StepRecord(
+        step=progress.step,
+        seconds=progress.seconds,
+        objective=state.objective,
+        relfrob=problem.relfrob(state.objective),
+        validation_relfrob=validation,
+        lam=controls.lam,
+        beta=controls.beta,
+        temperature=controls.temperature * progress.temperature_factor,
+        accepted=figures.accepted,
+        damping=state.damping,
+        regularised_solves=progress.regularised,
+        support_median=float(support.quantile(0.5)),
+        support_mean=float(support.mean()),
+        support_min=int(support.min()),
+        support_max=int(support.max()),
+        seconds_coding=figures.seconds_coding,
+        seconds_dictionary=figures.seconds_dictionary,
+        seconds_refit=figures.seconds_refit,
+    )
+
+
+def _finish(problem: Problem, running: Running, controls: Controls, stop: StopReason) -> FitResult:
+    state, progress = running.best, running.progress
+    if problem.sizes.target_support is not None and not progress.frozen:
+        state = cut_support(problem, state, controls)
+    atoms = state.atoms
+    warm = truncated_svd(problem.X, problem.sizes.r)
+    return FitResult(
+        factors=Factors(atoms.bank, atoms.codes, state.point.adapters, atoms.left, atoms.right),
+        lam=state.lam,
+        stop=stop,
+        steps=progress.step,
+        relfrob_start=progress.relfrob_start,
+        relfrob=problem.relfrob(state.objective),
+        energy_captured=float(squared_norms(warm.adapters).sum()) / problem.total if problem.total else 1.0,
+        accepted=progress.accepted,
+        rejected=progress.rejected,
+        regularised_solves=progress.regularised,
+        seconds=progress.seconds,
+    )

@@ -1,0 +1,53 @@
+"""The state a fit begins with: seeded atoms, first codes, and the size of the first mixed bases."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.objective import mix
+from globe.am.records import Sizes
+from globe.am.state import Atoms, low_rank_atoms
+from globe.config import InitConfig
+from globe.seeding import first_codes, seed_bank
+from globe.warm_start import WarmStart
+
+
+def first_atoms(
+    X: Float[Tensor, "n p d"],
+    sizes: Sizes,
+    init: InitConfig,
+    *,
+    generator: torch.Generator,
+    warm: WarmStart | None,
+) -> Atoms:
+    """Seeded bank and first codes, scaled so that the entries of the mixed bases have the deviation `init.scale`.
+
+    Low-rank atoms take k random combinations of their seed's rows, put into k random directions of the r rows.
+    """
+    bank, groups = seed_bank(X, sizes.m, sizes.r, seeding=init.seeding, generator=generator, warm_start=warm)
+    codes = first_codes(
+        init.codes,
+        bank,
+        groups,
+        generator=generator,
+        one_hot=init.one_hot,
+        concentration=init.concentration,
+        bases=None if warm is None else warm.bases,
+    )
+    if sizes.atom_rank is None:
+        return Atoms(bank * (init.scale / spread(codes, bank)), codes)
+    shape = (sizes.m, sizes.r, sizes.atom_rank)
+    into = torch.linalg.qr(torch.randn(shape, generator=generator).to(bank)).Q
+    out_of = torch.linalg.qr(torch.randn(shape, generator=generator).to(bank)).Q
+    left, right = into, out_of.mT @ bank
+    size = init.scale / spread(codes, left @ right)
+    balance = torch.linalg.vector_norm(left) / torch.linalg.vector_norm(right)
+    return low_rank_atoms(left * (size / balance) ** 0.5, right * (size * balance) ** 0.5, codes)
+
+
+def spread(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> float:
+    """Root mean square of the entries of the mixed bases."""
+    rows = [float(mix(one[None], bank).square().mean()) for one in codes]
+    return (sum(rows) / len(rows)) ** 0.5

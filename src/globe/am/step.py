@@ -1,0 +1,132 @@
+"""One step of alternating minimisation: coding, dictionary, refit. Explicit numbers in, a new state out."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from globe.am.coding import entmax_support, propose_codes
+from globe.am.descent import Numbers, gauss_newton_step, mod_dictionary_step
+from globe.am.state import AMState, Constraint, start_state
+
+
+class StepFigures(NamedTuple):
+    """How a step went. The refit is part of every attempt; its seconds are counted with the phase that made it."""
+
+    accepted: bool
+    """whether the dictionary step was taken"""
+    regularised: int
+    """refits at the new state that needed more than the smallest ridge"""
+    seconds_coding: float
+    seconds_dictionary: float
+    seconds_refit: float
+    """of a refit made because lam changed"""
+
+
+def am_step(
+    X: Float[Tensor, "n p d"],
+    state: AMState,
+    *,
+    lam: float,
+    beta: float,
+    temperature: float,
+    activation: str,
+    generator: torch.Generator,
+    dictionary: str = "gauss_newton",
+    coding: bool = False,
+    sparse: bool = False,
+    code_map: str = "entmax15",
+    l1: float = 0.0,
+    joint: bool = True,
+    cg_iterations: int = 10,
+    momentum: float = 0.9,
+    lambda_A: float = 0.0,
+    lambda_B: float = 0.0,
+    lambda_T: float = 0.0,
+    warm: Float[Tensor, "n r d"] | None = None,
+) -> tuple[AMState, StepFigures]:
+    """One step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 at the given lam, beta and T.
+
+    dictionary   gauss_newton: the projected step, taken only if the objective falls (with beta < 1: the blended one);
+                 mod: plain least squares on the targets, always taken
+    coding       do a coding step first; with `sparse` its support is entmax's at `temperature`
+    joint        the codes move with the bank in the Gauss-Newton step
+    warm         V_i^T of the experts' truncated SVDs (n, r, d); needed when beta < 1
+    generator    draws the sketch of the preconditioner; nothing else here is random
+    lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
+
+    Returns the new state, whose objective is not above the old one's for dictionary=gauss_newton as long as lam, beta
+    and the support stay as they are and the penalties are zero. Raises FitError when numbers are no longer finite.
+    """
+    numbers = Numbers(lam, beta, activation, cg_iterations, momentum, joint, lambda_A, lambda_B, lambda_T)
+    start = time.perf_counter()
+    if lam != state.lam:
+        state = start_state(
+            X,
+            state.atoms,
+            lam=lam,
+            activation=activation,
+            damping=state.damping,
+            lambda_A=lambda_A,
+            constraint=state.constraint,
+        )
+    refitted = time.perf_counter()
+    if coding:
+        support = None
+        if sparse:
+            support = entmax_support(
+                state.atoms.codes, state.atoms.bank, temperature=temperature, code_map=code_map
+            )
+        state = coding_step(X, state, numbers, support=support, l1=l1)
+    coded = time.perf_counter()
+    if dictionary == "mod":
+        new, accepted = mod_dictionary_step(X, state, numbers, warm=warm), True
+    else:
+        new, accepted = gauss_newton_step(X, state, numbers, warm=warm, generator=generator)
+    done = time.perf_counter()
+    return new, StepFigures(accepted, new.point.regularised, coded - refitted, done - coded, refitted - start)
+
+
+def coding_step(
+    X: Float[Tensor, "n p d"],
+    state: AMState,
+    numbers: Numbers,
+    *,
+    support: Bool[Tensor, "n m"] | None = None,
+    l1: float = 0.0,
+) -> AMState:
+    """New codes by least squares on `support` (None: where they may be now), expert by expert.
+
+    With the bank fixed the objective is a sum over experts, so each keeps whichever codes leave it the smaller error:
+    the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1
+    penalty the proposal is taken as it is.
+    """
+    constraint = state.constraint
+    if support is not None:
+        constraint = Constraint(support, constraint.simplex)
+    present = constraint.feasible(state.atoms.codes, state.atoms.codes)
+    proposed = propose_codes(
+        state.atoms.bank,
+        state.atoms.codes,
+        state.point,
+        support=constraint.support,
+        l1=l1,
+        simplex=constraint.simplex,
+    )
+    proposed = constraint.feasible(proposed, present)
+    new = numbers.evaluate(X, state.atoms.with_codes(proposed))
+    codes = proposed
+    if l1 == 0:
+        old = state.point
+        if not torch.equal(present, state.atoms.codes):
+            old = numbers.evaluate(X, state.atoms.with_codes(present))
+        codes = torch.where((new.errors < old.errors)[:, None], proposed, present)
+    atoms = state.atoms.with_codes(codes)
+    point = new if torch.equal(codes, proposed) else numbers.evaluate(X, atoms)
+    # the bank stands still here, so the extrapolation may go on; the codes' share of it starts anew
+    anchor = state.anchor.with_codes(codes)
+    return state._replace(atoms=atoms, point=point, anchor=anchor, constraint=constraint)

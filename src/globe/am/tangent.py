@@ -1,0 +1,100 @@
+"""First order: how a move of bank and codes changes the mixed bases, Y_i = sum_j alpha_ij B_j.
+
+    dY_i = sum_j alpha_ij dB_j + dalpha_ij B_j,      dB_j = dU_j V_j + U_j dV_j  when B_j = U_j V_j
+
+A move is a tuple of tensors: (bank,) or (left, right), then (codes,) if the codes move too. Dense banks move in
+*orthonormal code coordinates*: with codes = C R (QR), the move of R B is solved for, since sum_i C_ij C_il = 0 for
+j != l removes most of the coupling between atoms that a block preconditioner cannot see.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Move = tuple[Tensor, ...]
+
+_COLLINEAR = 1e-4
+"""Below this ratio of R's diagonal the codes' columns count as dependent and are used as they are."""
+
+
+class Tangent(NamedTuple):
+    """The linear map at one point, with its adjoint."""
+
+    bank: Float[Tensor, "m r d"]
+    codes: Float[Tensor, "n m"]
+    left: Float[Tensor, "m r k"] | None
+    right: Float[Tensor, "m k d"] | None
+    coordinates: Float[Tensor, "n m"]
+    """C where the bank moves in orthonormal coordinates, else the codes themselves"""
+    triangle: Float[Tensor, "m m"] | None
+    """R of codes = C R; None where the coordinates are the codes"""
+    free: Bool[Tensor, "n m"] | None
+    """codes that may move; None is all"""
+    joint: bool
+    """whether the codes move"""
+
+    def atoms(self, move: Move) -> Float[Tensor, "m r d"]:
+        """The bank's part of a move as a change of atoms, in the coordinates of `coordinates`."""
+        if self.left is None or self.right is None:
+            return move[0]
+        return torch.baddbmm(move[0] @ self.right, self.left, move[1])
+
+    def forward(self, atoms: Float[Tensor, "m r d"], move: Move, part: slice) -> Float[Tensor, "c r d"]:
+        """dY of the experts of one chunk; `atoms` is `self.atoms(move)`, made once for all chunks."""
+        change = self.coordinates[part] @ atoms.flatten(1)
+        if self.joint:
+            change.addmm_(move[-1][part], self.bank.flatten(1))
+        return change.unflatten(1, self.bank.shape[1:])
+
+    def adjoint_(
+        self,
+        change: Float[Tensor, "c r d"],
+        part: slice,
+        atoms: Float[Tensor, "m rd"],
+        codes: Float[Tensor, "n m"],
+    ) -> None:
+        """Adds one chunk's adjoint to `atoms` and writes its rows of `codes`."""
+        flat = change.flatten(1)
+        atoms.addmm_(self.coordinates[part].T, flat)
+        if self.joint:
+            torch.mm(flat, self.bank.flatten(1).T, out=codes[part])
+
+    def gather(self, atoms: Float[Tensor, "m rd"], codes: Float[Tensor, "n m"]) -> Move:
+        """The adjoint as a move, from what `adjoint_` accumulated."""
+        atoms = atoms.unflatten(1, self.bank.shape[1:])
+        move: Move = (atoms,)
+        if self.left is not None and self.right is not None:
+            move = (atoms @ self.right.mT, self.left.mT @ atoms)
+        if self.joint:
+            move = (*move, codes if self.free is None else codes * self.free)
+        return move
+
+    def leave_coordinates(self, move: Move) -> Move:
+        """A move with the bank's part back in the plain atoms: R dB = solved."""
+        if self.triangle is None:
+            return move
+        solved = torch.linalg.solve_triangular(self.triangle, move[0].flatten(1), upper=True)
+        return (solved.unflatten(1, self.bank.shape[1:]), *move[1:])
+
+
+def tangent(
+    bank: Float[Tensor, "m r d"],
+    codes: Float[Tensor, "n m"],
+    *,
+    left: Float[Tensor, "m r k"] | None = None,
+    right: Float[Tensor, "m k d"] | None = None,
+    free: Bool[Tensor, "n m"] | None = None,
+    joint: bool = True,
+) -> Tangent:
+    """The tangent at (bank, codes). Orthonormal coordinates need dense atoms and independent codes."""
+    coordinates, triangle = codes, None
+    if left is None and codes.shape[0] >= codes.shape[1]:
+        C, R = torch.linalg.qr(codes)
+        diagonal = R.diagonal().abs()
+        if bool(diagonal.min() > _COLLINEAR * diagonal.max()):
+            coordinates, triangle = C, R
+    return Tangent(bank, codes, left, right, coordinates, triangle, free, joint)
