@@ -1,0 +1,69 @@
+"""The project's own files agree with each other: versions, make targets, hooks, and what a wheel must hold."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines if line}
+
+
+def test_constraints_without_torch_differ_by_torch_alone() -> None:
+    exact, without = pins("constraints.txt"), pins("constraints-notorch.txt")
+    assert exact.pop("torch")
+    assert exact == without
+
+
+@pytest.mark.parametrize("line", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
+def test_dependency_is_pinned_inside_its_range(line: str) -> None:
+    requirement = Requirement(line)
+    assert requirement.specifier.contains(pins("constraints.txt")[canonicalize_name(requirement.name)])
+
+
+def test_help_prints_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^\.PHONY: (\S+)$", makefile, re.MULTILINE))
+    assert targets >= {
+        "help",
+        "setup",
+        "smoke-test",
+        "test",
+        "test-all",
+        "lint",
+        "types",
+        "check",
+        "golden",
+        "bench",
+    }
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    printed = {line.split()[0] for line in done.stdout.splitlines()}
+    assert printed == targets
+
+
+def test_missing_python_is_one_sentence(tmp_path: Path) -> None:
+    command = ["make", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=/nonexistent/python3.11"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("GloBE needs Python 3.11 or newer and none of '/nonexistent/python3.11' is")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_nothing_that_the_package_needs_is_ignored_by_git() -> None:
+    """An ignored file is missing from every clone and from the wheel, while all works where it was written."""
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--", "src", "conf", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    hidden = [name for name in done.stdout.splitlines() if "__pycache__" not in name]
+    assert not hidden
