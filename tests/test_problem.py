@@ -28,14 +28,11 @@ class Shape(NamedTuple):
 class Model:
     """A checkpoint reduced to what a plan asks of it."""
 
-    def __init__(self, moe_layers: tuple[int, ...] = ALL, num_layers: int = 24, shared: bool = False) -> None:
-        self.moe_layers, self.num_layers, self.shared = moe_layers, num_layers, shared
+    def __init__(self, moe_layers: tuple[int, ...] = ALL, num_layers: int = 24) -> None:
+        self.moe_layers, self.num_layers = moe_layers, num_layers
 
     def shape(self, layer: int, family: str) -> Shape:
         return Shape(n=16, p=44, d=60)
-
-    def has_shared(self, layer: int, family: str) -> bool:
-        return self.shared
 
 
 @pytest.mark.parametrize(
@@ -194,8 +191,7 @@ def test_plan_counts_the_experts_that_are_really_read() -> None:
     more_than_there_are = Config(model=ModelConfig(max_experts=99))
     assert plan(more_than_there_are, Model())[0].sizes.n == 16
     with_shared = Config(model=ModelConfig(include_shared=True), bank=BankConfig(m="n"))
-    assert plan(with_shared, Model(shared=True))[0].sizes.m == 17
-    assert plan(with_shared, Model(shared=False))[0].sizes.m == 16
+    assert plan(with_shared, Model())[0].sizes.m == 17
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ class Source(Protocol):
     @property
     def moe_layers(self) -> tuple[int, ...]: ...
     def shape(self, layer: int, family: str, /) -> Shape: ...
-    def has_shared(self, layer: int, family: str, /) -> bool: ...
 
 
 class Matrices(NamedTuple):
@@ -67,8 +66,8 @@ def plan(config: Config, checkpoint: Source) -> tuple[BankPlan, ...]:
     """The banks of a run in the order they are learned: layer by layer, up before gate.
 
     A bank is shared by the n = min(experts, model.max_experts) routed experts of one layer and family, and by
-    the shared expert where `model.include_shared` asks for it and its shape allows it; `family=both` makes
-    one bank each. Raises ConfigError when a layer does not exist or a size does not come out.
+    the shared expert if `model.include_shared` asks for it; `family=both` makes one bank each. Raises
+    ConfigError when a layer does not exist or a size does not come out.
     """
     families = (Family.up, Family.gate) if config.family is Family.both else (config.family,)
     layers = parse_layers(config.layer, checkpoint.moe_layers, checkpoint.num_layers)
@@ -82,7 +81,7 @@ def resolve_sizes(config: Config, checkpoint: Source, member: Matrices) -> Sizes
     """The sizes of the bank of one layer and family. Raises ConfigError naming the size that can't be."""
     shape = checkpoint.shape(*member)
     n = shape.n if config.model.max_experts is None else min(shape.n, config.model.max_experts)
-    n += config.model.include_shared and checkpoint.has_shared(*member)
+    n += config.model.include_shared
     p, d = shape.p, shape.d
     m = resolve_size("bank.m", config.bank.m, {"n": n}, n, f"the {n} experts that share the bank")
     rank = f"min(p, d)={min(p, d)}, the rank of a {p} x {d} expert"

@@ -1,0 +1,307 @@
+"""One bank, from the checkpoint's experts to its artefact: read, normalise, fit, finalise, write.
+
+What is there already is used: a complete artefact is not learned again, a fit that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.loop import fit_bank
+from globe.am.records import FitResult, FitState, StepRecord
+from globe.am.refit import refit
+from globe.artefact import BankArtefact, Member, write_artefact
+from globe.checkpoint import Checkpoint
+from globe.config import Config, ExportDtype
+from globe.device import bank_seed, peak_device_bytes, peak_host_bytes
+from globe.errors import FitError
+from globe.figures import bank_figures, expert_relfrob
+from globe.finalise import Finalised, finalise
+from globe.fit_state import Fitting, read_state, remove_state, write_state
+from globe.metrics import atom_usage, support_sizes
+from globe.normalise import Joined, join, normalise
+from globe.problem import BankPlan
+from globe.provenance import bank_options, complete_artefact, experts_of, fit_fingerprint, source_of
+from globe.run_folder import BankStatus, RunFolder, State, read_json, write_json
+from globe.summary import BankReport, BankRuntime
+
+_log = logging.getLogger(__name__)
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_BROKEN = (FitError, torch.linalg.LinAlgError)
+"""What another seed may cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all banks of a run share."""
+
+    config: Config
+    checkpoint: Checkpoint
+    folder: RunFolder
+    device: torch.device
+    on_step: Callable[[str, StepRecord], None]
+    """called with the bank's key after every step"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    report: BankReport
+    runtime: BankRuntime | None
+    """None when only the artefact of an earlier process is left"""
+    codes: Float[Tensor, "n m"]
+
+
+def learn_bank(run: Run, bank: BankPlan) -> Learned:
+    """Learn one bank and write its artefact, or take what an earlier process left.
+
+    A fit that breaks down (FitError, a factorisation that fails) is tried once more with another seed.
+    Raises FitError when that fails too or memory runs out, CheckpointError when the experts can't be read,
+    ArtefactError or OSError when the results can't be written.
+    """
+    source = source_of(run.config, run.checkpoint, bank)
+    partial = run.folder.partial(bank.key)
+    if (
+        artefact := complete_artefact(run.folder.bank(bank.key), run.config, run.checkpoint, bank, source)
+    ) is not None:
+        remove_state(partial)  # left by a kill between writing the one and removing the other
+        return _taken(run, bank, artefact)
+    fingerprint = fit_fingerprint(run.config, bank, source, run.device.type)
+    state, fitting = read_state(partial, fingerprint) or (None, Fitting(fingerprint, 0, 0))
+    try:
+        return _attempt(run, bank, source, state, fitting, error=None)
+    except _BROKEN as error:
+        if fitting.attempt > 0:
+            raise FitError(_sentence(error)) from error
+        first = _sentence(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_large(run, bank) from error
+    _log.warning("%s failed (%s): trying once more with another seed", bank.key, first)
+    remove_state(partial)
+    try:
+        return _attempt(run, bank, source, None, Fitting(fingerprint, 1, 0), error=first)
+    except _BROKEN as error:
+        raise FitError(f"{_sentence(error)} (twice, with two seeds)") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_large(run, bank) from error
+
+
+def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
+    """What an earlier process learned."""
+    _log.info("%s: complete, taken from %s", bank.key, run.folder.bank(bank.key))
+    report = BankReport.from_dict(artefact.metrics or {})
+    run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
+    runtime = read_json(run.folder.runtime(bank.key))
+    return Learned(report, BankRuntime(**runtime) if runtime else None, artefact.codes)
+
+
+def _attempt(
+    run: Run,
+    bank: BankPlan,
+    source: dict[str, Any],
+    state: FitState | None,
+    fitting: Fitting,
+    error: str | None,
+) -> Learned:
+    """One fit, from the start or from a state, to the artefact."""
+    clock = time.perf_counter()
+    config, key = run.config, bank.key
+    seed = bank_seed(config.seed, key, fitting.attempt)
+    run.folder.report(key, BankStatus(State.running, fitting.attempt, seed, error))
+    run.folder.rewind_metrics(key, fitting.step)
+    if state is not None:
+        _log.info("%s: going on after step %d", key, fitting.step)
+    joined, dtype, read = _read(run, bank)
+    watch = _Watch(run, key, fitting)
+    result = fit_bank(
+        joined.experts,
+        bank.sizes,
+        config,
+        generator=torch.Generator().manual_seed(seed),
+        export_dtype=dtype,
+        resume=state,
+        on_step=watch.step,
+        on_checkpoint=watch.checkpoint,
+    )
+    done = finalise(
+        result.factors,
+        joined,
+        lam=result.lam,
+        activation=str(config.bank.activation),
+        export_dtype=dtype,
+        prune=config.codes.prune,
+        refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
+    )
+    artefact = _artefact(run, bank, joined, result, done, source, seed)
+    report = _report(
+        artefact, bank, result, done, fitting.attempt, bank_figures(joined.experts, result, done, watch.last)
+    )
+    artefact = replace(artefact, metrics=report.to_dict())
+    runtime = watch.runtime(result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read)
+    write_json(run.folder.runtime(key), asdict(runtime))
+    write_artefact(artefact, run.folder.bank(key))
+    remove_state(run.folder.partial(key))
+    run.folder.report(key, BankStatus(State.finished, fitting.attempt, seed, error))
+    return Learned(report, runtime, artefact.codes.cpu())
+
+
+class _Watch:
+    """Follows one fit: passes its steps on, writes its checkpoints, adds up its times."""
+
+    def __init__(self, run: Run, key: str, fitting: Fitting) -> None:
+        self.run, self.key, self.fitting = run, key, fitting
+        self.last: StepRecord | None = None
+        self.phases = {"coding": 0.0, "dictionary": 0.0, "refit": 0.0}
+
+    def step(self, record: StepRecord) -> None:
+        self.last = record
+        for phase in self.phases:
+            self.phases[phase] += getattr(record, f"seconds_{phase}")
+        self.run.on_step(self.key, record)
+
+    def checkpoint(self, state: FitState) -> None:
+        step = self.fitting.step if self.last is None else self.last.step
+        fitting = Fitting(self.fitting.fingerprint, self.fitting.attempt, step)
+        write_state(self.run.folder.partial(self.key), state, fitting)
+
+    def runtime(self, result: FitResult, *, seconds: float, experts: int, read: _Read) -> BankRuntime:
+        """Phases are those of this process; `result.seconds` counts what came before a resumption too."""
+        return BankRuntime(
+            seconds=result.seconds,
+            seconds_total=seconds,
+            seconds_coding=self.phases["coding"],
+            seconds_dictionary=self.phases["dictionary"],
+            seconds_refit=self.phases["refit"],
+            steps_per_second=result.steps / max(result.seconds, 1e-9),
+            experts_per_second=experts / max(seconds, 1e-9),
+            read_bytes_per_second=read.bytes / max(read.seconds, 1e-9),
+            peak_host_bytes=peak_host_bytes(),
+            peak_device_bytes=peak_device_bytes(self.run.device),
+        )
+
+
+class _Read(NamedTuple):
+    bytes: int
+    seconds: float
+
+
+def _read(run: Run, bank: BankPlan) -> tuple[Joined, torch.dtype, _Read]:
+    """The normalised experts of all members, the dtype to export, and how fast reading was."""
+    model, options = run.config.model, run.config.normalise
+    before, parts, seconds = run.checkpoint.reader.bytes_read, [], 0.0
+    dtype = torch.float32
+    for member in bank.members:
+        clock = time.perf_counter()
+        experts = run.checkpoint.read_experts(
+            member.layer,
+            member.family,
+            include_shared=model.include_shared,
+            max_experts=model.max_experts,
+            sample_method=str(model.sample_method),
+        )
+        seconds += time.perf_counter() - clock
+        dtype = experts.weights.dtype
+        parts.append(
+            normalise(
+                experts.weights.to(run.device),
+                centre=str(options.centre),
+                scale=str(options.scale),
+                dtype=_DTYPES[run.config.dtype],
+            )
+        )
+        del experts  # in the checkpoint's dtype; only the normalised ones are needed from here on
+    if run.config.export_dtype is not ExportDtype.auto:
+        dtype = _DTYPES[run.config.export_dtype]
+    return join(parts), dtype, _Read(run.checkpoint.reader.bytes_read - before, seconds)
+
+
+def _artefact(
+    run: Run,
+    bank: BankPlan,
+    joined: Joined,
+    result: FitResult,
+    done: Finalised,
+    source: dict[str, Any],
+    seed: int,
+) -> BankArtefact:
+    low_rank = done.factors.left is not None
+    bounds = zip(bank.members, joined.starts[:-1], joined.starts[1:], strict=True)
+    return BankArtefact(
+        members=tuple(
+            Member(one.layer, one.family, start, stop, experts_of(run.config, run.checkpoint, one))
+            for one, start, stop in bounds
+        ),
+        codes=done.factors.codes,
+        adapters=done.factors.adapters,
+        activation=str(run.config.bank.activation),
+        lam=result.lam,
+        bank=None if low_rank else done.factors.bank,
+        atoms_left=done.factors.left,
+        atoms_right=done.factors.right,
+        mean=done.mean,
+        scale=done.scale,
+        source=source,
+        config=bank_options(run.config),
+        seed=seed,
+    )
+
+
+def _report(
+    artefact: BankArtefact,
+    bank: BankPlan,
+    result: FitResult,
+    done: Finalised,
+    attempt: int,
+    figures: dict[str, float | None],
+) -> BankReport:
+    sizes, codes = bank.sizes, artefact.codes
+    return BankReport(
+        key=bank.key,
+        n=sizes.n,
+        p=sizes.p,
+        d=sizes.d,
+        m=sizes.m,
+        r=sizes.r,
+        target_support=sizes.target_support,
+        parameters=artefact.family_parameters,
+        kept_parameters=artefact.kept_parameters,
+        relfrob_start=result.relfrob_start,
+        relfrob_fit=result.relfrob,
+        relfrob=done.relfrob,
+        export_dtype=str(codes.dtype).removeprefix("torch."),
+        stop=result.stop.sentence,
+        steps=result.steps,
+        accepted=result.accepted,
+        rejected=result.rejected,
+        regularised_solves=result.regularised_solves,
+        seed=artefact.seed,
+        attempt=attempt,
+        supports=tuple(support_sizes(codes).tolist()),
+        atom_usage=tuple(atom_usage(codes).tolist()),
+        expert_relfrob=expert_relfrob(done),
+        metrics=figures,
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _too_large(run: Run, bank: BankPlan) -> FitError:
+    n, p, d = bank.sizes.n, bank.sizes.p, bank.sizes.d
+    return FitError(
+        f"{bank.key} ({n} x {p} x {d}) does not fit into the memory of device={run.device.type}: lower "
+        "model.max_experts, bank.m or bank.r, or use another device"
+    )

@@ -1,0 +1,60 @@
+"""What a run has learned so far: after every bank, `summary.json` and the bank's state are on disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.figures import mean_jaccard
+from globe.learn import Learned
+from globe.problem import BankPlan
+from globe.run_folder import BankStatus, RunFolder, State
+from globe.summary import RunSummary
+
+_log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Adds up the banks of a run. `summary` is that of the banks so far."""
+
+    def __init__(self, folder: RunFolder, **of_run: Any) -> None:
+        """`of_run` are the fields of `RunSummary` that are known before the first bank."""
+        self.folder = folder
+        self.summary = RunSummary(**of_run)
+        self._clock = time.perf_counter()
+        self._codes: dict[tuple[int, str], Float[Tensor, "n m"]] = {}
+
+    def add(self, bank: BankPlan, learned: Learned) -> None:
+        report = learned.report
+        self._codes |= {(one.layer, one.family): learned.codes for one in bank.members}
+        runtimes = self.summary.runtimes
+        if learned.runtime is not None:
+            runtimes = runtimes | {bank.key: learned.runtime}
+        self._write(
+            replace(
+                self.summary,
+                banks=(*self.summary.banks, report),
+                runtimes=runtimes,
+                metrics={"support_jaccard": mean_jaccard(self._codes)},
+            )
+        )
+        _log.info(
+            "%s: RelFrob %.4f -> %.4f, %.1f %% kept; %d steps, since %s",
+            *(bank.key, report.relfrob_start, report.relfrob, 100 * report.kept, report.steps, report.stop),
+        )
+
+    def fail(self, bank: BankPlan, error: Exception) -> None:
+        _log.error("%s failed: %s", bank.key, error)
+        known = self.folder.status.banks.get(bank.key) if self.folder.status else None
+        status = known or BankStatus(State.failed)
+        self.folder.report(bank.key, replace(status, state=State.failed, error=str(error)))
+        self._write(replace(self.summary, failed=self.summary.failed | {bank.key: str(error)}))
+
+    def _write(self, summary: RunSummary) -> None:
+        self.summary = replace(summary, seconds=time.perf_counter() - self._clock)
+        self.folder.write_summary(self.summary.to_dict())

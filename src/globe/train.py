@@ -1,0 +1,162 @@
+"""Learn the banks of a checkpoint: `python -m globe.train family=up layer=12 bank.m=n/4`.
+
+For each layer and family: read the experts, normalise them, fit a bank, finalise it, write its artefact. Never
+more than one bank's experts are in memory. The same command goes on where a killed run stopped, and reports a
+finished run without repeating it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import Container
+
+from globe import entry
+from globe.checkpoint import open_checkpoint
+from globe.config import Config, conf_dir, config_dict, plain, register, to_config
+from globe.device import arithmetic
+from globe.errors import CheckpointError, FitError
+from globe.learn import Run, learn_bank
+from globe.ledger import Ledger
+from globe.problem import BankPlan, plan
+from globe.progress import Progress
+from globe.provenance import stamp
+from globe.run_folder import RunFolder, State
+from globe.summary import RunSummary, print_summary, read_summary
+from globe.tracking import RunInfo, open_sinks
+
+register()
+_log = logging.getLogger("globe.train")
+_failure: Exception | None = None
+"""Of the only job of a process that does a single run: `main` reports it, Hydra need not know."""
+
+
+def run(node: Container, path: Path, *, sweep: str | None = None) -> float:
+    """One run, from its composed configuration to RelFrob (the mean over its banks), in its folder.
+
+    A finished run is only reported, unless `overwrite=true`. Raises GlobeError or OSError with the run's status
+    set to `failed`, KeyboardInterrupt with `interrupted`.
+    """
+    folder = RunFolder(path)
+    with folder.held(), folder.recorded(entry.explain):
+        config = to_config(node)
+        summary = None if config.overwrite else finished_summary(folder, config)
+        if summary is None:
+            if config.overwrite:
+                folder.clear()
+            folder.begin(plain(node))
+            summary = train(config, folder, sweep=sweep)
+        print_summary(summary, folder.path)
+        if summary.failed:
+            raise FitError(summary.failure)
+    return summary.relfrob
+
+
+def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> RunSummary:
+    """Learn all banks that are not learned yet. A bank that fails is reported, and the others go on.
+
+    Raises ConfigError or CheckpointError when nothing can be begun, ArtefactError or OSError when results
+    can't be written.
+    """
+    with arithmetic(config) as device:
+        checkpoint = open_checkpoint(
+            config.model.path, revision=config.model.revision, force_download=config.model.force_download
+        )
+        banks = plan(config, checkpoint)
+        ledger = Ledger(
+            folder,
+            name=folder.path.name,
+            source=checkpoint.source(),
+            stamp=stamp(config.model.path),
+            total_parameters=checkpoint.total_parameters,
+            device=str(device),
+        )
+        with _watched(config, folder, banks, ledger, sweep) as progress:
+            job = Run(config, checkpoint, folder, device, progress.step)
+            for bank in banks:
+                progress.begin(bank.key)
+                try:
+                    ledger.add(bank, learn_bank(job, bank))
+                except (FitError, CheckpointError) as error:
+                    ledger.fail(bank, error)
+                progress.end()
+    return ledger.summary
+
+
+@contextmanager
+def _watched(
+    config: Config, folder: RunFolder, banks: Sequence[BankPlan], ledger: Ledger, sweep: str | None
+) -> Iterator[Progress]:
+    """The progress bar and the sinks of a run, which are told how it ended."""
+    options = config_dict(config) | {"sizes": {bank.key: asdict(bank.sizes) for bank in banks}}
+    info = RunInfo(folder.path.name, folder.path, options, tuple(bank.key for bank in banks), sweep)
+    sinks = open_sinks(config.wandb, folder.metrics_file, info)
+    state = State.failed
+    try:
+        with Progress(len(banks), config.train.steps, sinks) as progress:
+            yield progress
+        state = State.failed if ledger.summary.failed else State.finished
+    except KeyboardInterrupt:
+        state = State.interrupted
+        raise
+    finally:
+        sinks.finish(ledger.summary.to_dict(), state=str(state))
+
+
+def finished_summary(folder: RunFolder, config: Config) -> RunSummary | None:
+    """The summary of a run that is finished, whose artefacts are there and whose checkpoint is as it was."""
+    if folder.status is None or folder.status.state is not State.finished:
+        return None
+    summary = read_summary(folder.summary_file)
+    if summary is None or summary.stamp != stamp(config.model.path):
+        return None
+    if not all((folder.bank(bank.key) / "globe.json").is_file() for bank in summary.banks):
+        return None
+    _log.info("this run is finished already; overwrite=true repeats it")
+    return summary
+
+
+def _job(node: Container) -> float:
+    """What Hydra calls, once or for every run of a sweep."""
+    global _failure
+    settings = HydraConfig.get()
+    sweep = settings.mode is RunMode.MULTIRUN
+    try:
+        return run(
+            node, Path(settings.runtime.output_dir), sweep=Path(settings.sweep.dir).name if sweep else None
+        )
+    except Exception as error:
+        if (sentence := entry.explain(error)) is None:
+            raise
+        if sweep:  # the other jobs go on, and this one's sentence should not wait for the last
+            _log.error("%s", sentence)
+            raise CompactHydraException(sentence) from error
+        _failure = error
+        return math.nan
+
+
+def main() -> None:
+    """`python -m globe.train`, without the command line's program name."""
+
+    def app() -> None:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_job)()
+        if _failure is not None:
+            raise _failure
+
+    entry.start(app)
+
+
+if __name__ == "__main__":
+    # under its own name, so that the workers of a parallel launcher can import the job
+    from globe.train import main as imported_main
+
+    imported_main()
