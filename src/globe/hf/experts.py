@@ -1,0 +1,111 @@
+"""The experts module of a layer with factored gate and up projections: a drop-in for transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from globe.hf.atoms import Atoms
+from globe.hf.layout import BankLayout, MemberLayout
+from globe.hf.projection import Group, Projection
+
+
+class GlobeExperts(nn.Module):
+    """sum over the top-k experts e of w_e down_e (act(gate_e x) * up_e x), gate_e or up_e or both factored.
+
+    Takes the place of a regular experts module (`globe.hf.structure`), is called as it is, and gives what it
+    would give with the dense products in its weights. `down_proj` keeps its name and so its upstream name in
+    files. `served` gives, for "gate" and "up", the layout of the bank and the member that this layer is of
+    it, and the bank itself if it is shared with others; a family that is absent stays dense.
+    """
+
+    globe_gate: Projection
+    globe_up: Projection
+
+    def __init__(
+        self, dense: nn.Module, served: dict[str, tuple[BankLayout, MemberLayout, Atoms | None]]
+    ) -> None:
+        super().__init__()
+        fused, down = dense.gate_up_proj, dense.down_proj
+        assert isinstance(fused, nn.Parameter)
+        assert isinstance(down, nn.Parameter)
+        experts, double, hidden = fused.shape
+        self.num_experts = experts
+        self.size = (double // 2, hidden)
+        self.down_proj = down
+        for family in ("gate", "up"):
+            layout, member, bank = served.get(family, (None, None, None))
+            projection = Projection(experts, self.size, layout, member, bank=bank, dtype=fused.dtype)
+            self.add_module(f"globe_{family}", projection)
+        # What is left of the dense module knows the activation, and becomes it again in `densify`. A tuple
+        # hides it from the module tree: it has no weights any more.
+        dense.gate_up_proj = dense.down_proj = None  # type: ignore[assignment]
+        self._dense = (dense,)
+        gating = getattr(type(dense), "_apply_gate", None)
+        self._plain = gating is None or gating.__name__ == "_default_apply_gate"
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        return {family: getattr(self, f"globe_{family}") for family in ("gate", "up")}
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "t d"],
+        top_k_index: Int[Tensor, "t k"],
+        top_k_weights: Float[Tensor, "t k"],
+    ) -> Float[Tensor, "t d"]:
+        """Token-expert pairs are sorted by expert; only experts that got a token are touched.
+
+        An index of `num_experts` or more, with which expert parallelism marks pairs of other devices, adds
+        nothing. The sum over the k experts of a token is taken in the precision of the weighted outputs.
+        """
+        flat = top_k_index.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat.clamp(max=self.num_experts), minlength=self.num_experts + 1)
+        groups = _groups(counts[:-1].tolist())
+        if not groups:
+            return torch.zeros_like(hidden_states)
+        order = order[: groups[-1].stop]
+        tokens = order // top_k_index.shape[1]
+        rows = hidden_states[tokens]
+        gate = self.globe_gate(hidden_states, rows, tokens, groups)
+        up = self.globe_up(hidden_states, rows, tokens, groups)
+        inner = self._activate(gate, up)
+        outputs = [F.linear(inner[start:stop], self.down_proj[expert]) for expert, start, stop in groups]
+        weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
+        # back to one row per pair, then a sum over k: deterministic, unlike adding rows by index on a GPU
+        pairs = weighted.new_zeros(flat.shape[0], weighted.shape[1]).index_copy(0, order, weighted)
+        summed = pairs.view(*top_k_index.shape, -1).sum(1)
+        return summed.to(hidden_states.dtype)
+
+    def _activate(self, gate: Float[Tensor, "s p"], up: Float[Tensor, "s p"]) -> Float[Tensor, "s p"]:
+        """The dense module's own gating, which in some architectures is more than a product."""
+        dense: Any = self._dense[0]
+        if self._plain:
+            return dense.act_fn(gate) * up
+        return dense._apply_gate(torch.cat([gate, up], dim=-1))
+
+    @torch.no_grad()
+    def densify(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dense module again, with the products of the factors in its weights (gate first)."""
+        weights = [self.projections[family].rebuild() for family in ("gate", "up")]
+        dense, dtype = self._dense[0], dtype or self.down_proj.dtype
+        trained = self.down_proj.requires_grad
+        dense.gate_up_proj = nn.Parameter(torch.cat(weights, dim=1).to(dtype), requires_grad=trained)
+        dense.down_proj = nn.Parameter(self.down_proj.detach().to(dtype), requires_grad=trained)
+        return dense
+
+
+def _groups(counts: Sequence[int]) -> list[Group]:
+    """The group of every expert that got a pair, in the order of the sorted pairs."""
+    groups, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            groups.append(Group(expert, start, start + count))
+        start += count
+    return groups

@@ -1,0 +1,156 @@
+"""The compact output: factors instead of the compressed experts, everything else as in the original checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from globe.checkpoint import Checkpoint, ShardWriter, copy_support_files
+from globe.checkpoint.folders import write_text
+from globe.errors import CheckpointError
+from globe.hf.dense_checkpoint import rewriters
+from globe.hf.destination import destination, write_record
+from globe.hf.experts import GlobeExperts
+from globe.hf.layout import VERSION, VERSION_KEY, to_json
+from globe.hf.register import PREFIX
+from globe.hf.run_banks import BankEntry, verify_source
+from globe.hf.swap import SHARED_BANKS, bank_values, member_values, swap_in
+
+FAMILIES = ("gate", "up")
+
+
+def write_globe(
+    entries: tuple[BankEntry, ...],
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    S_cache: int | str = "all",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a checkpoint that plain `AutoModelForCausalLM.from_pretrained` loads once `globe` is imported.
+
+    In the layers that a bank serves, gate and up of the routed experts become factors; a family or an expert
+    that is not compressed stays dense, under a name of its own because transformers fuses gate and up. The
+    factors take the dtype of the matrices they replace. The shared expert, where a bank has it, is written
+    dense, reconstructed. `S_cache` is the cache size the model is loaded with. Streams; the model is built
+    without memory, for its names only. Returns the record written beside the weights.
+
+    Raises ArtefactError, CheckpointError or ConfigError before anything is written if a bank is not of this
+    checkpoint, its architecture can't run factored, or `out` is taken.
+    """
+    from globe.hf.quantizer import check_cache
+
+    check_cache(S_cache)
+    skeleton = build_skeleton(checkpoint)
+    modules = swap_in(skeleton, [entry.layout for entry in entries])
+    disk = disk_names(skeleton)
+    verify_source(entries, checkpoint)
+    description = {
+        VERSION_KEY: VERSION,
+        "S_cache": S_cache,
+        "banks": to_json([entry.layout for entry in entries]),
+    }
+    config = {
+        **checkpoint.config,
+        "model_type": PREFIX + checkpoint.model_type,
+        "quantization_config": description,
+    }
+    with (
+        destination(out, overwrite=overwrite) as folder,
+        ShardWriter(folder, _largest_shard(checkpoint)) as writer,
+    ):
+        copy_support_files(checkpoint.folder, writer.folder)
+        write_text(writer.folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, tensor in _kept_tensors(entries, checkpoint, modules):
+            writer.write(name, tensor)
+        for name, tensor in _factors(entries, checkpoint, modules):
+            writer.write(disk[name], tensor)
+        return write_record(writer.folder, "globe", entries, checkpoint)
+
+
+def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's model on the meta device: modules, names and shapes without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"transformers has no language model for {checkpoint.model_type}: use format=dense"
+        ) from error
+
+
+def disk_names(skeleton: nn.Module) -> dict[str, str]:
+    """Parameter name -> the name that `save_pretrained` gives it, for the parameters of factored experts.
+
+    Some architectures call a module otherwise in files than in memory (`block_sparse_moe`, `mlp`).
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    prefixes = [name for name, module in skeleton.named_modules() if isinstance(module, GlobeExperts)]
+    own = [f"{prefix}.globe_" for prefix in prefixes] + [f"{SHARED_BANKS}."]
+    names = [name for name, _ in skeleton.named_parameters() if name.startswith(tuple(own))]
+    # one at a time: the result says nothing about which name came from which
+    return {name: next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1)}))) for name in names}
+
+
+def _kept_tensors(
+    entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor but gate and up of the routed experts of the layers a bank serves."""
+    gone = set()
+    for layer in modules:
+        for family in FAMILIES:
+            experts = range(checkpoint.shape(layer, family).n)
+            gone |= {checkpoint.locate(layer, family, expert).tensor for expert in experts}
+    shared = rewriters(entries, checkpoint, shared_only=True)
+    for name in checkpoint.reader.names:
+        if name not in gone:
+            stored = checkpoint.reader.read(name)
+            yield name, shared[name](stored) if name in shared else stored
+
+
+def _factors(
+    entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the factored experts, by their names in memory."""
+    dense = {
+        (layer, family): set(range(checkpoint.shape(layer, family).n))
+        for layer in modules
+        for family in FAMILIES
+    }
+    for index, entry in enumerate(entries):
+        artefact = entry.read()
+        for position, member in enumerate(entry.members):
+            prefix = f"{modules[member.layer]}.globe_{member.family}"
+            dtype = _stored_dtype(checkpoint, member.layer, member.family)
+            for name, value in member_values(artefact, position).items():
+                yield f"{prefix}.{name}", value.to(dtype)
+            dense[member.layer, member.family] -= set(member.experts)
+        bank = f"{SHARED_BANKS}.bank{index}" if entry.layout.shared else f"{prefix}.bank"
+        for name, value in bank_values(artefact).items():
+            yield f"{bank}.{name}", value.to(dtype)
+    for (layer, family), experts in dense.items():
+        if experts:
+            weights = checkpoint.read_experts(layer, family).weights
+            yield f"{modules[layer]}.globe_{family}.dense", weights[sorted(experts)]
+
+
+def _stored_dtype(checkpoint: Checkpoint, layer: int, family: str) -> torch.dtype:
+    return checkpoint.reader.dtype(checkpoint.locate(layer, family, 0).tensor)
+
+
+def _largest_shard(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest file of the original, so that the shards are no larger than its."""
+    sizes = Counter[str]()
+    for name in checkpoint.reader.names:
+        sizes[checkpoint.reader.index[name]] += checkpoint.reader.entry(name).nbytes
+    return max(sizes.values())

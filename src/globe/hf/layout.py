@@ -1,0 +1,106 @@
+"""What a compact checkpoint says about its banks: the `quantization_config` of its `config.json`.
+
+Enough to build every module with the right shapes before a tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from globe.artefact import BankArtefact
+from globe.errors import ArtefactError
+
+VERSION_KEY = "globe_version"
+VERSION = 1
+
+
+class Mean(StrEnum):
+    none = "none"
+    scalar = "scalar"
+    matrix = "matrix"
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLayout:
+    """The experts of one layer and family that a bank stands for; a row of codes each, in this order."""
+
+    layer: int
+    family: str
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BankLayout:
+    """Sizes and activation of one bank, and the layers and families it serves."""
+
+    m: int
+    r: int
+    p: int
+    d: int
+    atom_rank: int | None
+    activation: str
+    lam: float
+    mean: Mean
+    members: tuple[MemberLayout, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Several members use the bank, so it is kept at the root of the model rather than in a layer."""
+        return len(self.members) > 1
+
+
+def layout_of(artefact: BankArtefact) -> BankLayout:
+    """The layout of a bank. The shared expert (number -1), if the bank has it, is left out: it stays dense."""
+    mean = artefact.mean
+    return BankLayout(
+        m=artefact.m,
+        r=artefact.r,
+        p=artefact.p,
+        d=artefact.d,
+        atom_rank=artefact.atom_rank,
+        activation=artefact.activation,
+        lam=artefact.lam,
+        mean=Mean.none if mean is None else Mean.scalar if mean.dim() == 1 else Mean.matrix,
+        members=tuple(
+            MemberLayout(member.layer, member.family, tuple(one for one in member.experts if one >= 0))
+            for member in artefact.members
+        ),
+    )
+
+
+def to_json(layouts: Sequence[BankLayout]) -> list[dict[str, Any]]:
+    """Plain values for `config.json`."""
+    written = []
+    for layout in layouts:
+        members = [asdict(member) | {"experts": list(member.experts)} for member in layout.members]
+        written.append(asdict(layout) | {"mean": str(layout.mean), "members": members})
+    return written
+
+
+def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
+    """The layouts of a compact checkpoint. Raises ArtefactError for another version or a malformed record."""
+    if version != VERSION:
+        raise ArtefactError(
+            f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} is read: patch the run again"
+        )
+    try:
+        return tuple(
+            BankLayout(
+                **{
+                    **bank,
+                    "mean": Mean(bank["mean"]),
+                    "members": tuple(
+                        MemberLayout(int(one["layer"]), str(one["family"]), tuple(one["experts"]))
+                        for one in bank["members"]
+                    ),
+                }
+            )
+            for bank in banks
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtefactError(
+            f"quantization_config.banks of config.json is malformed ({error}): patch the run again"
+        ) from error

@@ -1,0 +1,43 @@
+"""Load a compact checkpoint, or any other, in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from globe.errors import CheckpointError
+
+
+def load(
+    path: str | Path, *, S_cache: int | str | None = None, dequantize: bool = False, **kwargs: Any
+) -> Any:
+    """The language model of a checkpoint folder or hub id, in evaluation mode.
+
+    A compact GloBE checkpoint loads factored: `S_cache` bases stay composed per layer and family (None: as the
+    file says; 0 recomposes at each call; "all" keeps every one). With `dequantize` it loads as the ordinary
+    dense model, which can be saved as one. Ordinary checkpoints load as always. `kwargs` (`dtype`,
+    `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises ConfigError for an impossible `S_cache`, and CheckpointError where there is no checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from globe.hf.quantizer import check_cache
+    from globe.hf.register import install
+
+    install()
+    hub = {
+        key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
+    }
+    try:
+        config = AutoConfig.from_pretrained(str(path), **hub)
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is neither a checkpoint folder nor a model on the hub that can be had: correct it"
+        ) from error
+    description = getattr(config, "quantization_config", None)
+    if isinstance(description, dict) and description.get("quant_method") == "globe":
+        if S_cache is not None:
+            description["S_cache"] = check_cache(S_cache)
+        description["dequantize"] = dequantize
+    return AutoModelForCausalLM.from_pretrained(str(path), config=config, **kwargs).eval()

@@ -1,0 +1,203 @@
+"""One family (gate or up) of one layer's experts, multiplied factored: W_e x = A_e M_e x + mean x.
+
+M_e = phi_lam(sum_j alpha_ej B_j) is composed for the experts that got tokens, kept for as many as the cache
+may hold, and never made for all experts at once unless the cache is asked to hold them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from globe.compose import mixed_bases
+from globe.hf.atoms import Atoms, Bank
+from globe.hf.layout import BankLayout, Mean, MemberLayout
+
+COMPOSED_AT_ONCE = 8
+"""Bases composed together on the way through the experts; bounds memory when nothing is cached."""
+
+
+class Group(NamedTuple):
+    """Rows [start, stop) of the sorted tokens go to one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+class Projection(nn.Module):
+    """W_e x for the experts e of one layer and family, some or all of them factored, the others dense.
+
+    `member` None: none is factored. Parameters: `adapters` (h, p, r), `codes` (h, m), `mean` (1,) or (p, d),
+    `dense` (experts - h, p, d), and the bank in `bank`, unless it is shared with others and given here.
+    """
+
+    adapters: Tensor
+    codes: Tensor
+    mean: Tensor
+    dense: Tensor
+    bank: Atoms
+
+    def __init__(
+        self,
+        experts: int,
+        size: tuple[int, int],
+        layout: BankLayout | None,
+        member: MemberLayout | None,
+        *,
+        bank: Atoms | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        factored = member.experts if member is not None else ()
+        self.row = {expert: row for row, expert in enumerate(factored)}
+        self.dense_row = {e: row for row, e in enumerate(sorted(set(range(experts)) - set(factored)))}
+        self.size = size
+        self.layout = layout
+        self.capacity = len(factored)
+        """S_cache: how many experts' bases stay composed"""
+        self._cache: dict[int, Tensor] = {}
+        self._signature: tuple[tuple[int, int], ...] = ()
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.dense_row:
+            shapes["dense"] = (len(self.dense_row), *size)
+        if layout is not None:
+            shapes["adapters"] = (len(factored), size[0], layout.r)
+            shapes["codes"] = (len(factored), layout.m)
+            if layout.mean is not Mean.none:
+                shapes["mean"] = (1,) if layout.mean is Mean.scalar else size
+            if bank is None:
+                self.bank = Atoms(layout, dtype)
+        # a tuple hides a shared bank from the layer's state dict: it is saved once, at the root of the model
+        self._shared = (bank,)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(*shape, dtype=dtype)))
+
+    def forward(
+        self,
+        x: Float[Tensor, "t d"],
+        rows: Float[Tensor, "s d"],
+        tokens: Int[Tensor, " s"],
+        groups: Sequence[Group],
+    ) -> Float[Tensor, "s p"]:
+        """W_e x for every pair: `rows` is x[tokens], sorted by expert as `groups` says."""
+        bank = self._bank()
+        each = bank.apply_each(x) if bank is not None and self._through_atoms(x.shape[0], groups) else None
+        shift = self._shift(x)
+        parts = []
+        for first in range(0, len(groups), COMPOSED_AT_ONCE):
+            chunk = groups[first : first + COMPOSED_AT_ONCE]
+            wanted = [group.expert for group in chunk if group.expert in self.row]
+            bases = self._bases(wanted, bank) if bank is not None and each is None else {}
+            for expert, start, stop in chunk:
+                if expert in self.dense_row:
+                    parts.append(F.linear(rows[start:stop], self.dense[self.dense_row[expert]]))
+                    continue
+                row = self.row[expert]
+                if each is None:
+                    inner = F.linear(rows[start:stop], bases[expert])
+                else:
+                    inner = torch.einsum("m,smr->sr", self.codes[row], each[tokens[start:stop]])
+                out = F.linear(inner, self.adapters[row])
+                parts.append(out if shift is None else out + shift[tokens[start:stop]])
+        return torch.cat(parts)
+
+    def _bank(self) -> Bank | None:
+        if self.layout is None:
+            return None
+        atoms = self._shared[0] or self.bank
+        return atoms().to(self.codes.device)
+
+    def _through_atoms(self, tokens: int, groups: Sequence[Group]) -> bool:
+        """Is it cheaper to apply every atom to the tokens than to compose the bases of the experts hit?
+
+        With a linear phi, B_j x for all atoms takes t m r d multiplications, composing takes m r d per expert.
+        """
+        assert self.layout is not None
+        linear = self.layout.lam == 0.0 or self.layout.activation == "identity"
+        return linear and self.capacity == 0 and tokens < len(groups)
+
+    def _shift(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t q"] | None:
+        """What the stored mean adds: (t, p), or (t, 1) for a scalar mean, a multiple of the sum of x."""
+        if self.layout is None or self.layout.mean is Mean.none:
+            return None
+        if self.layout.mean is Mean.scalar:
+            return x.sum(-1, keepdim=True) * self.mean
+        return F.linear(x, self.mean)
+
+    def _bases(self, wanted: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
+        """M_e of factored experts, from the cache or composed together."""
+        if not wanted:
+            return {}
+        factors = [self.codes, *(one for one in bank if one is not None)]
+        differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in factors)
+        if self.capacity == 0 or differentiable:  # a stored basis would stop the gradients
+            return dict(zip(wanted, self._compose(wanted, bank).unbind(), strict=True))
+        self._drop_stale(factors)
+        found = {expert: self._cache.pop(expert) for expert in wanted if expert in self._cache}
+        absent = [expert for expert in wanted if expert not in found]
+        if absent:
+            # ordinary tensors, outside any autocast region: they outlive this call
+            no_autocast = torch.autocast(self.codes.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), no_autocast:
+                composed = self._compose(absent, bank)
+            # a copy each: a view would keep its whole block for as long as it is cached
+            found |= {expert: basis.clone() for expert, basis in zip(absent, composed.unbind(), strict=True)}
+        self._cache |= found  # popped and put back, so the least recently used stand first
+        for oldest in list(self._cache)[: max(0, len(self._cache) - self.capacity)]:
+            del self._cache[oldest]
+        return found
+
+    def _compose(self, experts: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
+        assert self.layout is not None
+        return mixed_bases(
+            self.codes[[self.row[expert] for expert in experts]],
+            bank.atoms,
+            atoms_left=bank.left,
+            atoms_right=bank.right,
+            lam=self.layout.lam,
+            activation=self.layout.activation,
+            dtype=self.codes.dtype,
+        )
+
+    def _drop_stale(self, factors: Sequence[Tensor]) -> None:
+        """Forget bases composed from other values: an optimiser step or a loaded state changes the version."""
+        signature = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in factors)
+        if signature != self._signature:
+            self.clear_cache()
+            self._signature = signature
+
+    @torch.no_grad()
+    def rebuild(self) -> Float[Tensor, "e p d"]:
+        """All experts as dense matrices, computed one by one in float32 and rounded once."""
+        example = self.codes if self.row else self.dense
+        out = torch.empty(
+            len(self.row) + len(self.dense_row), *self.size, dtype=example.dtype, device=example.device
+        )
+        for expert, row in self.dense_row.items():
+            out[expert] = self.dense[row]
+        bank = self._bank()
+        for expert, row in self.row.items():
+            assert bank is not None
+            assert self.layout is not None
+            weight = self.adapters[row].float() @ self._compose([expert], bank)[0].float()
+            out[expert] = weight if self.layout.mean is Mean.none else weight + self.mean.float()
+        return out
+
+    @property
+    def cached_bytes(self) -> int:
+        return sum(basis.nbytes for basis in self._cache.values())
+
+    def clear_cache(self) -> None:
+        self._cache.clear()
+        self._signature = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
+        """Every move to another device or dtype ends here; what was composed before is of no more use."""
+        self.clear_cache()
+        return super()._apply(fn, recurse)

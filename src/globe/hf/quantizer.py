@@ -1,0 +1,106 @@
+"""GloBE as a quantisation method of transformers: what lets plain `from_pretrained` load a compact checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from globe.errors import ConfigError
+from globe.hf.compact_config import QUANT_METHOD, mark
+from globe.hf.experts import GlobeExperts
+from globe.hf.layout import VERSION, VERSION_KEY, BankLayout, from_json, to_json
+from globe.hf.swap import swap_in, swap_out
+
+SCache = int | str
+
+
+@register_quantization_config(QUANT_METHOD)
+class GlobeQuantizationConfig(QuantizationConfigMixin):
+    """The banks of a compact checkpoint. `S_cache`: bases kept composed per layer and family, or "all".
+
+    `dequantize` loads dense weights instead; it is never written.
+    """
+
+    def __init__(
+        self,
+        banks: Any = (),
+        globe_version: Any = VERSION,
+        S_cache: SCache = "all",
+        dequantize: bool = False,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.layouts: tuple[BankLayout, ...] = from_json(banks, globe_version)
+        self.S_cache = check_cache(S_cache)
+        self.dequantize = dequantize
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `config.json`: without `quant_method`, so that nothing loads it which does not know GloBE."""
+        return {VERSION_KEY: VERSION, "S_cache": self.S_cache, "banks": to_json(self.layouts)}
+
+
+@register_quantizer(QUANT_METHOD)
+class GlobeQuantizer(HfQuantizer):
+    """Swaps the factored experts in before weights are loaded, and out again to dequantise."""
+
+    requires_calibration = True  # transformers' name for: loads compressed checkpoints only
+    quantization_config: GlobeQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        swap_in(model, self.quantization_config.layouts)
+        set_cache(model, self.quantization_config.S_cache)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return self._dequantize(model) if self.quantization_config.dequantize else model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        swap_out(model, dtype)
+        # loading left only the conversions it used, none of them for gate and up: without all of them a saved
+        # model would not have its upstream names
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def attach(model: Any, layouts: tuple[BankLayout, ...], S_cache: SCache) -> None:
+    """Make a model patched in memory behave as a loaded one: `save_pretrained`, `dequantize`, its config."""
+    config = GlobeQuantizationConfig(to_json(layouts), S_cache=S_cache)
+    mark(model.config)
+    model.config.quantization_config = config
+    model.hf_quantizer = GlobeQuantizer(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    set_cache(model, S_cache)
+
+
+def check_cache(value: Any) -> SCache:
+    """`value` if it is a possible cache size. Raises ConfigError otherwise."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value != "all" and not whole:
+        raise ConfigError(
+            f"S_cache={value!r} is not possible: give a number of experts of at least 0, or all"
+        )
+    return value
+
+
+def set_cache(model: nn.Module, S_cache: SCache) -> None:
+    """How many experts' bases every layer and family keeps composed: 0 none, an integer, or "all" of them."""
+    check_cache(S_cache)
+    for module in model.modules():
+        if isinstance(module, GlobeExperts):
+            for projection in module.projections.values():
+                held = len(projection.row)
+                projection.capacity = held if S_cache == "all" else min(int(S_cache), held)
+                projection.clear_cache()

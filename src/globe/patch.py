@@ -1,0 +1,97 @@
+"""python -m globe.patch run=RUN out=OUT [KEY=VALUE ...]
+
+Put the banks of a run into the model they were learned from, and write the result as a checkpoint.
+
+run=RUN            folder of a run of globe.train, or of one bank; what it has no bank for stays as it is
+out=OUT            folder to write; it appears whole or not at all
+format=dense       reconstructed matrices under the upstream names: loads in any engine, saves nothing
+format=globe       factors only: loads in transformers once globe is imported
+model.path=PATH    checkpoint folder or hub id; by default the one the run was learned from
+model.revision=R   revision of a hub id
+S_cache=all        format=globe: experts per layer and family whose bases stay composed once loaded; 0 is none
+overwrite=false    true replaces an earlier result of this command
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from globe.entry import start
+from globe.errors import ConfigError
+from globe.hf.dense_checkpoint import write_dense
+from globe.hf.globe_checkpoint import write_globe
+from globe.hf.run_banks import open_run, open_source
+
+
+class Format(StrEnum):
+    dense = "dense"
+    globe = "globe"
+
+
+@dataclass
+class SourceOptions:
+    path: str | None = None
+    revision: str | None = None
+
+
+@dataclass
+class PatchOptions:
+    """The options of the command, as the text above says."""
+
+    run: str = MISSING
+    out: str = MISSING
+    format: Format = Format.dense
+    model: SourceOptions = field(default_factory=SourceOptions)
+    S_cache: int | str = "all"
+    overwrite: bool = False
+
+
+def parse(arguments: Sequence[str]) -> PatchOptions:
+    """Checked options of a command line of `KEY=VALUE`. Raises ConfigError, or OmegaConf's error for a key."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"{argument!r} is not understood: give KEY=VALUE, --help lists the keys")
+    schema = OmegaConf.structured(PatchOptions)
+    options = OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments)))
+    for key in ("run", "out"):
+        if OmegaConf.is_missing(options, key):
+            raise ConfigError(f"{key} is missing: give {key}=FOLDER, --help lists the keys")
+    checked = OmegaConf.to_object(options)
+    assert isinstance(checked, PatchOptions)
+    return checked
+
+
+def patch(options: PatchOptions) -> dict[str, Any]:
+    """Read the run, check it against its model, write the checkpoint; returns the record written beside it."""
+    banks = open_run(options.run)
+    checkpoint = open_source(banks, options.model.path, revision=options.model.revision)
+    match options.format:
+        case Format.dense:
+            return write_dense(banks, checkpoint, options.out, overwrite=options.overwrite)
+        case Format.globe:
+            cache = options.S_cache
+            return write_globe(banks, checkpoint, options.out, S_cache=cache, overwrite=options.overwrite)
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    options = parse(sys.argv[1:])
+    record = patch(options)
+    parameters = record["parameters"]
+    print(
+        f"{options.out}: {options.format}, {len(record['banks'])} banks; kept "
+        f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
+        f"of the model's {parameters['model']:,} parameters"
+    )
+
+
+if __name__ == "__main__":
+    start(main)
