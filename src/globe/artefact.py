@@ -1,4 +1,4 @@
-"""The file format of a learned bank: a folder with `bank.safetensors` and `globe.json`, which says what it is.
+"""The file format of a learned bank: a folder with `bank.safetensors` and `globe.json` that describes it.
 
 A reader checks everything before use and refuses with one sentence; a writer makes the whole folder appear,
 or nothing.

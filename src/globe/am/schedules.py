@@ -11,7 +11,7 @@ def curve_value(
     kind: str,
     start: float,
     end: float,
-    step: float,
+    step: int | float,
     steps: int,
     *,
     warmup: float = 0.0,
@@ -52,10 +52,8 @@ def curve_value(
     return start * (1 - way) + end * way
 
 
-def _progress(step: float, steps: int, warmup: float, hold: float) -> float:
-    """How far along the way, 0 to 1. A hold of any length wins over the end of the warm-up at the same
-    step.
-    """
+def _progress(step: int | float, steps: int, warmup: float, hold: float) -> float:
+    """How far along the way, 0 to 1. A hold wins over the end of the warm-up at the same step."""
     x = 1.0 if steps <= 1 else min(max(step / (steps - 1), 0.0), 1.0)
     if hold > 0 and x >= 1 - hold:
         return 1.0

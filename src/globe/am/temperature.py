@@ -1,6 +1,4 @@
-"""Sparsity of the codes: the entmax support at a temperature, the law that steers the temperature, the
-prune.
-"""
+"""Sparsity of the codes: the support at a temperature, the law that steers the temperature, the prune."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ _REACH = {"entmax15": 2.0, "sparsemax": 1.0}
 
 
 def next_temperature(T: float, median: float, target: float, *, eta: float, clamp: float = 0.1) -> float:
-    """T exp(-c) with c = eta (median / target - 1) limited to [-clamp, clamp]: one step of the support
-    control.
+    """One step of the support control: T exp(-c) with c = eta (median / target - 1) within [-clamp, clamp].
 
     With alpha = map(z / T) a higher T makes denser codes, so a median support above its target must lower
     T: hence the minus. (With the sign the other way round the loop drives the support away from the
