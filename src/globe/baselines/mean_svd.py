@@ -1,0 +1,22 @@
+"""Mean expert plus truncated SVD of the differences: the structure of D2-MoE, from weights alone.
+
+D2-MoE (arXiv 2502.17298) weights the mean by Fisher information and whitens the differences with
+activations. Without data both weights are uniform, which leaves the plain mean and the plain truncated SVD.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.baselines.linear import LinearFactors
+from globe.baselines.svd import svd
+
+
+def mean_svd(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:
+    """mean = 1/n sum_i X_i;  A_i B_i = rank-r SVD of X_i - mean.  The p x d mean counts in the budget.
+
+    Equal experts are reproduced by the mean alone, with zero adapters.
+    """
+    mean = X.mean(0)
+    return svd(X - mean, r=r)._replace(mean=mean)

@@ -1,0 +1,132 @@
+"""What a baseline is called, what sizes it has, and what it gives back. Immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Method(StrEnum):
+    svd = "svd"
+    """truncated SVD of every expert"""
+    shared_basis = "shared_basis"
+    """one basis for all experts (Tucker-1; MoLAE, arXiv 2503.23100)"""
+    mean_svd = "mean_svd"
+    """mean expert plus truncated SVD of the differences (structure of D2-MoE, arXiv 2502.17298)"""
+    group_svd = "group_svd"
+    """one basis per group of experts: the linear special case with one-hot codes"""
+    mobe = "mobe"
+    """MoBE (arXiv 2508.05257) as its public script starts and trains it"""
+    mobe_corrected = "mobe_corrected"
+    """MoBE's objective and optimiser from a start that really is a warm start"""
+    slbf = "slbf"
+    """low-rank atoms, as many as experts (arXiv 2610.09342)"""
+
+
+ADAM_METHODS = frozenset({Method.mobe, Method.mobe_corrected, Method.slbf})
+
+
+class BaselineStop(StrEnum):
+    closed_form = "closed_form"
+    steps = "steps"
+    time = "time"
+    diverged = "diverged"
+
+    @property
+    def sentence(self) -> str:
+        return {
+            BaselineStop.closed_form: "the method is a closed form or ran until its groups were stable",
+            BaselineStop.steps: "all steps were taken",
+            BaselineStop.time: "the time limit was reached",
+            BaselineStop.diverged: "the error was no longer finite; the best state before that was kept",
+        }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineSizes:
+    """Sizes of one baseline; `atom_rank` is the k of U_j (r, k) and V_j (k, d)."""
+
+    method: Method
+    n: int
+    p: int
+    d: int
+    m: int
+    r: int
+    atom_rank: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Kept numbers, exactly, each method in its own tightest form.
+
+        svd            n r (p + d)                           (identity codes say nothing and cost nothing)
+        shared_basis   n p r + r d                           (nor do codes that are all one)
+        mean_svd       p d + n r (p + d)                     (the mean expert is stored once)
+        group_svd, mobe, mobe_corrected   n p r + m r d + n m
+        slbf           n p r + m k (r + d - k) + n m         (gauge fixed: k x k of every atom is an identity)
+        """
+        n, p, d, m, r = self.n, self.p, self.d, self.m, self.r
+        match self.method:
+            case Method.svd:
+                return n * r * (p + d)
+            case Method.shared_basis:
+                return n * p * r + r * d
+            case Method.mean_svd:
+                return p * d + n * r * (p + d)
+            case Method.slbf:
+                assert self.atom_rank is not None
+                return n * p * r + m * self.atom_rank * (r + d - self.atom_rank) + n * m
+            case _:
+                return n * p * r + m * r * d + n * m
+
+    @property
+    def kept(self) -> float:
+        """Kept share of the family's own n p d parameters."""
+        return self.parameters / (self.n * self.p * self.d)
+
+
+class BaselinePoint(NamedTuple):
+    """A measured state on the way. A closed form has one point."""
+
+    step: int
+    seconds: float
+    """since the start of the method, its initialisation included"""
+    relfrob: float
+    """of the state after `step` steps, on the normalised experts"""
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineResult:
+    """X_i ~ adapters_i phi_lam(sum_j codes_ij B_j) (+ mean), B_j = bank_j or atoms_left_j atoms_right_j."""
+
+    sizes: BaselineSizes
+    label: str
+    """the method's name, with `+refit` where the adapters were refitted at the end"""
+    bank: Float[Tensor, "m r d"] | None
+    atoms_left: Float[Tensor, "m r k"] | None
+    atoms_right: Float[Tensor, "m k d"] | None
+    codes: Float[Tensor, "n m"]
+    adapters: Float[Tensor, "n p r"]
+    mean: Float[Tensor, "p d"] | None
+    """mean of the normalised experts, where the method stores one"""
+    activation: str
+    lam: float
+    relfrob: float
+    """from the residual of the returned factors, on the normalised experts"""
+    history: tuple[BaselinePoint, ...]
+    stop: BaselineStop
+
+    @property
+    def kept(self) -> float:
+        return self.sizes.kept
+
+    @property
+    def steps(self) -> int:
+        return self.history[-1].step
+
+    @property
+    def seconds(self) -> float:
+        return self.history[-1].seconds
