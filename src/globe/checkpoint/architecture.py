@@ -71,13 +71,17 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """Keys of `config.json` that say what the tensors must agree with; None where the config does not say."""
+    """Keys of `config.json` that say what the tensors must agree with, dotted where they are nested.
 
-    layers: str | None
-    experts: str | None
-    rows: str | None
+    Of several keys the first that is there counts (writers differ in how they call a size); the tensors
+    decide where there is none.
+    """
+
+    layers: tuple[str, ...]
+    experts: tuple[str, ...]
+    rows: tuple[str, ...]
     """The intermediate size I: p of gate and up, d of down."""
-    columns: str | None
+    columns: tuple[str, ...]
     """The hidden size H: d of gate and up, p of down."""
 
 
@@ -126,12 +130,11 @@ def parse_architecture(text: str, where: str, model_type: str) -> Architecture:
     if not isinstance(record["layouts"], list) or not record["layouts"]:
         raise CheckpointError(f"{where} has no layouts: give a list of at least one")
     shared = record.get("shared")
-    _check_keys(record["config"], ConfigKeys, f"{where}: config", optional={"rows", "columns", "experts"})
     return Architecture(
         model_type=model_type,
         layouts=tuple(_layout(one, f"{where}: layouts") for one in record["layouts"]),
         shared=None if shared is None else _layout(shared, f"{where}: shared", shared=True),
-        config=ConfigKeys(**{field.name: record["config"].get(field.name) for field in fields(ConfigKeys)}),
+        config=_config_keys(record["config"], f"{where}: config"),
     )
 
 
@@ -151,6 +154,18 @@ def _layout(record: Any, where: str, *, shared: bool = False) -> Layout:
     if record.get("interleaved") and "gate_up" not in record:
         raise CheckpointError(f"{where}: interleaved says how gate_up is laid out, so it needs gate_up")
     return Layout(**record)
+
+
+def _config_keys(record: Any, where: str) -> ConfigKeys:
+    """Each value is a key, a list of keys of which the first present counts, or null."""
+    _check_keys(record, ConfigKeys, where, optional=set())
+    keys = {}
+    for field, value in record.items():
+        listed = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+            raise CheckpointError(f"{where}: {field}={value!r} must be a key of config.json, a list, or null")
+        keys[field] = tuple(listed)
+    return ConfigKeys(**keys)
 
 
 def _check_keys(record: Any, kind: type, where: str, *, optional: set[str]) -> None:

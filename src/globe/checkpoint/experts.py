@@ -13,7 +13,7 @@ from torch import Tensor
 
 from globe.checkpoint.architecture import Architecture, Layout, Slot, load_architecture
 from globe.checkpoint.hub import Source, resolve
-from globe.checkpoint.location import Location, find_layouts, locate_matrix
+from globe.checkpoint.location import Location, count_layers, find_layouts, locate_matrix
 from globe.checkpoint.model_config import read_config, refuse_quantised, size_of
 from globe.checkpoint.shapes import ExpertShape, matrix_shape, routed_shape
 from globe.checkpoint.shards import ShardReader
@@ -46,7 +46,7 @@ class Checkpoint:
         self.reader = ShardReader(self.folder)
         found = find_layouts(self.architecture, self.reader.names)
         layers = size_of(self.config, self.architecture.config.layers)
-        self.num_layers = layers if layers is not None else max(found, default=-1) + 1
+        self.num_layers = layers if layers is not None else count_layers(self.reader.names)
         # Layers past the last are multi-token-prediction heads (61 of DeepSeek-V3), not the model proper.
         self._layouts = {layer: found[layer] for layer in sorted(found) if layer < self.num_layers}
         if not self._layouts:
@@ -125,7 +125,7 @@ class Checkpoint:
         for target, expert, place in zip(weights, indices, places, strict=True):
             part = self.reader.read(place.tensor, place.index)
             target.copy_(part.T if place.transposed else part)
-            if not torch.isfinite(target).all():
+            if not all(torch.isfinite(extreme) for extreme in target.aminmax()):  # NaN is both extremes
                 raise CheckpointError(
                     f"{place.tensor} in {self.folder} holds NaN or infinite weights (layer {layer}, "
                     f"{family}, expert {expert}): download it again, or leave this layer out"

@@ -67,3 +67,9 @@ def find_layouts(architecture: Architecture, names: Iterable[str]) -> dict[int, 
                 found[layer] = min(rank, found.get(layer, rank))
                 break
     return {layer: patterns[rank][0] for layer, rank in sorted(found.items())}
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """One more than the highest layer number in any name, for configs that do not say how many there are."""
+    numbers = (re.search(r"\blayers\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) for match in numbers if match), default=-1) + 1

@@ -40,11 +40,14 @@ def refuse_quantised(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def size_of(config: dict[str, Any], key: str | None, layer: int | None = None) -> int | None:
-    """The integer under a dotted key, or the layer's one of a list; None if the config has none."""
-    value: Any = config
-    for part in key.split(".") if key else ():
-        value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, list):
-        value = value[layer] if layer is not None and layer < len(value) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def size_of(config: dict[str, Any], keys: tuple[str, ...], layer: int | None = None) -> int | None:
+    """The integer under the first of these dotted keys that has one (of a list the layer's); None if none has."""
+    for key in keys:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = value[layer] if layer is not None and layer < len(value) else None
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
