@@ -129,7 +129,7 @@ def test_closed_loop_settles_at_the_target_from_either_side(
     z = logits(n=31)
     T = start
     medians = []
-    for _ in range(round(10 / eta)):
+    for _ in range(round(15 / eta)):
         median = summarise_support(support_from_logits(z, T, code_map=code_map).double()).median
         medians.append(median)
         T = next_temperature(T, median, float(target), eta=eta)

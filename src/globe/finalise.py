@@ -1,6 +1,4 @@
-"""The last step of a fit: freeze the supports, refit once, fold the scale back, round to the exported
-dtype.
-"""
+"""The last step of a fit: freeze the supports, refit once, fold the scale back, round to the export dtype."""
 
 from __future__ import annotations
 
@@ -51,8 +49,11 @@ def finalise(
     prune: float,
     refit: Refit | None = None,
 ) -> Finalised:
-    """Prune, round bank and codes, refit the adapters against the rounded bases, fold the scale, round,
+    """Prune and round bank and codes, refit the adapters to the rounded bases, fold the scale, round,
     measure.
+
+    With low-rank atoms their two halves are what is exported; `factors.bank` is then their product again, for
+    those who want it dense.
 
     `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
     rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are.
@@ -65,12 +66,11 @@ def finalise(
     joined = normalised if isinstance(normalised, Joined) else join([normalised])
     X = joined.experts
     kept = prune_codes(factors.codes, prune)
-    codes, bank = kept.to(export_dtype), factors.bank.to(export_dtype)
+    exported = _round_atoms(factors._replace(codes=kept), export_dtype)
     adapters = factors.adapters
     if refit is not None:
-        M = mixed_bases(codes.to(X), bank.to(X), lam=lam, activation=activation)
-        adapters = refit(X, M)
-    exported = Factors(bank, codes, fold_scale(adapters, joined.scale).to(export_dtype))
+        adapters = refit(X, _bases(exported, slice(None), lam, activation).to(X))
+    exported = exported._replace(adapters=fold_scale(adapters, joined.scale).to(export_dtype))
     mean = joined.mean
     if mean is not None and mean.dim() == 3:
         mean = mean.to(export_dtype)
@@ -84,7 +84,29 @@ def finalise(
         errors,
         norms,
         relfrob(errors, norms),
-        pruned_share(factors.codes, codes),
+        pruned_share(factors.codes, exported.codes),
+    )
+
+
+def _round_atoms(factors: Factors, dtype: torch.dtype) -> Factors:
+    """The same factors with codes and atoms in another dtype."""
+    codes = factors.codes.to(dtype)
+    if factors.left is None or factors.right is None:
+        return factors._replace(codes=codes, bank=factors.bank.to(dtype))
+    left, right = factors.left.to(dtype), factors.right.to(dtype)
+    bank = (left.to(factors.left.dtype) @ right.to(factors.right.dtype)).to(dtype)
+    return factors._replace(codes=codes, bank=bank, left=left, right=right)
+
+
+def _bases(factors: Factors, rows: slice, lam: float, activation: str) -> Float[Tensor, "chosen r d"]:
+    low_rank = factors.left is not None
+    return mixed_bases(
+        factors.codes[rows],
+        None if low_rank else factors.bank,
+        atoms_left=factors.left,
+        atoms_right=factors.right,
+        lam=lam,
+        activation=activation,
     )
 
 
@@ -108,7 +130,7 @@ def _exported_errors(
     parts = []
     for start in range(0, X.shape[0], CHUNK):
         rows = slice(start, min(start + CHUNK, X.shape[0]))
-        M = mixed_bases(exported.codes[rows], exported.bank, lam=lam, activation=activation).to(X)
+        M = _bases(exported, rows, lam, activation).to(X)
         inverse = None if scale is None else 1 / scale[rows]
         approximation = fold_scale(exported.adapters[rows].to(X), inverse) @ M
         if mean is not None and joined.mean is not None and mean.dim() == 3:
