@@ -4,7 +4,7 @@
 #   VENV=...          where the environment is (default .venv)
 #   VENV_FLAGS=...    e.g. --system-site-packages, to see the torch of the machine
 #   CONSTRAINTS=...   exact versions (default constraints.txt; the last choice is remembered in .venv)
-#   ARGS=...          passed on to pytest, the smoke test and the benchmarks
+#   ARGS=...          passed on to pytest and the benchmarks
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -30,6 +30,7 @@ OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 THREADS := $(or $(OMP_NUM_THREADS),$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4))))
 TEST_ENV := $(OFFLINE) OMP_NUM_THREADS=1
 RUN_ENV := $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
+SMOKE := outputs/smoke-test
 PYTEST := $(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help
@@ -62,8 +63,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 # --- use ----------------------------------------------------------------------------------------------------------
 
 .PHONY: smoke-test
-smoke-test: $(STAMP)  ## Train a bank on the embedded model and print a summary (no network, under a minute)
-	$(RUN_ENV) $(PY) -m globe.train experiment=smoke $(ARGS)
+smoke-test: $(STAMP)  ## Learn a bank from the embedded model, put it into the model, print a summary (no network)
+	$(RUN_ENV) $(PY) -m globe.train experiment=smoke hydra.run.dir=$(SMOKE) overwrite=true
+	$(RUN_ENV) $(PY) -m globe.patch run=$(SMOKE) out=$(SMOKE)-patched overwrite=true
 
 .PHONY: bench
 bench: $(STAMP)  ## Measure GloBE against the closed forms at the same kept parameters
