@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import resource
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, TINY
 from torch import Tensor
 
 import globe
@@ -23,6 +23,7 @@ import globe.embedded
 from globe.checkpoint import ExpertShape, ShardReader, known_model_types, open_checkpoint
 from globe.checkpoint.experts import choose_experts
 from globe.errors import CheckpointError
+from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, TINY
 
 FAMILIES = ("gate", "up", "down")
 OWN_NAMES = {"gate": "gate_proj|w1", "up": "up_proj|w3", "down": "down_proj|w2"}
@@ -107,11 +108,16 @@ def test_only_the_bytes_of_the_chosen_experts_are_read(
 ) -> None:
     folder = str(tiny_checkpoint(model_type, upstream=upstream))
     for family in FAMILIES[1:] if model_type in WITHOUT_GATE else FAMILIES:
-        checkpoint = open_checkpoint(folder) layer = checkpoint.moe_layers[-1] checkpoint.shape(layer,
-        family) assert checkpoint.reader.bytes_read == 0 experts = checkpoint.read_experts(layer, family,
-        max_experts=3, sample_method="evenly_spaced") assert experts.indices == (0, 2, 5) assert
-        torch.equal(experts.weights, open_checkpoint(folder).read_experts(layer, family).weights[[0, 2, 5]])
-        selected = 3 * INTERMEDIATE * HIDDEN * 4 if model_type == "gpt_oss" and family != "down":
+        checkpoint = open_checkpoint(folder)
+        layer = checkpoint.moe_layers[-1]
+        checkpoint.shape(layer, family)
+        assert checkpoint.reader.bytes_read == 0
+        experts = checkpoint.read_experts(layer, family, max_experts=3, sample_method="evenly_spaced")
+        assert experts.indices == (0, 2, 5)
+        everything = open_checkpoint(folder).read_experts(layer, family).weights
+        assert torch.equal(experts.weights, everything[[0, 2, 5]])
+        selected = 3 * INTERMEDIATE * HIDDEN * 4
+        if model_type == "gpt_oss" and family != "down":
             # Rows of gate and up alternate: of every 2 I numbers all but the one at the far end lie between.
             selected = 3 * HIDDEN * (2 * INTERMEDIATE - 1) * 4
         assert checkpoint.reader.bytes_read == selected
@@ -181,7 +187,7 @@ def test_evenly_spaced_reaches_from_the_first_to_the_last(n: int, k: int) -> Non
     assert chosen[0] == 0
     if k > 1:
         assert chosen[-1] == n - 1
-        gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(chosen)]
         assert max(gaps) - min(gaps) <= 1
 
 
@@ -314,9 +320,11 @@ def test_extract_expert_weights(tiny_checkpoint: Callable[..., Path]) -> None:
         expected = torch.cat([by_name(tensors, "jamba", layer, family)[:4] for layer in (1, 3)])
         assert all(isinstance(one, Tensor) for one in matrices)
         assert torch.equal(torch.stack(matrices), expected)
-    one = globe.extract_expert_weights(str(folder), single_layer=3, max_experts=2,
-    sample_method="evenly_spaced") assert torch.equal(torch.stack(one["up"]), by_name(tensors, "jamba", 3,
-    "up")[[0, 5]]) shared = globe.extract_expert_weights(str(tiny_checkpoint("dots1")), include_shared=True)
+    one = globe.extract_expert_weights(
+        str(folder), single_layer=3, max_experts=2, sample_method="evenly_spaced"
+    )
+    assert torch.equal(torch.stack(one["up"]), by_name(tensors, "jamba", 3, "up")[[0, 5]])
+    shared = globe.extract_expert_weights(str(tiny_checkpoint("dots1")), include_shared=True)
     assert len(shared["up"]) == EXPERTS + 1
 
 
