@@ -44,8 +44,8 @@ def write_artefact(artefact: BankArtefact, folder: str | os.PathLike[str]) -> No
 
     Both files are made and synced in a hidden folder beside the target, which is then renamed. An earlier
     artefact at the same place is moved aside first and removed last, so a kill leaves at least one of the
-    two, whole. Equal tensors, members and source give equal bytes of `bank.safetensors`: times and metrics
-    stand in `globe.json`.
+    two whole, if only under its hidden name. Equal tensors, members and source give equal bytes of
+    `bank.safetensors`: times and metrics stand in `globe.json`.
 
     Raises ArtefactError when the artefact is not valid, when its records are not plain JSON with finite
     numbers, when `folder` is something else than an artefact, or when the disk refuses.
@@ -66,9 +66,9 @@ def write_artefact(artefact: BankArtefact, folder: str | os.PathLike[str]) -> No
             os.rename(target, aside)
         os.rename(fresh, target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtefactError(
-            f"{target} can't be written ({error.strerror}): free space or give another folder"
+            f"{target} can't be written ({error}): free space or give another folder"
         ) from error
     finally:
         if aside.exists() and not target.exists():
@@ -82,10 +82,13 @@ def _replaceable(target: Path) -> bool:
 
 
 def _write_files(artefact: BankArtefact, folder: Path) -> None:
-    # clones: rows of a batch, or one tensor under two names, share memory, which safetensors refuses
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in artefact.tensors().items()
-    }
+    tensors, storages = {}, set()
+    for name, tensor in artefact.tensors().items():
+        whole = tensor.detach().cpu().contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        # safetensors refuses two tensors that share memory, as two slices of one batch do
+        tensors[name] = whole.clone() if storage in storages else whole
+        storages.add(storage)
     try:
         header = json.dumps(_identity(artefact), sort_keys=True, allow_nan=False)
         save_file(tensors, folder / TENSORS_FILE, metadata={METADATA_KEY: header})
@@ -162,9 +165,7 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
     unknown = sorted(set(tensors) - set(TENSOR_NAMES))
     require(not unknown, where, f"{TENSORS_FILE} holds unknown tensors {unknown}")
     try:
-        members = tuple(
-            Member(**{**entry, "experts": tuple(entry["experts"])}) for entry in record["members"]
-        )
+        members = tuple(_member(entry) for entry in record["members"])
         artefact = BankArtefact(
             members=members,
             activation=str(record["activation"]),
@@ -182,6 +183,11 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
         record["sizes"] == _sizes(artefact), where, f"the sizes in {RECORD_FILE} are not those of the tensors"
     )
     return artefact
+
+
+def _member(entry: Any) -> Member:
+    layer, start, stop = (int(entry[key]) for key in ("layer", "start", "stop"))
+    return Member(layer, str(entry["family"]), start, stop, tuple(int(one) for one in entry["experts"]))
 
 
 def _digest(path: Path) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from globe.errors import ArtefactError
@@ -37,15 +36,20 @@ class BankArtefact:
     """
 
     members: tuple[Member, ...]
-    codes: Float[Tensor, "n m"]
-    adapters: Float[Tensor, "n p r"]
+    codes: Tensor
+    """alpha (n, m), not negative; shapes are checked by `validate`, since a file may hold anything"""
+    adapters: Tensor
+    """A (n, p, r)"""
     activation: str
     """identity, silu, tanh or gelu"""
     lam: float
     """homotopy of the activation at the end of the fit: 0 linear, 1 the activation itself"""
-    bank: Float[Tensor, "m r d"] | None = None
-    atoms_left: Float[Tensor, "m r k"] | None = None
-    atoms_right: Float[Tensor, "m k d"] | None = None
+    bank: Tensor | None = None
+    """B (m, r, d), dense atoms"""
+    atoms_left: Tensor | None = None
+    """U (m, r, k) of low-rank atoms"""
+    atoms_right: Tensor | None = None
+    """V (m, k, d) of low-rank atoms"""
     mean: Tensor | None = None
     """what to add to every expert of a member: nothing, a number per member (members,), or (members, p, d)"""
     scale: Tensor | None = None
