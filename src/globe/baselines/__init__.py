@@ -1,6 +1,7 @@
 """What GloBE is measured against: published methods and textbook forms, one budget, one interface."""
 
 from globe.baselines.budget import allowed_parameters, resolve_sizes
+from globe.baselines.export import to_artefact
 from globe.baselines.records import (
     ADAM_METHODS,
     BaselinePoint,
@@ -22,4 +23,5 @@ __all__ = [
     "refit_adapters",
     "resolve_sizes",
     "run_baseline",
+    "to_artefact",
 ]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ EVALUATE_EVERY = 10
 """Steps between two measured states. The public scripts look every 200 steps, which loses short runs."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is trained. `parameters` are leaves with `.grad` allocated."""
 

@@ -37,8 +37,8 @@ def resolve_sizes(
     """Sizes of `method` for n experts of p x d.
 
     Sizes that are given stay; the others are the largest that `budget` allows. Without any, r of a method
-    with a bank is the first of p (as published), 3p/4, p/2, p/4 whose adapters take at most three quarters
-    of the budget. Raises ConfigError where a size does not belong to the method, sizes are missing, or
+    with a bank is the first of p (as published), 3p/4, p/2, p/4 and below whose adapters take at most three
+    quarters of the budget. Raises ConfigError where a size does not belong to the method, sizes are missing, or
     nothing fits into the budget.
     """
     method = Method(method)
@@ -75,11 +75,16 @@ def _published_rank(method: Method, n: int, p: int, d: int, limit: int | None) -
         raise ConfigError(
             f"{method} needs sizes or a budget: give budget, or its sizes (r with m or atom_rank)"
         )
-    for quarters in (4, 3, 2, 1):
-        rank = min(max(1, p * quarters // 4), d)
-        if n * p * rank <= ADAPTER_SHARE * limit:
-            return rank
-    raise ConfigError(f"{method} does not fit into {limit} parameters: give a larger budget or a smaller r")
+
+    def fits(r: int) -> bool:
+        least = BaselineSizes(method, n, p, d, n if method is Method.slbf else 1, r, 1)
+        return n * p * r <= ADAPTER_SHARE * limit and least.parameters <= limit
+
+    named = [min(max(1, p * quarters // 4), d) for quarters in (4, 3, 2, 1)]
+    r = next((r for r in named if fits(r)), 0) or _largest(fits, named[-1])
+    if r == 0:
+        raise ConfigError(f"{method} does not fit into {limit} parameters: give a larger budget")
+    return r
 
 
 def _grow(sizes: BaselineSizes, name: str, given: int | None, most: int, limit: int | None) -> BaselineSizes:
