@@ -102,6 +102,12 @@ class ExportDtype(StrEnum):
     float64 = "float64"
 
 
+class CurvatureDtype(StrEnum):
+    auto = "auto"
+    same = "same"
+    bfloat16 = "bfloat16"
+
+
 class WandbMode(StrEnum):
     disabled = "disabled"
     offline = "offline"
@@ -292,6 +298,9 @@ class TrainConfig:
     """Dictionary step."""
     cg_iterations: int = 10
     """Conjugate-gradient iterations of a Gauss-Newton step."""
+    curvature_dtype: CurvatureDtype = CurvatureDtype.auto
+    """Arithmetic inside the conjugate gradients: the fit's own, bfloat16, or bfloat16 where the hardware multiplies
+    it faster (auto). Gradients and the decision to take a step are always in the fit's own."""
     damping: float = 1e-3
     """First Levenberg-Marquardt damping, relative to the preconditioner's mean diagonal."""
     momentum: float = 0.9

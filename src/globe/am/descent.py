@@ -33,6 +33,7 @@ class Numbers(NamedTuple):
     lambda_A: float
     lambda_B: float
     lambda_T: float
+    curvature_dtype: torch.dtype | None = None
 
     def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms) -> Point:
         return evaluate(
@@ -78,6 +79,7 @@ def gauss_newton_step(
         generator=generator,
         lambda_B=numbers.lambda_B,
         force=None if pull is None else _blended_force(state, pull, numbers),
+        curvature_dtype=numbers.curvature_dtype,
     )
     plain = state.atoms.moved(move, state.constraint, joint=numbers.joint)
     relaxed = max(_LEAST, state.damping / _DOWN)

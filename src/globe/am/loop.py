@@ -13,6 +13,7 @@ from torch import Tensor
 from globe.am.coding import support_of_median
 from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
 from globe.am.descent import Numbers
+from globe.am.low_precision import curvature_dtype
 from globe.am.objective import evaluate
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.resume import Progress, Running, restore, snapshot
@@ -56,6 +57,7 @@ class Problem:
             lambda_A=train.lambda_A,
             lambda_B=train.lambda_B,
             lambda_T=train.lambda_T,
+            curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
         )
 
 

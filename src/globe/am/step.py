@@ -47,6 +47,7 @@ def am_step(
     lambda_A: float = 0.0,
     lambda_B: float = 0.0,
     lambda_T: float = 0.0,
+    curvature_dtype: torch.dtype | None = None,
     warm: Float[Tensor, "n r d"] | None = None,
 ) -> tuple[AMState, StepFigures]:
     """One step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 at the given lam, beta and T.
@@ -57,12 +58,15 @@ def am_step(
     joint        the codes move with the bank in the Gauss-Newton step
     warm         V_i^T of the experts' truncated SVDs (n, r, d); needed when beta < 1
     generator    draws the sketch of the preconditioner; nothing else here is random
+    curvature_dtype  of the products inside the conjugate gradients; None is the dtype of X
     lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
 
     Returns the new state, whose objective is not above the old one's for dictionary=gauss_newton as long as lam, beta
     and the support stay as they are and the penalties are zero. Raises FitError when numbers are no longer finite.
     """
-    numbers = Numbers(lam, beta, activation, cg_iterations, momentum, joint, lambda_A, lambda_B, lambda_T)
+    numbers = Numbers(
+        lam, beta, activation, cg_iterations, momentum, joint, lambda_A, lambda_B, lambda_T, curvature_dtype
+    )
     start = time.perf_counter()
     if lam != state.lam:
         state = start_state(

@@ -25,7 +25,6 @@ class Tangent(NamedTuple):
     """The linear map at one point, with its adjoint."""
 
     bank: Float[Tensor, "m r d"]
-    codes: Float[Tensor, "n m"]
     left: Float[Tensor, "m r k"] | None
     right: Float[Tensor, "m k d"] | None
     coordinates: Float[Tensor, "n m"]
@@ -38,34 +37,13 @@ class Tangent(NamedTuple):
     """whether the codes move"""
 
     def atoms(self, move: Move) -> Float[Tensor, "m r d"]:
-        """The bank's part of a move as a change of atoms, in the coordinates of `coordinates`."""
+        """The bank's part of a move as a change of atoms, in `coordinates`."""
         if self.left is None or self.right is None:
             return move[0]
         return torch.baddbmm(move[0] @ self.right, self.left, move[1])
 
-    def forward(self, atoms: Float[Tensor, "m r d"], move: Move, part: slice) -> Float[Tensor, "c r d"]:
-        """dY of the experts of one chunk; `atoms` is `self.atoms(move)`, made once for all chunks."""
-        change = self.coordinates[part] @ atoms.flatten(1)
-        if self.joint:
-            change.addmm_(move[-1][part], self.bank.flatten(1))
-        return change.unflatten(1, self.bank.shape[1:])
-
-    def adjoint_(
-        self,
-        change: Float[Tensor, "c r d"],
-        part: slice,
-        atoms: Float[Tensor, "m rd"],
-        codes: Float[Tensor, "n m"],
-    ) -> None:
-        """Adds one chunk's adjoint to `atoms` and writes its rows of `codes`."""
-        flat = change.flatten(1)
-        atoms.addmm_(self.coordinates[part].T, flat)
-        if self.joint:
-            torch.mm(flat, self.bank.flatten(1).T, out=codes[part])
-
-    def gather(self, atoms: Float[Tensor, "m rd"], codes: Float[Tensor, "n m"]) -> Move:
-        """The adjoint as a move, from what `adjoint_` accumulated."""
-        atoms = atoms.unflatten(1, self.bank.shape[1:])
+    def gather(self, atoms: Float[Tensor, "m r d"], codes: Float[Tensor, "n m"]) -> Move:
+        """The adjoint of dY as a move, from its inner products with the atoms (`coordinates`^T dY) and the codes."""
         move: Move = (atoms,)
         if self.left is not None and self.right is not None:
             move = (atoms @ self.right.mT, self.left.mT @ atoms)
@@ -97,4 +75,4 @@ def tangent(
         diagonal = R.diagonal().abs()
         if bool(diagonal.min() > _COLLINEAR * diagonal.max()):
             coordinates, triangle = C, R
-    return Tangent(bank, codes, left, right, coordinates, triangle, free, joint)
+    return Tangent(bank, left, right, coordinates, triangle, free, joint)
