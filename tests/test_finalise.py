@@ -142,9 +142,9 @@ def test_a_lossless_fit_loses_the_rounding_and_nothing_else(
     done = finished(joined, factors, export_dtype=dtype, refit=least_squares)
     rebuilt = rebuild(exported(done, 0.7), dtype=torch.float64)
     assert low <= done.relfrob <= high
-    assert done.relfrob == pytest.approx(
-        slow_relfrob(W, joined, rebuilt)[1], rel=0.05, abs=max(high * 0.05, 1e-14)
-    )
+    # a float32 reader multiplies in float32 too, which costs as much as the rounding of the factors
+    slack = 5e-8 if dtype == torch.float32 else 1e-13
+    assert done.relfrob == pytest.approx(slow_relfrob(W, joined, rebuilt)[1], rel=0.05, abs=slack)
 
 
 def test_refit_sees_the_rounded_bases_and_repairs_the_rounding() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe.seeding import first_codes, group_basis, kmeans_groups, seed_bank
+from globe.seeding import _without_empty, first_codes, group_basis, kmeans_groups, seed_bank
 from globe.warm_start import right_basis, truncated_svd
 
 N, P, D, R, M = 10, 5, 7, 2, 3
@@ -199,6 +199,21 @@ def test_kmeans_does_not_see_rotations_of_the_rows_or_the_size_of_an_expert(seed
     sizes = torch.logspace(-2, 2, N, dtype=torch.float64)[:, None, None]
     plain = kmeans_groups(X, M, generator=seeded(seed))
     assert torch.equal(plain, kmeans_groups(sizes * (turns @ X), M, generator=seeded(seed)))
+
+
+@given(st.integers(0, 2**31), st.integers(1, N))
+def test_an_empty_group_takes_the_farthest_expert_that_can_be_spared(seed: int, m: int) -> None:
+    distance = gaussian(N, m, seed=seed).abs()
+    groups = torch.randint(max(1, m // 2), (N,), generator=seeded(seed))
+    empty = [group for group in range(m) if group not in groups.tolist()]
+    filled = _without_empty(groups, distance)
+    assert int(torch.bincount(filled, minlength=m).min()) >= 1
+    moved = (filled != groups).nonzero()[:, 0]
+    assert len(moved) == len(empty)
+    if empty:
+        own = distance.gather(1, groups[:, None])[:, 0]
+        could = [i for i in range(N) if int((groups == groups[i]).sum()) > 1]
+        assert int(filled[max(could, key=lambda i: float(own[i]))]) == empty[0]
 
 
 # first codes

@@ -14,6 +14,7 @@ from entmax import entmax15, sparsemax
 from hypothesis import given
 from hypothesis import strategies as st
 
+from globe.errors import FitError
 from globe.metrics import squared_norms
 from globe.warm_start import (
     align,
@@ -300,6 +301,17 @@ def test_a_single_atom_and_the_dtype_of_the_right_hand_side() -> None:
     codes = nnls_codes(torch.tensor([[4.0]]), torch.tensor([[2.0], [-1.0]]))
     assert codes.dtype == torch.float32
     torch.testing.assert_close(codes, torch.tensor([[0.5], [0.0]]))
+
+
+def test_an_active_set_that_does_not_end_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import scipy.optimize
+
+    def cycles(*_: object, **__: object) -> None:
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    monkeypatch.setattr(scipy.optimize, "nnls", cycles)
+    with pytest.raises(FitError, match=r"did not settle .*raise codes\.l1"):
+        nnls_codes(*problem(0))
 
 
 def test_misuse_is_refused() -> None:
