@@ -241,7 +241,7 @@ def test_layers_past_the_last_are_no_part_of_the_model(
     save_file(tensors | extra, folder / "model.safetensors")
     checkpoint = open_checkpoint(str(folder))
     assert (checkpoint.num_layers, checkpoint.moe_layers) == (2, (1,))
-    with pytest.raises(CheckpointError, match=r"layer=2 is out of range.*0 to 1"):
+    with pytest.raises(CheckpointError, match=r"layer=2 is out of range for .*: give one of 0 to 1"):
         checkpoint.shape(2, "up")
 
 

@@ -89,7 +89,9 @@ class Checkpoint:
             return locate_matrix(slot, name, self.reader.shape(name), None)
         n = self.shape(layer, family).n
         if not 0 <= expert < n:
-            raise CheckpointError(f"expert {expert} is out of range: layer {layer} has experts 0 to {n - 1}")
+            raise CheckpointError(
+                f"expert {expert} is out of range for layer {layer}: give one of 0 to {n - 1}"
+            )
         slot = self._slot(layer, family)
         name = slot.name(layer, expert)
         return locate_matrix(slot, name, self.reader.shape(name), expert if slot.fused else None)
@@ -136,14 +138,14 @@ class Checkpoint:
         slot = self._layout(layer).slot(family)
         if slot is None:
             raise CheckpointError(
-                f"family={family!r}: the experts of {self.model_type} have no {family} matrix"
+                f"family={family!r}: the experts of {self.model_type} have no {family} matrix: choose another"
             )
         return slot
 
     def _layout(self, layer: int) -> Layout:
         if not 0 <= layer < self.num_layers:
             raise CheckpointError(
-                f"layer={layer} is out of range: {self._source.id} has layers 0 to {self.num_layers - 1}"
+                f"layer={layer} is out of range for {self._source.id}: give one of 0 to {self.num_layers - 1}"
             )
         if layer not in self._layouts:
             raise CheckpointError(

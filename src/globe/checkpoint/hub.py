@@ -36,7 +36,7 @@ def resolve(path: str | None, *, revision: str | None = None, force_download: bo
     if path is None:
         return Source(globe.embedded.path(), EMBEDDED_ID, None)
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path.strip() and folder.is_dir():
         if revision is not None:
             raise CheckpointError(
                 f"model.revision={revision!r} is for hub ids, but {path} is a folder: drop it"

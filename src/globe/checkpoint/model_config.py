@@ -20,7 +20,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(
-            f"{path} names no model_type: it is not the config of a model transformers knows"
+            f"{path} names no model_type: give a Hugging Face checkpoint of a language model"
         )
     return config
 

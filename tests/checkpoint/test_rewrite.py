@@ -1,0 +1,168 @@
+"""A checkpoint copied with some tensors changed: everything else byte for byte, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from globe.checkpoint import copy_checkpoint, copy_support_files, open_checkpoint
+from globe.checkpoint.tensorfile import TensorFile
+from globe.errors import CheckpointError
+from tiny_models import EXPERTS, load_tiny
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one", "sharded"])
+def test_a_copy_without_changes_is_the_same_bytes(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, shard: str
+) -> None:
+    source = tiny_checkpoint("qwen2_moe", max_shard_size=shard)
+    copy_checkpoint(source, tmp_path / "out", {})
+    assert files(tmp_path / "out") == files(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "granitemoe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", ["gate", "up", "down"])
+def test_only_the_bytes_of_the_replaced_matrices_change(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, model_type: str, family: str
+) -> None:
+    """Replace one family of one layer through the table; read it back, and compare all the rest bit by bit."""
+    source = tiny_checkpoint(model_type, dtype=torch.bfloat16, max_shard_size="20KB")
+    before = open_checkpoint(str(source))
+    shape = before.shape(1, family)
+    new = torch.randn(shape.n, shape.p, shape.d, generator=torch.Generator().manual_seed(3)).bfloat16()
+    places = [before.locate(1, family, expert) for expert in range(EXPERTS)]
+
+    def fill(name: str) -> Callable[[Tensor], Tensor]:
+        def change(stored: Tensor) -> Tensor:
+            for expert, place in enumerate(places):
+                if place.tensor == name:
+                    place.view(stored).copy_(new[expert])
+            return stored
+
+        return change
+
+    copy_checkpoint(source, tmp_path / "out", {place.tensor: fill(place.tensor) for place in places})
+    after = open_checkpoint(str(tmp_path / "out"))
+    assert torch.equal(after.read_experts(1, family).weights, new)
+    assert after.reader.index == before.reader.index
+    touched = {place.tensor for place in places}
+    for name in before.reader.names:
+        if name not in touched:
+            assert torch.equal(after.reader.read(name), before.reader.read(name))
+    for other in {"gate", "up", "down"} - {family}:
+        assert torch.equal(after.read_experts(1, other).weights, before.read_experts(1, other).weights)
+    changed = {name for name, content in files(source).items() if files(tmp_path / "out")[name] != content}
+    assert changed == {before.reader.index[name] for name in touched}
+
+
+def test_metadata_order_and_tied_tensors_stay(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {name: torch.randn(3, 4) for name in ("z", "a", "m")} | {"b": torch.arange(5)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt", "tied": "lm_head=embed"})
+    copy_checkpoint(source, tmp_path / "out", {"m": lambda stored: -stored})
+    out = tmp_path / "out" / "model.safetensors"
+    with safe_open(source / "model.safetensors", "pt") as one, safe_open(out, "pt") as two:
+        assert two.metadata() == one.metadata() == {"format": "pt", "tied": "lm_head=embed"}
+        assert two.offset_keys() == one.offset_keys()
+    assert TensorFile(out).header == TensorFile(source / "model.safetensors").header
+    assert torch.equal(load_file(out)["m"], -tensors["m"])
+
+
+def test_a_tied_model_loads_and_stays_tied(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_checkpoint("qwen2_moe", tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    assert "lm_head.weight" not in load_file(source / "model.safetensors")
+    copy_checkpoint(source, tmp_path / "out", {name: lambda stored: 2 * stored})
+    model = load_tiny(tmp_path / "out", "qwen2_moe")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, 2 * load_file(source / "model.safetensors")[name])
+
+
+def test_a_function_changes_its_own_copy(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_checkpoint("mixtral")
+    before = files(source)
+    copy_checkpoint(source, tmp_path / "out", {"model.norm.weight": lambda stored: stored.zero_()})
+    assert files(source) == before
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda t: t[:-1], lambda t: t.double(), lambda t: t.T], ids=["shape", "dtype", "transposed"]
+)
+def test_a_replacement_keeps_shape_and_dtype(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, wrong: Callable[[Tensor], Tensor]
+) -> None:
+    name = "model.embed_tokens.weight"
+    with pytest.raises(CheckpointError, match=rf"{name} is torch.float32 \[37, 24\], but its replacement"):
+        copy_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "out", {name: wrong})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_function_leaves_nothing(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def fail(stored: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        copy_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "out", {"model.norm.weight": fail})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_before_anything_is_written(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_checkpoint("mixtral")
+    with pytest.raises(CheckpointError, match="has no tensor absent, so it cannot be replaced"):
+        copy_checkpoint(source, tmp_path / "out", {"absent": lambda stored: stored})
+    with pytest.raises(CheckpointError, match="is the checkpoint itself"):
+        copy_checkpoint(source, source, {})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(CheckpointError, match="exists already"):
+        copy_checkpoint(source, tmp_path / "out", {})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_what_is_not_weights_is_copied_through_links(tmp_path: Path) -> None:
+    """The hub's cache keeps links to blobs; a copy must stand alone."""
+    blob, source, out = tmp_path / "blob", tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    blob.write_text(json.dumps({"model_type": "mixtral"}))
+    (source / "config.json").symlink_to(blob)
+    for name in ("tokenizer.json", "merges.txt", "tokenizer.model", "LICENSE", "chat_template.jinja"):
+        (source / name).write_text(name)
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "x.pth",
+        ".hidden",
+    ):
+        (source / name).write_text(name)
+    (source / "pytorch_model.bin.index.json").write_text("{}")
+    (source / "original").mkdir()
+    copied = copy_support_files(source, out)
+    assert list(copied) == sorted(path.name for path in out.iterdir())
+    assert set(copied) == {
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer.model",
+    }
+    assert not (out / "config.json").is_symlink()
+    shutil.rmtree(source)
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "mixtral"}
