@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds (one thread, shared machine)"
+    )
     parser.add_argument("--json", help="also write every measured state to this file")
     options = parser.parse_args()
     if options.kept is None and (options.m is None or options.r is None):
@@ -89,6 +93,7 @@ def fit(
         activation=activation,
         weights_std=std,
         generator=torch.Generator().manual_seed(options.seed),
+        clock=time.process_time if options.cpu_time else time.perf_counter,
     )
 
 
@@ -127,7 +132,8 @@ def main() -> None:
     name = Path(options.checkpoint).name if options.checkpoint else "embedded model"
     print(
         f"{name}, layer {options.layer}, {options.family}: {n} x {p} x {d}; {options.threads} thread(s) of "
-        f"{platform.machine()}, PyTorch {torch.__version__}, load {os.getloadavg()[0]:.1f} at the start\n"
+        f"{platform.machine()}, PyTorch {torch.__version__}, {'CPU' if options.cpu_time else 'wall-clock'} seconds, "
+        f"load {os.getloadavg()[0]:.1f} at the start\n"
     )
     times = [f"{time:g} s" for time in options.seconds]
     head = ["method", "sizes", "kept", *times, "seconds", "+refit", "steps", "ms/step"]

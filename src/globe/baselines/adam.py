@@ -39,11 +39,15 @@ class Limits(NamedTuple):
     """When a fit ends, whichever comes first, and who watches."""
 
     started: float
-    """reading of `time.perf_counter` at the start of the method"""
+    """reading of `clock` at the start of the method"""
     steps: int | None = None
     seconds: float | None = None
     on_step: Callable[[BaselinePoint], None] | None = None
     evaluate_every: int = EVALUATE_EVERY
+    clock: Callable[[], float] = time.perf_counter
+
+    def elapsed(self) -> float:
+        return self.clock() - self.started
 
     def fraction(self, step: int, elapsed: float) -> float:
         """Share of the way that has passed: of steps or of time, the larger where both are limited."""
@@ -105,7 +109,7 @@ def minimise(
     history: list[BaselinePoint] = []
     step = 0
     while True:
-        elapsed = time.perf_counter() - limits.started
+        elapsed = limits.elapsed()
         stop = limits.stop(step, elapsed)
         objective.forward()
         if stop or step % limits.evaluate_every == 0:
@@ -113,7 +117,7 @@ def minimise(
             if not math.isfinite(error):
                 stop = BaselineStop.diverged
                 break
-            history.append(BaselinePoint(step, time.perf_counter() - limits.started, error))
+            history.append(BaselinePoint(step, limits.elapsed(), error))
             if limits.on_step:
                 limits.on_step(history[-1])
             if error < least:

@@ -36,10 +36,10 @@ def resolve_sizes(
 ) -> BaselineSizes:
     """Sizes of `method` for n experts of p x d.
 
-    Sizes that are given stay; the others are the largest that `budget` allows. Without any, r of a method
-    with a bank is the first of p (as published), 3p/4, p/2, p/4 and below whose adapters take at most three
-    quarters of the budget. Raises ConfigError where a size does not belong to the method, sizes are missing, or
-    nothing fits into the budget.
+    Sizes that are given stay; the others are the largest that `budget` allows. Without any, a method with a
+    bank begins with the first r of p (as published), 3p/4, p/2, p/4 and below whose adapters take at most three
+    quarters of the budget, takes the largest m (SLBF: k) for it, and lets r grow into what is left. Raises
+    ConfigError where a size does not belong to the method, sizes are missing, or nothing fits.
     """
     method = Method(method)
     limit = None if budget is None else allowed_parameters(budget, n=n, p=p, d=d)
@@ -50,15 +50,14 @@ def resolve_sizes(
         case Method.shared_basis:
             sizes = _grow(BaselineSizes(method, n, p, d, 1, r or 1), "r", r, min(n * p, d), limit)
         case Method.slbf:
-            if r is None:
-                r = _published_rank(method, n, p, d, limit)
-            sizes = BaselineSizes(method, n, p, d, n, r, atom_rank or 1)
-            sizes = _grow(sizes, "atom_rank", atom_rank, min(r, d), limit)
+            first = _published_rank(method, n, p, d, limit) if r is None and atom_rank is None else r or 1
+            sizes = BaselineSizes(method, n, p, d, n, first, atom_rank or 1)
+            sizes = _grow(sizes, "atom_rank", atom_rank, min(first, d), limit)
+            sizes = _grow(sizes, "r", r, min(p, d), limit)
         case _:
-            if r is None and m is None:
-                r = _published_rank(method, n, p, d, limit)
-            sizes = _grow(BaselineSizes(method, n, p, d, m or 1, r or 1), "r", r, min(p, d), limit)
-            sizes = _grow(sizes, "m", m, n, limit)
+            first = _published_rank(method, n, p, d, limit) if r is None and m is None else r or 1
+            sizes = _grow(BaselineSizes(method, n, p, d, m or 1, first), "m", m, n, limit)
+            sizes = _grow(sizes, "r", r, min(p, d), limit)
     _check(sizes, limit)
     return sizes
 

@@ -49,6 +49,7 @@ def run_baseline(
     refit: bool = False,
     generator: torch.Generator | None = None,
     on_step: Callable[[BaselinePoint], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> BaselineResult:
     """Approximates normalised experts X (n, p, d) by `method` within a budget.
 
@@ -63,6 +64,7 @@ def run_baseline(
     refit           refit the adapters by least squares at the end; the label gains `+refit`
     generator       lets `group_svd` and `mobe_corrected` try random groups besides consecutive ones
     on_step         called with every measured state
+    clock           what counts as seconds; `time.process_time` for one thread on a machine with other work
 
     Equal inputs, generator state and `steps` give equal results; a time limit does not. Raises ConfigError
     for impossible sizes or missing limits, FitError where nothing finite comes out.
@@ -74,7 +76,7 @@ def run_baseline(
         if steps is None and seconds is None:
             raise ConfigError(f"{method} runs until a limit: give steps or seconds")
         load_optimiser()
-    limits = Limits(time.perf_counter(), steps, seconds, on_step)
+    limits = Limits(clock(), steps, seconds, on_step, clock=clock)
     match method:
         case Method.mobe | Method.mobe_corrected:
             result = _run_mobe(experts, sizes, limits, activation, weights_std, learning_rate, generator)
@@ -97,7 +99,7 @@ def _run_closed_form(
             factors = mean_svd(X, r=sizes.r)
         case _:
             factors = group_svd(X, m=sizes.m, r=sizes.r, generator=generator)
-    seconds = time.perf_counter() - limits.started
+    seconds = limits.elapsed()
     B, codes, A, mean = factors
     M = mixed_bases(codes, B, lam=0.0, activation="identity")
     point = BaselinePoint(0, seconds, _error(X, A, M, mean))
