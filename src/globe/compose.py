@@ -1,6 +1,4 @@
-"""From factors back to matrices: the mixed bases M_i = phi(sum_j alpha_ij B_j), dense experts, the cache
-of bases.
-"""
+"""From factors back to matrices: mixed bases M_i = phi(sum_j alpha_ij B_j), dense experts, cached bases."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ def mixed_bases(
 
 
 def _mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
-    """sum_j alpha_ij B_j in the dtype of the codes; another dtype's bank is widened in pieces, never
-    whole.
-    """
+    """sum_j alpha_ij B_j in the dtype of the codes; a narrower bank is widened in pieces, never whole."""
     m, r, d = bank.shape
     flat = bank.reshape(m, r * d)
     if bank.dtype == codes.dtype:

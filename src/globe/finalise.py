@@ -49,11 +49,9 @@ def finalise(
     prune: float,
     refit: Refit | None = None,
 ) -> Finalised:
-    """Prune and round bank and codes, refit the adapters to the rounded bases, fold the scale, round,
-    measure.
+    """Prune, round bank and codes, refit the adapters to the rounded bases, fold the scale, round, measure.
 
-    With low-rank atoms their two halves are what is exported; `factors.bank` is then their product again, for
-    those who want it dense.
+    With low-rank atoms their two halves are what is exported; `factors.bank` is then their product again.
 
     `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
     rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are.
