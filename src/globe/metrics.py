@@ -107,9 +107,7 @@ def energy_captured(norms: Float[Tensor, " n"], A0: Float[Tensor, "n p r"]) -> F
 
 
 def total_energy_captured(norms: Float[Tensor, " n"], A0: Float[Tensor, "n p r"]) -> float:
-    """sum_i ||A0_i||^2 / sum_i ||X_i||^2, the ceiling of 1 - RelFrob^2 for any fit with adapters of width
-    r.
-    """
+    """sum_i ||A0_i||^2 / sum_i ||X_i||^2: the ceiling of 1 - RelFrob^2 for any fit with the same r."""
     total = float(norms.sum())
     return min(float(squared_norms(A0).sum()) / total, 1.0) if total > 0 else 1.0
 
@@ -181,9 +179,7 @@ def entropy(codes: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
 
 
 def effective_support(codes: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
-    """S_eff = 1 / sum_j q_ij^2, q_i = alpha_i / sum alpha_i: k for k equal codes; 0 for an expert without
-    codes.
-    """
+    """S_eff = 1 / sum_j q_ij^2, q_i = alpha_i / sum alpha_i: k for k equal codes, 0 without codes."""
     weight = _shares(codes).square().sum(dim=1)
     return torch.where(weight > 0, 1 / weight.clamp_min(1e-300), 0.0)
 

@@ -127,8 +127,7 @@ def nnls_codes(
     l1: float = 0.0,
     support: Bool[Tensor, "n m"] | None = None,
 ) -> Float[Tensor, "n m"]:
-    """argmin over alpha_i >= 0 of 1/2 alpha_i^T G alpha_i - H_i^T alpha_i + l1 sum_j alpha_ij, for every
-    expert.
+    """argmin over alpha_i >= 0 of 1/2 alpha_i^T G alpha_i - H_i^T alpha_i + l1 sum_j alpha_ij, per expert.
 
     G is the Gram matrix of the atoms, one for all experts (m, m) or one each (n, m, m); H_ij = <atom_j,
     target_i>. `simplex` adds sum_j alpha_ij = 1, which makes `l1` a constant; `support` allows only some
