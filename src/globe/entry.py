@@ -140,7 +140,9 @@ def _of_disk(error: OSError) -> str | None:
     where = f" {error.filename}" if error.filename else ""
     if is_disk_full(error):
         return f"the disk is full, writing{where} failed: make room, the same command goes on from here"
-    if error.errno in _REFUSED and error.filename:
+    # a missing file is a mistake of ours, unless it is the parent of a run folder that Hydra wants to make
+    refused = error.errno in _REFUSED or (error.errno == errno.ENOENT and _raised_in_hydra(error))
+    if refused and error.filename:
         return f"{error.filename} can't be used ({error.strerror}): give another output folder"
     return None
 
@@ -148,7 +150,8 @@ def _of_disk(error: OSError) -> str | None:
 def _raised_in_hydra(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    return bool(modules) and modules[-1].startswith("hydra.")
+    own = [module for module in modules if module not in ("pathlib", "os", "shutil")]
+    return bool(own) and own[-1].startswith("hydra.")
 
 
 def _one_line(text: str) -> str:

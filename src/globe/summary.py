@@ -258,6 +258,8 @@ def _total(summary: RunSummary) -> list[str]:
 
 
 def _footer(summary: RunSummary, folder: Path) -> str:
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     where = folder / "banks" / (summary.banks[0].key if len(summary.banks) == 1 else "<bank>")
     lines = [
         f"family: {sum(bank.kept_parameters for bank in summary.banks):,} of "
