@@ -96,7 +96,9 @@ def test_what_git_tracks_is_enough_anywhere(tmp_path: Path) -> None:
         "import globe.embedded; from globe.checkpoint import known_model_types, open_checkpoint;"
         "print(globe.embedded.path(), open_checkpoint(None).shape(12, 'up').n, len(known_model_types()))"
     )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    # Without coverage's own variables: it would report the copy beside the package.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    environment = kept | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -121,6 +121,21 @@ def test_a_failing_function_leaves_nothing(tiny_checkpoint: Callable[..., Path],
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["os.fsync", "shutil.copyfile", "globe.checkpoint.rewrite.raw_bytes"])
+def test_a_disk_that_refuses(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = tiny_checkpoint("mixtral")
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+            copy_checkpoint(source, tmp_path / "out", {"model.norm.weight": lambda stored: stored})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refusals_before_anything_is_written(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny_checkpoint("mixtral")
     with pytest.raises(CheckpointError, match="has no tensor absent, so it cannot be replaced"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,40 @@ def test_remains_of_a_killed_process_are_no_obstacle(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "out") as second:  # the same process number
         second.write("z", torch.ones(3))
     assert ShardReader(tmp_path / "out").names == ("z",)
+
+
+def refuse(*arguments: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["os.replace", "os.fsync"])
+def test_a_disk_that_refuses_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    writer = ShardWriter(tmp_path / "out")
+    writer.write("x", torch.ones(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+            writer.close()
+    assert list(tmp_path.iterdir()) == []
+    writer.close()  # closed already: nothing more happens
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_noticed_in_the_index_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ShardWriter(tmp_path / "out", max_shard_bytes=1)
+    writer.write("x", torch.ones(2))
+    writer.write("y", torch.ones(2))
+    opened = Path.open
+
+    def refuse_text(path: Path, mode: str = "r", **options: Any) -> Any:
+        return refuse() if mode == "w" else opened(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse_text)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def index_of(folder: Path, weight_map: object) -> None:
