@@ -57,6 +57,8 @@ def parse(arguments: Sequence[str]) -> PatchOptions:
     for argument in arguments:
         if "=" not in argument:
             raise ConfigError(f"{argument!r} is not understood: give KEY=VALUE, --help lists the keys")
+        if argument.startswith("model="):
+            raise ConfigError(f"{argument!r} is a group of options: give model.path=FOLDER")
     schema = OmegaConf.structured(PatchOptions)
     options = OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments)))
     for key in ("run", "out"):

@@ -23,6 +23,14 @@ class Bank(NamedTuple):
         """On the device of a layer; nothing is copied if it is there already."""
         return Bank(*(None if one is None else one.to(device) for one in self))
 
+    def mix(self, codes: Float[Tensor, "h m"]) -> Float[Tensor, "h r d"]:
+        """Y_i = sum_j codes_ij B_j, over all atoms: also those with a code of zero get and give gradients."""
+        if self.atoms is not None:
+            return torch.einsum("hm,mrd->hrd", codes, self.atoms)
+        assert self.left is not None
+        assert self.right is not None
+        return torch.einsum("hm,mrd->hrd", codes, self.left @ self.right)
+
     def apply_each(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t m r"]:
         """B_j x for every atom."""
         if self.atoms is not None:

@@ -48,6 +48,6 @@ def marked(base: Any) -> Any:
 
 def mark(config: Any) -> None:
     """Turn the configuration of a model in memory into a marked one, in place."""
-    base = type(config)
+    base: Any = type(config)
     if base.__module__ != __name__:
         config.__class__ = marked(base)

@@ -75,17 +75,26 @@ def write_globe(
 
 
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """The checkpoint's model on the meta device: modules, names and shapes without memory."""
+    """The checkpoint's model on the meta device: modules, names and shapes without memory.
+
+    Raises CheckpointError if transformers has no pure language model for it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint.folder)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise CheckpointError(
             f"transformers has no language model for {checkpoint.model_type}: use format=dense"
         ) from error
+    if type(model.config) is not type(config):
+        raise CheckpointError(
+            f"{checkpoint.model_type} has a text part among others, which can't be compressed into a file of its "
+            "own: use format=dense, or patch it in memory with globe.patch_model"
+        )
+    return model
 
 
 def disk_names(skeleton: nn.Module) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from globe.am.activation import phi
 from globe.compose import mixed_bases
 from globe.hf.atoms import Atoms, Bank
 from globe.hf.layout import BankLayout, Mean, MemberLayout
@@ -136,22 +137,30 @@ class Projection(nn.Module):
             return {}
         factors = [self.codes, *(one for one in bank if one is not None)]
         differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in factors)
-        if self.capacity == 0 or differentiable:  # a stored basis would stop the gradients
+        if differentiable:  # a stored basis would stop the gradients
+            assert self.layout is not None
+            mixed = bank.mix(self.codes[[self.row[expert] for expert in wanted]])
+            activated = phi(mixed, lam=self.layout.lam, activation=self.layout.activation)
+            return dict(zip(wanted, activated.unbind(), strict=True))
+        if self.capacity == 0:
             return dict(zip(wanted, self._compose(wanted, bank).unbind(), strict=True))
         self._drop_stale(factors)
         found = {expert: self._cache.pop(expert) for expert in wanted if expert in self._cache}
         absent = [expert for expert in wanted if expert not in found]
         if absent:
-            # ordinary tensors, outside any autocast region: they outlive this call
-            no_autocast = torch.autocast(self.codes.device.type, enabled=False)
-            with torch.inference_mode(False), torch.no_grad(), no_autocast:
-                composed = self._compose(absent, bank)
-            # a copy each: a view would keep its whole block for as long as it is cached
-            found |= {expert: basis.clone() for expert, basis in zip(absent, composed.unbind(), strict=True)}
+            found |= self._compose_to_keep(absent, bank)
         self._cache |= found  # popped and put back, so the least recently used stand first
         for oldest in list(self._cache)[: max(0, len(self._cache) - self.capacity)]:
             del self._cache[oldest]
         return found
+
+    def _compose_to_keep(self, experts: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
+        """Ordinary tensors of their own, whatever mode the call is in: they outlive it."""
+        no_autocast = torch.autocast(self.codes.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), no_autocast:
+            # views would keep the whole block for as long as one of them is cached
+            rows = [row.clone() for row in self._compose(experts, bank).unbind()]
+        return dict(zip(experts, rows, strict=True))
 
     def _compose(self, experts: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
         assert self.layout is not None

@@ -9,11 +9,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe.errors import ConfigError
+from globe.errors import CheckpointError, ConfigError
 from globe.hf.compact_config import QUANT_METHOD, mark
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import VERSION, VERSION_KEY, BankLayout, from_json, to_json
-from globe.hf.swap import swap_in, swap_out
+from globe.hf.swap import SHARED_BANKS, swap_in, swap_out
 
 SCache = int | str
 
@@ -55,15 +55,15 @@ class GlobeQuantizer(HfQuantizer):
         set_cache(model, self.quantization_config.S_cache)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        require_loaded(model)
         return self._dequantize(model) if self.quantization_config.dequantize else model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        swap_out(model, dtype)
-        # loading left only the conversions it used, none of them for gate and up: without all of them a saved
-        # model would not have its upstream names
-        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # once a model was saved, its config says the dtype as text
+        swap_out(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        # loading left the conversions it used, none of them for gate and up; None stands for all those of the
+        # architecture, without which a saved model would not have its upstream names
+        model._weight_conversions = None
         return model
 
     def is_serializable(self) -> bool:
@@ -72,6 +72,16 @@ class GlobeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def require_loaded(model: nn.Module) -> None:
+    """Raise CheckpointError if a factor had no tensor in the files, where transformers would only warn."""
+    for name, parameter in model.named_parameters():
+        ours = ".globe_" in name or name.startswith(SHARED_BANKS)
+        if ours and parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+            raise CheckpointError(
+                f"the compact checkpoint lacks {name}, or has it with another shape: patch again"
+            )
 
 
 def attach(model: Any, layouts: tuple[BankLayout, ...], S_cache: SCache) -> None:

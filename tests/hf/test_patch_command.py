@@ -1,0 +1,116 @@
+"""`python -m globe.patch`: its options, its sentences, and what it finds out by itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from made_runs import random_bank, random_run, write_run
+
+import globe.patch as command
+from globe.checkpoint import open_checkpoint
+from globe.entry import start
+from globe.errors import ConfigError
+from globe.hf.destination import RECORD
+from globe.patch import Format, parse
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command line."""
+    monkeypatch.setattr(sys, "argv", ["globe.patch", *arguments])
+    try:
+        start(command.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_options_are_read_into_their_types() -> None:
+    options = parse(
+        ["run=a", "out=b/c", "format=globe", "model.path=owner/name", "model.revision=main", "S_cache=4"]
+    )
+    assert (options.run, options.out, options.format, options.S_cache) == ("a", "b/c", Format.globe, 4)
+    assert (options.model.path, options.model.revision) == ("owner/name", "main")
+    plain = parse(["run=a", "out=b"])
+    assert (plain.format, plain.model.path, plain.S_cache, plain.overwrite) == (
+        Format.dense,
+        None,
+        "all",
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run=a"], "out is missing"),
+        (["out=a"], "run is missing"),
+        (["run=a", "out=b", "colour=red"], "colour is not an option: give one of run, out, format"),
+        (["run=a", "out=b", "model.colour=red"], "model.colour is not an option"),
+        (["run=a", "out=b", "format=gguf"], "give one of dense, globe"),
+        (["run=a", "out=b", "overwrite=perhaps"], "give true or false"),
+        (["run=a", "out=b", "model=there"], "give model.path="),
+        (["run=a", "b"], "'b' is not understood"),
+        (["run=nowhere", "out=b"], "'nowhere' holds no finished bank"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_exit_code_1(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(monkeypatch, *arguments) == 1
+    shown = capsys.readouterr()
+    assert sentence in shown.err
+    assert shown.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    names = [one.name for one in fields(command.PatchOptions) if one.name != "model"]
+    names += [f"model.{one.name}" for one in fields(command.SourceOptions)]
+    assert all(f"\n{name}=" in text for name in names)
+
+
+@pytest.mark.parametrize("form", ["dense", "globe"])
+def test_the_command_finds_the_model_by_itself_and_says_what_it_kept(
+    form: str,
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = random_run(tiny("olmoe"), tmp_path / "run", ["up"])
+    assert run_command(monkeypatch, f"run={run}", f"out={tmp_path / 'out'}", f"format={form}") == 0
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["format"] == form
+    line = capsys.readouterr().out.strip()
+    assert f"{form}, 2 banks" in line
+    assert f"{record['parameters']['kept_of_families']:.3f} of the compressed families" in line
+    assert f"{record['parameters']['kept_of_model']:.3f} of the model's" in line
+
+
+def test_the_embedded_model_is_found(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(None)
+    run = write_run(tmp_path / "run", [random_bank(checkpoint, [(12, "up")])])
+    record = command.patch(parse([f"run={run}", f"out={tmp_path / 'out'}"]))
+    assert record["source"] == checkpoint.source()
+    assert open_checkpoint(str(tmp_path / "out")).moe_layers == checkpoint.moe_layers
+
+
+def test_a_revision_for_a_folder_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    run = random_run(tiny("olmoe"), tmp_path / "run", ["up"])
+    options = parse([f"run={run}", f"out={tmp_path / 'out'}", "model.revision=main"])
+    with pytest.raises(ValueError, match=r"model\.revision"):
+        command.patch(options)
+    with pytest.raises(ConfigError, match="out is missing"):
+        parse([f"run={run}"])
