@@ -296,7 +296,7 @@ class TrainConfig:
     """Seconds after which a fit ends at the next step, per bank; null is no limit."""
     dictionary: Dictionary = Dictionary.gauss_newton
     """Dictionary step."""
-    cg_iterations: int = 10
+    cg_iterations: int = 20
     """Conjugate-gradient iterations of a Gauss-Newton step."""
     curvature_dtype: CurvatureDtype = CurvatureDtype.auto
     """Arithmetic inside the conjugate gradients: the fit's own, bfloat16, or bfloat16 where the hardware multiplies

@@ -18,7 +18,7 @@ from globe.am.tangent import tangent
 from globe.am.targets import aligned_warm_start, blend, weight_aware_targets
 
 _DOWN, _UP = 2.5, 5.0
-_LEAST, _MOST = 1e-5, 1e5
+_LEAST, _MOST = 1e-3, 1e5
 
 
 class Numbers(NamedTuple):
@@ -71,7 +71,7 @@ def gauss_newton_step(
         free=state.constraint.support,
         joint=numbers.joint,
     )
-    move = gauss_newton_direction(
+    direction = gauss_newton_direction(
         slopes,
         state.point,
         cg_iterations=numbers.cg_iterations,
@@ -81,7 +81,7 @@ def gauss_newton_step(
         force=None if pull is None else _blended_force(state, pull, numbers),
         curvature_dtype=numbers.curvature_dtype,
     )
-    plain = state.atoms.moved(move, state.constraint, joint=numbers.joint)
+    plain = state.atoms.moved(direction.move, state.constraint, joint=numbers.joint)
     relaxed = max(_LEAST, state.damping / _DOWN)
     if pull is not None:
         error = _blended_error(X, state, state.atoms, pull, numbers)

@@ -10,6 +10,8 @@ by a few preconditioned conjugate-gradient iterations on the normal equations (L
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +20,13 @@ from globe.am.curvature import Curvature
 from globe.am.objective import Point
 from globe.am.preconditioner import precondition
 from globe.am.tangent import Move, Tangent
+
+
+class Direction(NamedTuple):
+    """Where to go, and by how much the quadratic model says the objective falls on the way."""
+
+    move: Move
+    predicted: float
 
 
 def gauss_newton_direction(
@@ -30,7 +39,7 @@ def gauss_newton_direction(
     lambda_B: float = 0.0,
     force: Float[Tensor, "n r d"] | None = None,
     curvature_dtype: torch.dtype | None = None,
-) -> Move:
+) -> Direction:
     """The move that `cg_iterations` of conjugate gradients give, in plain atoms (and codes).
 
     damping          of Levenberg and Marquardt, relative to the mean diagonal of the preconditioner's blocks
@@ -51,6 +60,7 @@ def gauss_newton_direction(
             bank = (tangent.triangle @ bank.flatten(1)).view_as(bank)
         residual = (residual[0] - ridge * bank, *residual[1:])
         shift[0] += ridge
+    predicted = 0.0
     step: Move = tuple(torch.zeros_like(part) for part in residual)
     solved = solver.apply(residual)
     search: Move = tuple(part.clone() for part in solved)
@@ -65,6 +75,7 @@ def gauss_newton_direction(
         bend = _dot(search, curved)
         if not bend > 0:
             break
+        predicted += energy * energy / bend
         for at, along, left, part in zip(step, search, residual, curved, strict=True):
             at.add_(along, alpha=energy / bend)
             left.sub_(part, alpha=energy / bend)
@@ -72,7 +83,7 @@ def gauss_newton_direction(
         energy, before = _dot(residual, solved), energy
         for along, part in zip(search, solved, strict=True):
             along.mul_(energy / before).add_(part)
-    return tangent.leave_coordinates(step)
+    return Direction(tangent.leave_coordinates(step), predicted)
 
 
 def _dot(a: Move, b: Move) -> float:

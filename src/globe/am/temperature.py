@@ -13,8 +13,6 @@ from globe.errors import FitError
 
 LOWEST, HIGHEST = 1e-6, 1e6
 """Bounds of T: a target no temperature reaches (equal logits) must not drive it to zero or infinity."""
-_REACH = {"entmax15": 2.0, "sparsemax": 1.0}
-"""A logit this far below its row's largest (at T = 1) is outside the support whatever the others are."""
 
 
 def next_temperature(T: float, median: float, target: float, *, eta: float, clamp: float = 0.1) -> float:
@@ -40,15 +38,14 @@ def simplex_weights(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> Floa
     Computed in float32 or wider. Raises FitError when a logit is NaN or plus infinity or a row has no
     finite one, ValueError on an unknown map.
     """
-    if code_map not in _REACH:
+    if code_map not in ("entmax15", "sparsemax"):
         raise ValueError(f"codes.map={code_map!r} is not one of entmax15, sparsemax")
     wide = z if z.dtype == torch.float64 else z.float()
     top = wide.amax(dim=1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
         raise FitError("the code logits are no longer finite: lower codes.eta or codes.l1 and start again")
-    # the map ignores a shift of a row, and all below its reach is outside the support: the clamp changes no
-    # weight, and keeps a small T from overflowing to inf - inf inside the map
-    shifted = ((wide - top) / T).clamp_min(-2 * _REACH[code_map])
+    # the map ignores a shift of a row; without it large logits over a small T would overflow
+    shifted = (wide - top) / T
     return entmax15(shifted, dim=1) if code_map == "entmax15" else sparsemax(shifted, dim=1)
 
 
