@@ -121,6 +121,8 @@ def test_effective_rank_by_hand() -> None:
     values = torch.tensor([[90.0, 5.0, 5.0], [100.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64).sqrt()
     assert metrics.effective_rank(values).tolist() == [2, 1, 3]
     assert metrics.effective_rank(values, 0.9).tolist() == [1, 1, 3]
+    # five of nine equal ones hold 5/9 of the energy exactly, and a rounding less in float64
+    assert metrics.effective_rank(torch.full((1, 9), 0.1, dtype=torch.float64), 5 / 9).tolist() == [5]
 
 
 # codes

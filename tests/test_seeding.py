@@ -178,6 +178,15 @@ def test_kmeans_finds_planted_groups(seed: int) -> None:
         assert float(close) > R - 0.05
 
 
+@pytest.mark.parametrize("m", [3, 4, N])
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_kmeans_fills_more_groups_than_there_are_different_experts(m: int, kinds: int) -> None:
+    X = gaussian(kinds, P, D)[torch.arange(N) % kinds]
+    for seed in range(5):
+        groups = kmeans_groups(X, m, generator=seeded(seed))
+        assert int(torch.bincount(groups, minlength=m).min()) >= 1
+
+
 def slow_kmeans_step(X: torch.Tensor, groups: torch.Tensor, m: int) -> torch.Tensor:
     """One Lloyd step on the d x d matrices themselves."""
     C = torch.stack([x.mT @ x / (x.mT @ x).norm() for x in X])
@@ -187,7 +196,8 @@ def slow_kmeans_step(X: torch.Tensor, groups: torch.Tensor, m: int) -> torch.Ten
 
 @given(st.integers(0, 2**31))
 def test_kmeans_ends_at_a_fixed_point_of_the_explicit_method(seed: int) -> None:
-    X = gaussian(N, P, D, seed=seed)
+    """Lines in a plane: no groups stand apart, so the first assignment is hardly ever the last."""
+    X = gaussian(31, 1, 2, seed=seed)
     groups = kmeans_groups(X, M, generator=seeded(seed))
     assert torch.equal(slow_kmeans_step(X, groups, M), groups)
 

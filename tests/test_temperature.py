@@ -63,7 +63,7 @@ def test_support_grows_with_temperature(seed: int, code_map: str, T: float, fact
 
 @pytest.mark.parametrize("code_map", MAPS)
 def test_extreme_temperatures(code_map: str) -> None:
-    z = logits(dtype=torch.float32)
+    z = logits(dtype=torch.float32) + 1e3
     cold = simplex_weights(z, 1e-30, code_map=code_map)
     assert torch.equal(cold, torch.nn.functional.one_hot(z.argmax(1), M).float())
     hot = simplex_weights(z, 1e30, code_map=code_map)
@@ -145,6 +145,11 @@ def test_prune_keeps_the_largest_and_all_above_the_share(seed: int, eps: float) 
     for before, after in zip(codes.tolist(), pruned.tolist(), strict=True):
         assert after == [x if x >= eps * max(before) else 0.0 for x in before]
         assert max(after) == max(before)
+
+
+def test_prune_keeps_a_code_that_is_exactly_the_share() -> None:
+    codes = torch.tensor([[1.0, 0.5, 0.25]])
+    assert prune(codes, 0.5).tolist() == [[1.0, 0.5, 0.0]]
 
 
 def test_prune_refuses_a_share_that_would_take_everything() -> None:
