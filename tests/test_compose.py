@@ -114,6 +114,19 @@ def test_a_bank_is_widened_in_pieces_with_the_same_result(monkeypatch: pytest.Mo
     torch.testing.assert_close(compose.bases_of(one, slice(None)), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_sparse_codes_read_only_the_atoms_they_use(low_rank: bool) -> None:
+    one = artefact(low_rank=low_rank)
+    codes = one.codes.clone()
+    codes[:, [0, 3]] = 0
+    one = replace(one, codes=codes)
+    expected = compose.bases_of(one, slice(None))
+    for atoms in (one.bank, one.atoms_left, one.atoms_right):
+        if atoms is not None:
+            atoms[[0, 3]] = float("nan")
+    assert torch.equal(compose.bases_of(one, slice(None)), expected)
+
+
 @given(st.integers(0, 2**31), st.floats(0, 3), st.floats(0, 3))
 def test_mixing_is_linear_in_the_codes_before_the_activation(seed: int, a: float, b: float) -> None:
     bank, first, second = gaussian(M, R, D), codes_like(1.0, seed), codes_like(0.5, seed + 1)
