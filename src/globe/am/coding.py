@@ -45,17 +45,22 @@ def support_of_median(
     the result stands below it. Supports that already meet the target are returned as they are.
     """
     present = codes > 0
-    if float(present.sum(dim=1).float().median()) <= median:
+    if _median(present) <= median:
         return present
     low, high = 1e-4, 1.0
     for _ in range(40):
         middle = (low * high) ** 0.5
         support = present & entmax_support(codes, bank, temperature=middle, code_map=code_map)
-        if float(support.sum(dim=1).float().median()) <= median:
+        if _median(support) <= median:
             low = middle
         else:
             high = middle
     return present & entmax_support(codes, bank, temperature=low, code_map=code_map)
+
+
+def _median(support: Bool[Tensor, "n m"]) -> float:
+    """Of the support sizes; between the middle two where n is even, as it is reported."""
+    return float(support.sum(dim=1).double().cpu().quantile(0.5))
 
 
 def code_system(
