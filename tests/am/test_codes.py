@@ -1,0 +1,262 @@
+"""Coding: the normal equations of the codes, the non-negative solve, and the entmax support."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import normal, plant
+from torch import Tensor
+
+from globe.am.coding import code_system, contributions, entmax_support, propose_codes, support_of_median
+from globe.am.controls import median_support
+from globe.am.descent import Numbers
+from globe.am.objective import evaluate, mix
+from globe.am.state import Atoms, Constraint, start_state
+from globe.am.step import coding_step
+
+N, P, D, M, R = 6, 8, 9, 5, 4
+MAPS = ("entmax15", "sparsemax")
+LINEAR = {"lam": 0.0, "activation": "identity"}
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    X, bank = normal(N, P, D, seed=seed), normal(M, R, D, seed=seed + 1)
+    return X, bank, normal(N, M, seed=seed + 2).abs()
+
+
+def numbers(**options: float | str) -> Numbers:
+    return Numbers(
+        lam=float(options.get("lam", 0.0)),
+        beta=1.0,
+        activation=str(options.get("activation", "identity")),
+        cg_iterations=5,
+        momentum=0.0,
+        joint=True,
+        lambda_A=0.0,
+        lambda_B=0.0,
+        lambda_T=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "lam"), [("identity", 0.0), ("silu", 1.0), ("tanh", 0.5), ("gelu", 0.9)]
+)
+def test_code_system_agrees_with_the_dense_jacobian(activation: str, lam: float) -> None:
+    X, bank, codes = problem()
+    K, h = code_system(bank, evaluate(X, bank, codes, lam=lam, activation=activation))
+    wanted = reference.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
+    for found, exact in ((K, wanted[0]), (h, wanted[1])):
+        assert float((found - exact).norm()) <= 1e-8 * float(exact.norm())
+
+
+@pytest.mark.parametrize(
+    "options", ["free", "support", "l1", "l1 on a support", "simplex", "simplex on a support"]
+)
+@pytest.mark.parametrize(("activation", "lam"), [("identity", 0.0), ("silu", 1.0)])
+@pytest.mark.parametrize("seed", [0, 10])
+def test_proposed_codes_minimise_the_linearised_objective(
+    seed: int, activation: str, lam: float, options: str
+) -> None:
+    """Against every set of atoms in use. The relative ridge towards the present codes is 1e-3."""
+    X, bank, codes = problem(seed)
+    simplex, l1 = options.startswith("simplex"), 0.3 if options.startswith("l1") else 0.0
+    support = None
+    if options.endswith("support"):
+        support = normal(N, M, seed=seed + 5) > -0.5
+        support[:, 1] = True
+        codes = codes * support
+    if simplex:
+        codes = codes / codes.sum(dim=1, keepdim=True)
+    at = evaluate(X, bank, codes, lam=lam, activation=activation)
+    found = propose_codes(bank, codes, at, support=support, l1=l1, simplex=simplex)
+    K, h = reference.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
+    sparse = False
+    for i in range(N):
+        mean = K[i].diagonal().mean()
+        wanted = reference.best_codes(
+            K[i] + 1e-3 * mean * torch.eye(M, dtype=K.dtype),
+            h[i],
+            codes[i],
+            price=l1 * float(mean),
+            simplex=simplex,
+            support=None if support is None else support[i],
+        )
+        sparse |= bool((wanted == 0).any())
+        if not bool(wanted.any()):
+            # no code is worth its price: an expert is not left without any, it keeps its present ones
+            assert torch.equal(found[i], codes[i])
+            continue
+        # the sum is held at one by a heavy row, not exactly
+        tolerance = 1e-6 if simplex else 1e-8
+        assert float((found[i] - wanted).norm()) <= tolerance * float(wanted.norm()), i
+    assert sparse, "no code at its bound: the case shows nothing"
+
+
+def test_l1_shrinks_the_codes() -> None:
+    X, bank, codes = problem()
+    at = evaluate(X, bank, codes, **LINEAR)
+    sums = [float(propose_codes(bank, codes, at, l1=l1).sum()) for l1 in (0.0, 0.1, 0.5)]
+    assert sums[0] > sums[1] > sums[2] > 0
+
+
+@pytest.mark.parametrize("simplex", [False, True])
+def test_a_price_that_kills_all_codes_keeps_the_present_ones(simplex: bool) -> None:
+    X, bank, codes = problem()
+    codes = codes / codes.sum(dim=1, keepdim=True)
+    found = propose_codes(bank, codes, evaluate(X, bank, codes, **LINEAR), l1=1e6, simplex=simplex)
+    assert bool((found.sum(dim=1) > 0).all())
+    if not simplex:
+        assert torch.equal(found, codes)
+
+
+def test_contributions_do_not_depend_on_the_gauge() -> None:
+    _, bank, codes = problem()
+    gauge = torch.tensor([0.01, 1.0, 3.0, 100.0, 0.5], dtype=torch.float64)
+    wanted = torch.tensor(
+        [[float((codes[i, j] * bank[j]).norm()) for j in range(M)] for i in range(N)]
+    ).double()
+    torch.testing.assert_close(contributions(codes, bank), wanted, rtol=1e-6, atol=0)
+    moved = contributions(codes / gauge, bank * gauge[:, None, None])
+    torch.testing.assert_close(moved, contributions(codes, bank), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("code_map", MAPS)
+def test_temperature_one_keeps_the_support_and_others_move_it_the_right_way(code_map: str) -> None:
+    _, bank, codes = problem()
+    codes = codes * (normal(N, M, seed=4) > -0.4)
+    codes[codes.sum(dim=1) == 0] = 1.0
+    present = codes > 0
+    at_one = entmax_support(codes, bank, temperature=1.0, code_map=code_map)
+    assert torch.equal(at_one, present)
+    colder = entmax_support(codes, bank, temperature=0.3, code_map=code_map)
+    hotter = entmax_support(codes, bank, temperature=20.0, code_map=code_map)
+    assert bool((colder <= present).all())
+    assert int(colder.sum()) < int(present.sum())
+    assert bool((hotter >= present).all())
+    assert int(hotter.sum()) > int(present.sum())
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 2**31),
+    st.integers(2, 13),
+    st.integers(2, 11),
+    st.integers(1, 12),
+    st.sampled_from(MAPS),
+    st.sampled_from(["continuous", "equal", "few values"]),
+)
+def test_support_of_median_meets_its_target_and_is_never_empty(
+    seed: int, n: int, m: int, target: int, code_map: str, values: str
+) -> None:
+    """Exactly, where the contributions are all different: one atom at a time leaves the support."""
+    codes = normal(n, m, seed=seed).abs() + 1e-3
+    if values == "equal":
+        codes = torch.ones_like(codes)
+    elif values == "few values":
+        codes = codes.round() + 1
+    bank = normal(m, 3, 4, seed=seed % 1000)
+    bank = bank / torch.linalg.vector_norm(bank, dim=(1, 2), keepdim=True)
+    support = support_of_median(codes, bank, median=target, code_map=code_map)
+    assert bool(support.any(dim=1).all())
+    median = median_support(codes * support)
+    if values == "continuous":
+        assert median == min(target, m)
+    elif values == "few values":
+        assert median <= target
+
+
+def test_support_of_median_keeps_the_largest_contributions() -> None:
+    _, bank, codes = problem()
+    support = support_of_median(codes, bank, median=2, code_map="entmax15")
+    size = contributions(codes, bank)
+    for i in range(N):
+        kept, dropped = size[i][support[i]], size[i][~support[i]]
+        assert len(dropped) == 0 or float(kept.min()) > float(dropped.max())
+
+
+def test_supports_that_already_meet_the_target_stay() -> None:
+    _, bank, codes = problem()
+    codes[:, 3:] = 0
+    assert torch.equal(support_of_median(codes, bank, median=4, code_map="entmax15"), codes > 0)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.6, 1.0]),
+    st.sampled_from(["silu", "tanh", "gelu"]),
+    st.booleans(),
+)
+@settings(max_examples=25)
+def test_coding_raises_no_experts_error(seed: int, lam: float, activation: str, simplex: bool) -> None:
+    X, bank, codes = problem(seed)
+    if simplex:
+        codes = codes / codes.sum(dim=1, keepdim=True)
+    state = start_state(
+        X, Atoms(bank, codes), lam=lam, activation=activation, constraint=Constraint(None, simplex)
+    )
+    new = coding_step(X, state, numbers(lam=lam, activation=activation))
+    assert bool((new.point.errors <= state.point.errors * (1 + 1e-12)).all())
+    assert new.objective < state.objective
+    assert bool((new.atoms.codes >= 0).all())
+    assert bool((new.atoms.codes.sum(dim=1) > 0).all())
+    if simplex:
+        torch.testing.assert_close(new.atoms.codes.sum(dim=1), torch.ones(N).double(), rtol=0, atol=1e-12)
+    # and the point is that of the codes
+    again = evaluate(X, bank, new.atoms.codes, lam=lam, activation=activation)
+    assert new.objective == pytest.approx(again.objective, rel=1e-12)
+
+
+def test_coding_brings_back_an_atom() -> None:
+    """An atom with code zero, which entmax's own gradient could not revive."""
+    truth = plant(N, P, D, M, R, seed=3)
+    codes = truth.codes.clone()
+    codes[0, 2] = 0
+    state = start_state(truth.X, Atoms(truth.bank, codes), **LINEAR)
+    for _ in range(30):
+        state = coding_step(truth.X, state, numbers())
+    assert float(state.atoms.codes[0, 2]) > 0
+    torch.testing.assert_close(
+        mix(state.atoms.codes, truth.bank)[0] / state.atoms.codes[0].norm(),
+        mix(truth.codes, truth.bank)[0] / truth.codes[0].norm(),
+        rtol=0,
+        atol=1e-3,
+    )
+
+
+def test_coding_on_a_support_keeps_to_it_and_remembers_it() -> None:
+    X, bank, codes = problem()
+    support = normal(N, M, seed=8) > 0.2
+    support[:, 0] |= ~support.any(dim=1)
+    state = start_state(X, Atoms(bank, codes), **LINEAR)
+    new = coding_step(X, state, numbers(), support=support)
+    assert not bool(new.atoms.codes[~support].any())
+    assert bool((new.atoms.codes.sum(dim=1) > 0).all())
+    assert new.constraint.support is not None
+    assert torch.equal(new.constraint.support, support)
+    cut = evaluate(X, bank, codes * support, **LINEAR)
+    assert bool((new.point.errors <= cut.errors * (1 + 1e-12)).all())
+
+
+@given(st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_feasible_codes_are_never_negative_forbidden_or_gone(seed: int, masked: bool, simplex: bool) -> None:
+    before = normal(N, M, seed=seed).abs()
+    support = None
+    if masked:
+        support = normal(N, M, seed=seed + 1) > 0.5
+        support[:, seed % M] |= ~support.any(dim=1)
+        before = before * support
+        before = torch.where(before.sum(dim=1, keepdim=True) > 0, before, support.double())
+    before = before / before.sum(dim=1, keepdim=True)
+    wanted = normal(N, M, seed=seed + 2)
+    wanted[0] = -1
+    found = Constraint(support, simplex).feasible(wanted, before)
+    assert bool((found >= 0).all())
+    assert bool((found.sum(dim=1) > 0).all())
+    torch.testing.assert_close(found[0], before[0])
+    if support is not None:
+        assert not bool(found[~support].any())
+    if simplex:
+        torch.testing.assert_close(found.sum(dim=1), torch.ones(N).double(), rtol=0, atol=1e-12)
