@@ -367,7 +367,7 @@ class Config:
     deterministic: bool = False
     """Use only deterministic kernels; slower on a GPU, no difference on a CPU."""
     threads: int | None = None
-    """CPU threads; null leaves the number to PyTorch."""
+    """CPU threads; null is one for small banks and otherwise leaves the number to PyTorch."""
     output: str = "outputs"
     """Folder that holds the run folders."""
     sweep: str = "sweep"

@@ -56,6 +56,20 @@ def arithmetic(config: Config) -> Iterator[torch.device]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+SMALL_BANK = 1_000_000
+"""Numbers in a bank's experts below which one thread is used: handing such small products to a second thread gains
+nothing on idle cores, and on busy ones the threads wait for each other (a fit of the embedded model: 4 s, or 75 s)."""
+
+
+def spare_threads(config: Config, largest: int) -> None:
+    """One thread for a run whose largest bank has `largest` numbers, if that is small and `threads` is not given.
+
+    Inside `arithmetic`, which puts the number of threads back.
+    """
+    if config.threads is None and largest < SMALL_BANK:
+        torch.set_num_threads(1)
+
+
 def bank_seed(seed: int, key: str, attempt: int = 0) -> int:
     """The seed of one bank's generator, below 2**63.
 

@@ -23,7 +23,7 @@ from omegaconf import Container
 from globe import entry
 from globe.checkpoint import open_checkpoint
 from globe.config import Config, conf_dir, config_dict, plain, register, to_config
-from globe.device import arithmetic
+from globe.device import arithmetic, spare_threads
 from globe.errors import CheckpointError, FitError
 from globe.learn import Run, learn_bank
 from globe.ledger import Ledger
@@ -72,6 +72,7 @@ def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> Run
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
         banks = plan(config, checkpoint)
+        spare_threads(config, max(bank.sizes.n * bank.sizes.p * bank.sizes.d for bank in banks))
         ledger = Ledger(
             folder,
             name=folder.path.name,
