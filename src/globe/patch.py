@@ -27,6 +27,7 @@ from globe.errors import ConfigError
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
 from globe.hf.run_banks import open_run, open_source
+from globe.run_folder import RunFolder, State
 
 
 class Format(StrEnum):
@@ -86,10 +87,15 @@ def main() -> None:
         print(__doc__)
         return
     options = parse(sys.argv[1:])
+    status = RunFolder(options.run).status
     record = patch(options)
-    parameters = record["parameters"]
+    if status is not None and status.state is not State.finished:
+        lacking = sorted(key for key, bank in status.banks.items() if bank.state is not State.finished)
+        named = f", without {', '.join(lacking)}" if lacking else ""
+        print(f"{options.run} is {status.state}: only the banks it has were used{named}", file=sys.stderr)
+    parameters, count = record["parameters"], len(record["banks"])
     print(
-        f"{options.out}: {options.format}, {len(record['banks'])} banks; kept "
+        f"{options.out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "
         f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
         f"of the model's {parameters['model']:,} parameters"
     )

@@ -249,6 +249,19 @@ def test_the_cache_keeps_the_most_recently_used(monkeypatch: pytest.MonkeyPatch)
 
 
 @torch.no_grad()
+def test_a_cache_smaller_than_a_call_still_serves_part_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Throwing out the least recently used within a call would leave nothing to find: six in, in a circle."""
+    module = factored(6, up=layout(range(6)))
+    module.globe_up.capacity = 4
+    inputs = call(6, 30)
+    module(*inputs)
+    sizes = composed(monkeypatch)
+    for _ in range(3):
+        module(*inputs)
+    assert sizes == [2, 2, 2]
+
+
+@torch.no_grad()
 def test_a_full_cache_composes_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = factored(11, up=layout(range(11)), gate=layout(range(11)))
     sizes = composed(monkeypatch)

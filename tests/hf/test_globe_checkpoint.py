@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from globe.checkpoint import open_checkpoint
 from globe.errors import ArtefactError, CheckpointError, ConfigError
 from globe.hf import load, patch_model
 from globe.hf.experts import GlobeExperts
+from globe.hf.quantizer import unify_dtype
 from globe.patch import parse, patch
 from tiny_models import VOCABULARY, load_tiny, write_tiny
 
@@ -362,6 +364,40 @@ def test_an_ordinary_checkpoint_loads_as_always(tiny: Callable[[str], Path]) -> 
     torch.testing.assert_close(logits(model), logits(load_tiny(tiny("olmoe"), "olmoe")))
 
 
+def test_a_model_is_compressed_once(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    run = random_run(tiny("olmoe"), tmp_path / "run")
+    model = patch_model(load_tiny(tiny("olmoe"), "olmoe"), run)
+    expected = logits(model)
+    with pytest.raises(ArtefactError, match="compressed already"):
+        patch_model(model, run)
+    again = patch_model(model.dequantize(), run)
+    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
+
+
+def test_a_copy_of_a_model_is_a_model_of_its_own(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    bank = random_bank(open_checkpoint(str(tiny("olmoe"))), [(0, "up"), (1, "up")])
+    model = patch_model(load_tiny(tiny("olmoe"), "olmoe"), write_run(tmp_path / "run", [bank]))
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.globe_banks["bank0"].atoms.zero_()
+    torch.testing.assert_close(logits(twin), expected)
+    assert (logits(model) - expected).abs().max() > 1e-3  # the bank of both layers is one
+
+
+def test_dtypes_that_loading_left_alone_are_made_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Versions of transformers before 5.22 leave tensors they convert in the dtype of the file."""
+    model = patch_model(load_tiny(tiny("mixtral"), "mixtral"), random_run(tiny("mixtral"), tmp_path / "run"))
+    expected = logits(model)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data = layer.mlp.gate.weight.data.double()
+        layer.mlp.experts.down_proj.data = layer.mlp.experts.down_proj.data.double()
+    model.config.dtype = torch.float32
+    unify_dtype(model)
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_a_bank_of_another_model_leaves_the_model_in_memory_alone(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -377,3 +413,14 @@ def test_a_bank_of_another_model_leaves_the_model_in_memory_alone(
     few = write_tiny("olmoe", tmp_path / "few", num_experts=5)
     with pytest.raises(ArtefactError, match="has 5 of"):
         patch_model(load_tiny(few, "olmoe"), run)
+
+
+def test_small_dense_experts_in_half_precision_run(tmp_path: Path) -> None:
+    """The embedded model's rows of 44 numbers are no multiple of 16 bytes in bfloat16, as a grouped product needs."""
+    checkpoint = open_checkpoint(None)
+    run = write_run(tmp_path / "run", [random_bank(checkpoint, [(12, "up")])])
+    model = load(write(run, tmp_path / "out"))
+    assert model.dtype == torch.bfloat16
+    assert model.config._experts_implementation == "eager"
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 11)
+    assert load(tmp_path / "out", dtype=torch.float32).config._experts_implementation != "eager"

@@ -17,6 +17,7 @@ from globe.entry import start
 from globe.errors import ConfigError
 from globe.hf.destination import RECORD
 from globe.patch import Format, parse
+from globe.run_folder import BankStatus, RunFolder, State
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -97,6 +98,24 @@ def test_the_command_finds_the_model_by_itself_and_says_what_it_kept(
     assert f"{form}, 2 banks" in line
     assert f"{record['parameters']['kept_of_families']:.3f} of the compressed families" in line
     assert f"{record['parameters']['kept_of_model']:.3f} of the model's" in line
+
+
+def test_an_unfinished_run_is_used_as_far_as_it_is_and_said_to_be_so(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = RunFolder(random_run(tiny("olmoe"), tmp_path / "run", ["up"]))
+    run.begin({"seed": 0})
+    run.report("layer000.up", BankStatus(State.finished))
+    run.report("layer001.up", BankStatus(State.failed))
+    (run.path / "banks" / "layer001.up").rename(tmp_path / "elsewhere")
+    run.end(State.failed)
+    assert run_command(monkeypatch, f"run={run.path}", f"out={tmp_path / 'out'}") == 0
+    shown = capsys.readouterr()
+    assert "1 bank;" in shown.out
+    assert "is failed: only the banks it has were used, without layer001.up" in shown.err
 
 
 def test_the_embedded_model_is_found(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from globe.errors import CheckpointError
+from globe.hf.experts import GlobeExperts
 
 
 def load(
@@ -16,7 +19,8 @@ def load(
     A compact GloBE checkpoint loads factored: `S_cache` bases stay composed per layer and family (None: as the
     file says; 0 recomposes at each call; "all" keeps every one). With `dequantize` it loads as the ordinary
     dense model, which can be saved as one. Ordinary checkpoints load as always. `kwargs` (`dtype`,
-    `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`.
+    `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`. Dense experts too small for
+    transformers' grouped product run by its plain loop, unless `experts_implementation` is given.
 
     Raises ConfigError for an impossible `S_cache`, and CheckpointError where there is no checkpoint.
     """
@@ -40,4 +44,20 @@ def load(
         if S_cache is not None:
             description["S_cache"] = check_cache(S_cache)
         description["dequantize"] = dequantize
-    return AutoModelForCausalLM.from_pretrained(str(path), config=config, **kwargs).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(path), config=config, **kwargs).eval()
+    if "experts_implementation" not in kwargs and _has_misaligned_experts(model):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def _has_misaligned_experts(model: nn.Module) -> bool:
+    """Are there dense experts that transformers' default, a grouped matrix product, can't multiply?
+
+    It needs rows of a multiple of 16 bytes, which small experts in half precision may not have.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("Experts") and not isinstance(module, GlobeExperts):
+            weights = [one for one in module.parameters() if one.dim() == 3]
+            if any(one.shape[-1] * one.element_size() % 16 for one in weights):
+                return True
+    return False

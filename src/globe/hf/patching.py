@@ -47,6 +47,8 @@ def patch_model(
             f"run={str(run)!r} was learned from a {' and a '.join(sorted(made_for))}, and the model is a "
             f"{model.config.model_type}: give the model it was learned from"
         )
+    if any(isinstance(module, GlobeExperts) for module in model.modules()):
+        raise ArtefactError("the model is compressed already: load the original, or dequantize() it first")
     names = experts_modules(model)
     check_fit(model, names, [entry.layout for entry in entries])
     if dense:

@@ -6,7 +6,7 @@ may hold, and never made for all experts at once unless the cache is asked to ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,11 +90,12 @@ class Projection(nn.Module):
         bank = self._bank()
         each = bank.apply_each(x) if bank is not None and self._through_atoms(x.shape[0], groups) else None
         shift = self._shift(x)
+        hit = {group.expert for group in groups}
         parts = []
         for first in range(0, len(groups), COMPOSED_AT_ONCE):
             chunk = groups[first : first + COMPOSED_AT_ONCE]
             wanted = [group.expert for group in chunk if group.expert in self.row]
-            bases = self._bases(wanted, bank) if bank is not None and each is None else {}
+            bases = self._bases(wanted, bank, hit) if bank is not None and each is None else {}
             for expert, start, stop in chunk:
                 if expert in self.dense_row:
                     parts.append(F.linear(rows[start:stop], self.dense[self.dense_row[expert]]))
@@ -131,8 +132,10 @@ class Projection(nn.Module):
             return x.sum(-1, keepdim=True) * self.mean
         return F.linear(x, self.mean)
 
-    def _bases(self, wanted: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
-        """M_e of factored experts, from the cache or composed together."""
+    def _bases(
+        self, wanted: Sequence[int], bank: Bank, hit: Collection[int]
+    ) -> dict[int, Float[Tensor, "r d"]]:
+        """M_e of factored experts, from the cache or composed together; `hit` are all those of the call."""
         if not wanted:
             return {}
         factors = [self.codes, *(one for one in bank if one is not None)]
@@ -146,21 +149,32 @@ class Projection(nn.Module):
             return dict(zip(wanted, self._compose(wanted, bank).unbind(), strict=True))
         self._drop_stale(factors)
         found = {expert: self._cache.pop(expert) for expert in wanted if expert in self._cache}
+        self._cache |= found  # popped and put back, so the least recently used stand first
         absent = [expert for expert in wanted if expert not in found]
         if absent:
-            found |= self._compose_to_keep(absent, bank)
-        self._cache |= found  # popped and put back, so the least recently used stand first
-        for oldest in list(self._cache)[: max(0, len(self._cache) - self.capacity)]:
-            del self._cache[oldest]
+            found |= self._compose_and_keep(absent, bank, hit)
         return found
 
-    def _compose_to_keep(self, experts: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
-        """Ordinary tensors of their own, whatever mode the call is in: they outlive it."""
+    def _compose_and_keep(
+        self, experts: Sequence[int], bank: Bank, hit: Collection[int]
+    ) -> dict[int, Float[Tensor, "r d"]]:
+        """Bases of experts that the cache lacks; as many are put in as fit beside those of this call.
+
+        A basis that the same call uses is never thrown out: experts come in the same order each time, and
+        where more are hit than fit, throwing out the oldest would leave nothing that the next call finds.
+        """
+        for oldest in [expert for expert in self._cache if expert not in hit]:
+            if len(self._cache) + len(experts) <= self.capacity:
+                break
+            del self._cache[oldest]
+        kept = experts[: max(0, self.capacity - len(self._cache))]
         no_autocast = torch.autocast(self.codes.device.type, enabled=False)
+        # ordinary tensors, whatever mode the call is in, and no views of the block: they outlive it
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
-            # views would keep the whole block for as long as one of them is cached
-            rows = [row.clone() for row in self._compose(experts, bank).unbind()]
-        return dict(zip(experts, rows, strict=True))
+            found = dict(zip(experts, self._compose(experts, bank).unbind(), strict=True))
+            found |= {expert: found[expert].clone() for expert in kept}
+        self._cache |= {expert: found[expert] for expert in kept}
+        return found
 
     def _compose(self, experts: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
         assert self.layout is not None

@@ -56,6 +56,10 @@ class GlobeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         require_loaded(model)
+        if not hasattr(
+            HfQuantizer, "get_new_dtype"
+        ):  # older transformers leave converted tensors in the dtype of the file
+            unify_dtype(model)
         return self._dequantize(model) if self.quantization_config.dequantize else model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -82,6 +86,15 @@ def require_loaded(model: nn.Module) -> None:
             raise CheckpointError(
                 f"the compact checkpoint lacks {name}, or has it with another shape: patch again"
             )
+
+
+def unify_dtype(model: Any) -> None:
+    """Give every parameter the dtype the model was loaded in, but for those it always keeps in float32."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    dtype = model.config.dtype
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def attach(model: Any, layouts: tuple[BankLayout, ...], S_cache: SCache) -> None:
