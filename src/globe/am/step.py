@@ -109,10 +109,10 @@ def coding_step(
     the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1
     penalty the proposal is taken as it is.
     """
-    constraint = state.constraint
+    constraint, present = state.constraint, state.atoms.codes
     if support is not None:
         constraint = Constraint(support, constraint.simplex)
-    present = constraint.feasible(state.atoms.codes, state.atoms.codes)
+        present = constraint.feasible(present, present)
     proposed = propose_codes(
         state.atoms.bank,
         state.atoms.codes,
