@@ -7,7 +7,9 @@ import gc
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 import globe.learn
 from globe import entry
 from globe.am.loop import fit_bank
+from globe.am.records import FitResult, StepRecord
 from globe.artefact import read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.compose import rebuild
@@ -137,6 +140,21 @@ def test_one_bank_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(alive) == 3
 
 
+def test_a_bank_larger_than_its_experts_is_warned_about(
+    tmp_path: Path, fake: FakeFit, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_in(tmp_path, "bank.m=n", "bank.r=p", "train.steps=1")
+    assert "layer012.up: 169 % of the parameters kept is no compression" in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda_ends_where_a_run_on_the_cpu_does(tmp_path: Path) -> None:
+    on_cpu, _ = run_in(tmp_path / "cpu", "device=cpu", "export_dtype=float32", *FEW)
+    on_cuda, folder = run_in(tmp_path / "cuda", "device=cuda", "export_dtype=float32", *FEW)
+    assert on_cuda == pytest.approx(on_cpu, rel=1e-2)
+    assert load(folder / "summary.json")["banks"][0]["runtime"]["peak_device_bytes"] > 0
+
+
 # --- seeds ----------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +237,20 @@ def test_ctrl_c_keeps_what_is_finished_and_goes_on_from_there(
     ]
 
 
+def cut_off(step: int) -> Callable[..., FitResult]:
+    """`fit_bank`, stopped by Ctrl-C in the step after `step`, whose checkpoint is then the last."""
+
+    def fit(*args: Any, on_step: Callable[[StepRecord], None], **kwargs: Any) -> FitResult:
+        def stopping(record: StepRecord) -> None:
+            on_step(record)
+            if record.step == step + 1:
+                raise KeyboardInterrupt
+
+        return fit_bank(*args, on_step=stopping, **kwargs)
+
+    return fit
+
+
 @pytest.mark.parametrize("options", [(), ("codes.target_support=2", "schedule=homotopy")])
 def test_a_resumed_fit_equals_an_undisturbed_one_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
@@ -230,22 +262,15 @@ def test_a_resumed_fit_equals_an_undisturbed_one_bit_for_bit(
     )
     _, whole = run_in(tmp_path / "whole", *options)
     for stop_after in (1, 5, 10):
-
-        def cut(*args: object, on_step: object, **kwargs: object) -> object:
-            def stopping(record: object) -> None:
-                on_step(record)  # type: ignore[operator]
-                if record.step == stop_after + 1:  # type: ignore[attr-defined]  # noqa: B023
-                    raise KeyboardInterrupt
-
-            return fit_bank(*args, on_step=stopping, **kwargs)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(globe.learn, "fit_bank", cut)
+        monkeypatch.setattr(globe.learn, "fit_bank", cut_off(stop_after))
         root = tmp_path / str(stop_after)
         with pytest.raises(KeyboardInterrupt):
             run_in(root, *options)
         monkeypatch.setattr(globe.learn, "fit_bank", fit_bank)
         _, resumed = run_in(root, *options)
         assert bytes_of(resumed, "layer012.up") == bytes_of(whole, "layer012.up")
+        record = "banks/layer012.up/globe.json"
+        assert (resumed / record).read_bytes() == (whole / record).read_bytes()
         untimed = [{k: v for k, v in line.items() if "seconds" not in k} for line in lines(resumed)]
         assert untimed == [{k: v for k, v in line.items() if "seconds" not in k} for line in lines(whole)]
 

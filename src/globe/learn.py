@@ -62,6 +62,8 @@ class Learned:
     runtime: BankRuntime | None
     """None when only the artefact of an earlier process is left"""
     codes: Float[Tensor, "n m"]
+    fitted: bool
+    """by this process; not if its artefact was complete already"""
 
 
 def learn_bank(run: Run, bank: BankPlan) -> Learned:
@@ -100,11 +102,10 @@ def learn_bank(run: Run, bank: BankPlan) -> Learned:
 
 def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
     """What an earlier process learned."""
-    _log.info("%s: complete, taken from %s", bank.key, run.folder.bank(bank.key))
     report = BankReport.from_dict(artefact.metrics or {})
     run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
     runtime = read_json(run.folder.runtime(bank.key))
-    return Learned(report, BankRuntime(**runtime) if runtime else None, artefact.codes)
+    return Learned(report, BankRuntime(**runtime) if runtime else None, artefact.codes, fitted=False)
 
 
 def _attempt(
@@ -154,7 +155,7 @@ def _attempt(
     write_artefact(artefact, run.folder.bank(key))
     remove_state(run.folder.partial(key))
     run.folder.report(key, BankStatus(State.finished, fitting.attempt, seed, error))
-    return Learned(report, runtime, artefact.codes.cpu())
+    return Learned(report, runtime, artefact.codes.cpu(), fitted=True)
 
 
 class _Watch:

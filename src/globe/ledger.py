@@ -43,10 +43,9 @@ class Ledger:
                 metrics={"support_jaccard": mean_jaccard(self._codes)},
             )
         )
-        _log.info(
-            "%s: RelFrob %.4f -> %.4f, %.1f %% kept; %d steps, since %s",
-            *(bank.key, report.relfrob_start, report.relfrob, 100 * report.kept, report.steps, report.stop),
-        )
+        figures = (report.relfrob_start, report.relfrob, 100 * report.kept)
+        what = f"{report.steps} steps, {report.stop}" if learned.fitted else "complete already"
+        _log.info("%s: RelFrob %.4f -> %.4f, %.1f %% kept; %s", bank.key, *figures, what)
 
     def fail(self, bank: BankPlan, error: Exception) -> None:
         _log.error("%s failed: %s", bank.key, error)

@@ -72,6 +72,7 @@ def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> Run
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
         banks = plan(config, checkpoint)
+        _warn_of_growth(banks)
         spare_threads(config, max(bank.sizes.n * bank.sizes.p * bank.sizes.d for bank in banks))
         ledger = Ledger(
             folder,
@@ -91,6 +92,15 @@ def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> Run
                     ledger.fail(bank, error)
                 progress.end()
     return ledger.summary
+
+
+def _warn_of_growth(banks: Sequence[BankPlan]) -> None:
+    """A sweep may well ask for more than there was; a person who compresses should know."""
+    for bank in banks:
+        if bank.sizes.kept >= 1:
+            _log.warning(
+                "%s: %.0f %% of the parameters kept is no compression", bank.key, 100 * bank.sizes.kept
+            )
 
 
 @contextmanager
