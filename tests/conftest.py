@@ -38,7 +38,7 @@ from hypothesis import settings  # noqa: E402  after the environment is set
 from jaxtyping import install_import_hook  # noqa: E402
 
 assert "globe" not in sys.modules, "globe was imported before the hook: its shapes would go unchecked"
-install_import_hook("globe", "beartype.beartype")
+install_import_hook("globe", "type_checker.check")
 
 # A shared machine stalls now and then: an example that takes long is no failure.
 settings.register_profile("globe", settings(), deadline=None)
