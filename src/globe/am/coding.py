@@ -42,7 +42,8 @@ def support_of_median(
     """The entmax support at the highest temperature whose median support is at most `median`.
 
     Bisection on T, in which the median support is monotone; where equal contributions make it jump over the target
-    the result stands below it. Supports that already meet the target are returned as they are.
+    the result stands below it, and where they are an expert's largest they are parted by their order. Supports that
+    already meet the target are returned as they are.
     """
     present = codes > 0
     if _median(present) <= median:
@@ -55,7 +56,12 @@ def support_of_median(
             low = middle
         else:
             high = middle
-    return present & entmax_support(codes, bank, temperature=low, code_map=code_map)
+    support = present & entmax_support(codes, bank, temperature=low, code_map=code_map)
+    if _median(support) > median:
+        # largest contributions so close together that no temperature parts them
+        ranks = contributions(codes, bank).argsort(dim=1, descending=True).argsort(dim=1)
+        support &= ranks < median
+    return support
 
 
 def _median(support: Bool[Tensor, "n m"]) -> float:
@@ -83,6 +89,13 @@ def code_system(
     return (K + K.mT) / 2, h
 
 
+def _rounding(bank: Float[Tensor, "m r d"], point: Point) -> Float[Tensor, " n"]:
+    """A size below which K is rounding: what a single atom leaves, whose every change the adapters absorb."""
+    atom = torch.linalg.vector_norm(bank) ** 2 / len(bank)
+    size = point.gram.diagonal(dim1=1, dim2=2).mean(dim=1) * atom
+    return (300 * torch.finfo(bank.dtype).eps * size).clamp_min(torch.finfo(bank.dtype).tiny)
+
+
 def propose_codes(
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
@@ -100,7 +113,8 @@ def propose_codes(
     K, h = code_system(bank, point)
     mean = K.diagonal(dim1=1, dim2=2).mean(dim=1)
     eye = torch.eye(K.shape[1], dtype=K.dtype, device=K.device)
-    K = K + ((_DAMPING * mean).clamp_min(torch.finfo(K.dtype).tiny))[:, None, None] * eye
+    damping = torch.maximum(_DAMPING * mean, _rounding(bank, point))
+    K = K + damping[:, None, None] * eye
     H = torch.bmm(K, codes.unsqueeze(2)).squeeze(2) + h
     if l1 > 0 and not simplex:
         H = H - l1 * mean[:, None]
