@@ -12,13 +12,17 @@ from globe.am.activation import phi
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, Sizes, StepRecord
 from globe.config import (
+    Activation,
     BankConfig,
     CodesConfig,
     Config,
+    CurvatureDtype,
     Curve,
     CurveConfig,
+    FirstCodes,
     InitConfig,
     ScheduleConfig,
+    Seeding,
     TrainConfig,
 )
 
@@ -90,11 +94,11 @@ def configured(
     """
     curves = {"lam": CurveConfig(Curve.constant, lam, lam)} | (schedule or {})
     return Config(
-        bank=BankConfig(activation=activation),  # type: ignore[arg-type]
-        init=init or InitConfig(seeding="aligned", codes="nnls"),  # type: ignore[arg-type]
+        bank=BankConfig(activation=Activation(activation)),
+        init=init or InitConfig(seeding=Seeding.aligned, codes=FirstCodes.nnls),
         codes=CodesConfig(**(codes or {})),
         schedule=ScheduleConfig(**curves),
-        train=TrainConfig(**({"steps": 12, "patience": 0, "curvature_dtype": "same"} | train)),
+        train=TrainConfig(**({"steps": 12, "patience": 0, "curvature_dtype": CurvatureDtype.same} | train)),
     )
 
 

@@ -24,7 +24,7 @@ def activate(Y: Tensor, *, lam: float, activation: str) -> Tensor:
         case "silu":
             act = Y / (1 + torch.exp(-Y))
         case "tanh":
-            act = (torch.exp(2 * Y) - 1) / (torch.exp(2 * Y) + 1)
+            act = 1 - 2 / (torch.exp(2 * Y) + 1)
         case "gelu":
             act = Y * (1 + torch.erf(Y / math.sqrt(2))) / 2
         case _:
