@@ -102,6 +102,22 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary() -> None:
     assert measure.perplexity(model, tokens, window=32) == pytest.approx(61, rel=1e-5)
 
 
+def test_expert_load_counts_every_routed_pair_of_every_layer() -> None:
+    model = build(moe_config("olmoe", SIZES, aux_loss=0.0), seed=0)
+    tokens = torch.randint(61, (5 * 32 + 9,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        router = model.model.layers[1].mlp.gate.weight
+        router.zero_()
+        router[2] = 1e3 * torch.ones(20)  # expert 2 wins or loses by the sign of the token's sum
+    loads = measure.expert_load(model, tokens, window=32, top_k=2, batch=3)
+    whole = model(tokens[:160].view(5, 32), output_router_logits=True).router_logits
+    for load, logits in zip(loads, whole, strict=True):
+        assert float(load.sum()) == pytest.approx(1.0)
+        chosen = logits.topk(2, dim=-1).indices
+        for expert in range(SIZES.experts):
+            assert float(load[expert]) == pytest.approx(float((chosen == expert).double().mean()), abs=1e-6)
+
+
 def test_zeroed_experts_give_zero_and_come_back() -> None:
     model = build(moe_config("olmoe", SIZES, aux_loss=0.0), seed=0)
     rows = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -68,7 +68,7 @@ def write_card(
         with zeroed(model, chosen):
             name = "all layers" if chosen == layers else f"layer {chosen[0]}"
             without.append(f"| {name} | {perplexity(model, heldout, window=sizes.context):,.1f} |")
-    loads = expert_load(model, heldout, window=sizes.context, experts=sizes.experts, top_k=sizes.top_k)
+    loads = expert_load(model, heldout, window=sizes.context, top_k=sizes.top_k)
     used = ", ".join(f"{float(load.min()):.3f} to {float(load.max()):.3f}" for load in loads)
     rank = min(sizes.rows, sizes.columns) // 4
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -77,8 +77,8 @@ def write_card(
     lines = [
         f"# {folder.name}",
         "",
-        f"A `{args.architecture}` language model of {parameters / 1e6:.2f} M parameters, trained {recipe}",
-        "so that there are trained experts to compress. It is a benchmark, not a useful language model.",
+        f"A language model of {parameters / 1e6:.2f} M parameters, architecture `{args.architecture}`, trained",
+        f"{recipe} so that there are trained experts to compress. It is a benchmark, not a useful language model.",
         "",
         f"{sizes.layers} layers, {sizes.experts} experts a layer (top {sizes.top_k}), p = {sizes.rows}, "
         f"d = {sizes.columns}, vocabulary {sizes.vocabulary} (byte-level BPE), bfloat16.",
@@ -106,7 +106,7 @@ def write_card(
         "|---|---|",
         *without,
         "",
-        f"Is every expert used? Share of routed tokens per expert, layer by layer: {used}",
+        f"Is every expert used? Share of the routed held-out tokens per expert, layer by layer: {used}",
         f"(an even share is {1 / sizes.experts:.3f}).",
         "",
         "Are the matrices more than random? At the start -> after training: effective rank (95 % of the",

@@ -41,16 +41,19 @@ def zeroed(model: nn.Module, layers: list[int]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def expert_load(model: nn.Module, tokens: Tensor, *, window: int, experts: int, top_k: int) -> list[Tensor]:
-    """Per layer, each expert's share of the (token, expert) pairs of the first 16 windows; sums to one."""
+def expert_load(model: nn.Module, tokens: Tensor, *, window: int, top_k: int, batch: int = 8) -> list[Tensor]:
+    """Per layer, each expert's share of all routed (token, expert) pairs; sums to one.
+
+    Over a whole text: within a few windows of one book an expert for another kind of text looks unused.
+    """
     model.eval()
-    rows = tokens[: 16 * window].view(-1, window)
-    out = model(rows, output_router_logits=True)
-    loads = []
-    for logits in out.router_logits:
-        chosen = logits.flatten(0, -2).topk(top_k, dim=-1).indices
-        loads.append(torch.bincount(chosen.flatten(), minlength=experts) / chosen.numel())
-    return loads
+    counts: list[Tensor] = []
+    for rows in tokens[: len(tokens) // window * window].view(-1, window).split(batch):
+        logits = [one.flatten(0, -2) for one in model(rows, output_router_logits=True).router_logits]
+        chosen = [one.topk(top_k, dim=-1).indices.flatten() for one in logits]
+        now = [torch.bincount(who, minlength=one.shape[-1]) for who, one in zip(chosen, logits, strict=True)]
+        counts = [old + new for old, new in zip(counts, now, strict=True)] if counts else now
+    return [count / count.sum() for count in counts]
 
 
 def relative_error(experts: Tensor, approximation: Tensor) -> float:
