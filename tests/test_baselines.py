@@ -17,6 +17,7 @@ from torch import Tensor
 from globe.artefact import Member, read_artefact, write_artefact
 from globe.baselines import (
     ADAM_METHODS,
+    BaselinePoint,
     BaselineResult,
     BaselineSizes,
     BaselineStop,
@@ -158,7 +159,9 @@ def test_consecutive_groups_differ_by_at_most_one() -> None:
 
 @pytest.mark.parametrize("method", Method)
 def test_reported_error_is_that_of_the_obvious_reconstruction(method: Method, X: Tensor) -> None:
-    result = run(method, X)
+    seen: list[BaselinePoint] = []
+    result = run(method, X, on_step=seen.append)
+    assert tuple(seen) == result.history
     assert result.relfrob == pytest.approx(error(X, approximation(result)), rel=1e-9)
     assert result.relfrob == pytest.approx(min(point.relfrob for point in result.history), rel=1e-6)
 
