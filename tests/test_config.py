@@ -63,7 +63,7 @@ def test_every_run_of_every_experiment_composes_and_fits_the_embedded_model(name
     assert len(names) == max(1, len(list(itertools.product(*choices))))
 
 
-@pytest.mark.parametrize("group", ["model", "init", "schedule", "wandb"])
+@pytest.mark.parametrize("group", ["method", "model", "init", "schedule", "wandb"])
 def test_every_option_of_every_group_composes(group: str) -> None:
     for path in (CONF / group).glob("*.yaml"):
         assert to_config(composed(f"{group}={path.stem}"))
@@ -112,6 +112,9 @@ def test_identity_is_blind_to_where_a_run_happens_and_who_watches() -> None:
         "output=elsewhere",
         "sweep=other",
         "overwrite=true",
+        "dry_run=true",
+        "bank.m=n/4",
+        "bank.r=p/2",
         "wandb=offline",
         "wandb.tags=[a]",
         "wandb.log_every=7",
@@ -137,7 +140,7 @@ def _changed(value: object) -> str:
 def test_identity_sees_every_other_option() -> None:
     node = composed()
     base = plain(node)
-    blind = ("output", "sweep", "overwrite", "wandb", "device", "threads")
+    blind = ("output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads")
     blind_in = {"train": ("checkpoint_every",), "model": ("force_download",)}
 
     def leaves(tree: dict[str, object], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -27,6 +27,26 @@ class Family(StrEnum):
     both = "both"
 
 
+class Method(StrEnum):
+    globe = "globe"
+    svd = "svd"
+    shared_basis = "shared_basis"
+    mean_svd = "mean_svd"
+    group_svd = "group_svd"
+    mobe = "mobe"
+    mobe_corrected = "mobe_corrected"
+    slbf = "slbf"
+
+
+ADAM_METHODS = (Method.mobe, Method.mobe_corrected, Method.slbf)
+
+
+class Scope(StrEnum):
+    family = "family"
+    families = "families"
+    layers = "layers"
+
+
 class SampleMethod(StrEnum):
     first_n = "first_n"
     evenly_spaced = "evenly_spaced"
@@ -167,17 +187,45 @@ class NormaliseConfig:
 
 @dataclass
 class BankConfig:
-    m: int | str = "n/4"
-    """Number of atoms: an integer or an expression in n, the number of experts that share the bank."""
-    r: int | str = "p/2"
-    """Rows of an atom: an integer or an expression in p or d, the rows and columns of an expert."""
+    m: int | str | None = None
+    """Number of atoms: an integer or an expression in n, the number of experts that share the bank; null is n/4."""
+    r: int | str | None = None
+    """Rows of an atom: an integer or an expression in p or d, the rows and columns of an expert; null is p/2."""
+    atom_rank: int | str | None = None
+    """k of low-rank atoms B_j = U_j V_j, which keep k (r + d) numbers each: an integer or an expression in r, p or
+    d; null is dense atoms."""
+    kept: float | None = None
+    """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank by short fits
+    (see `budget`); null takes the sizes above."""
+    scope: Scope = Scope.family
+    """Whose experts share a bank: family is those of one layer and family, families is up and gate of a layer,
+    layers is all selected layers, per family."""
     activation: Activation = Activation.silu
     """phi; blended in by `schedule.lam` (0 is linear whatever stands here)."""
 
     def __post_init__(self) -> None:
-        for key in ("m", "r"):
+        for key in ("m", "r", "atom_rank"):
             value = getattr(self, key)
             _check(not isinstance(value, int) or value >= 1, f"bank.{key}", value, "an integer of at least 1")
+        kept = self.kept
+        _check(kept is None or 0 < kept <= 1, "bank.kept", kept, "a share above 0 and at most 1, or null")
+        given = [f"bank.{key}" for key in ("m", "r", "atom_rank") if getattr(self, key) is not None]
+        if kept is not None and given:
+            raise ConfigError(
+                f"bank.kept={kept} chooses the sizes of the bank: leave out {' and '.join(given)}"
+            )
+
+
+@dataclass
+class BudgetConfig:
+    """The search for sizes that `bank.kept` asks for, once for each shape of bank."""
+
+    seconds: float = 10.0
+    """What the short fits may take together on one core of the reference machine (see `globe.costs`); turned into a
+    number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
+
+    def __post_init__(self) -> None:
+        _check(_positive(self.seconds), "budget.seconds", self.seconds, "a positive number")
 
 
 @dataclass
@@ -213,8 +261,9 @@ class CurveConfig:
 
 @dataclass
 class ScheduleConfig:
-    lam: CurveConfig = field(default_factory=CurveConfig)
-    """Homotopy of the activation: 0 linear, 1 phi."""
+    lam: CurveConfig = field(default_factory=lambda: CurveConfig(start=1.0, end=1.0))
+    """Homotopy of the activation: 0 linear, 1 phi. With a small `init.scale` phi is nearly linear at first anyway, so
+    that 1 from the start costs little and ends lower (0.352 against 0.354 in 60 steps on a trained layer)."""
     beta: CurveConfig = field(default_factory=lambda: CurveConfig(start=1.0, end=1.0))
     """Blend of the dictionary target: 0 the aligned warm start, 1 weight-aware (the true objective)."""
     temperature: CurveConfig = field(default_factory=lambda: CurveConfig(start=1.0, end=1.0))
@@ -255,7 +304,8 @@ class CodesConfig:
     joint: bool = True
     """Move the codes together with the bank in the Gauss-Newton step."""
     every: int = 5
-    """A coding step every so many steps; 0 makes none, which with joint=false leaves the first codes fixed."""
+    """A coding step every so many steps, where the codes do not simply move with the bank: with joint=false, MOD, an
+    L1 penalty, and while the support is brought to its target. 0 makes none."""
     prune: float = 1e-3
     """Codes below this share of the expert's largest are set to zero."""
     eta: float = 0.05
@@ -291,7 +341,7 @@ class CodesConfig:
 @dataclass
 class TrainConfig:
     steps: int = 60
-    """Steps of alternating minimisation at most."""
+    """Steps at most: of alternating minimisation, or of Adam for the methods trained by it."""
     time_limit: float | None = None
     """Seconds after which a fit ends at the next step, per bank; null is no limit."""
     dictionary: Dictionary = Dictionary.gauss_newton
@@ -355,9 +405,11 @@ class WandbConfig:
 @dataclass
 class Config:
     family: Family = Family.up
-    """Which projection: up, gate, or both (one bank each)."""
+    """Which projection: up, gate, or both (one bank each, unless `bank.scope` joins them)."""
     layer: Any = 12
     """Layers: `12`, `all`, `[4,12,20]`, or `4-8` (both ends included; `4:8` and `4..8` are the same)."""
+    method: Method = Method.globe
+    """What approximates the experts: a GloBE bank, or a method it is measured against, with the same budget."""
     seed: int = 0
     device: Device = Device.auto
     dtype: FitDtype = FitDtype.float32
@@ -374,9 +426,12 @@ class Config:
     """Name of the folder that holds the runs of a multirun."""
     overwrite: bool = False
     """Repeat a run that has finished instead of reporting it."""
+    dry_run: bool = False
+    """Predict sizes, memory and time of every bank, and fit nothing. (A dash before it would belong to Hydra.)"""
     model: ModelConfig = field(default_factory=ModelConfig)
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     bank: BankConfig = field(default_factory=BankConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     init: InitConfig = field(default_factory=InitConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     codes: CodesConfig = field(default_factory=CodesConfig)
@@ -391,6 +446,44 @@ class Config:
         _check(bool(self.output.strip()), "output", self.output, "the folder that holds the runs")
         one_folder = bool(self.sweep.strip(". ")) and not re.search(r"[/\\]", self.sweep)
         _check(one_folder, "sweep", self.sweep, "a folder name without a slash")
+        _check_method(self)
+
+
+def _check_method(config: Config) -> None:
+    """What one group of options makes of another."""
+    bank, method = config.bank, config.method
+    if bank.atom_rank is not None and method in (Method.group_svd, Method.mobe, Method.mobe_corrected):
+        raise ConfigError(
+            f"bank.atom_rank is not possible with method={method}, whose atoms are dense: leave it out"
+        )
+    if method is Method.globe:
+        dense_only = config.train.dictionary is Dictionary.mod and bank.atom_rank is not None
+        _check(
+            not dense_only, "train.dictionary", "mod", "gauss_newton, or dense atoms (bank.atom_rank=null)"
+        )
+    else:
+        support = config.codes.target_support
+        _check(
+            support is None,
+            "codes.target_support",
+            support,
+            f"null with method={method}, which has no control",
+        )
+    if method in ADAM_METHODS:
+        published = (Activation.silu, Activation.tanh, Activation.identity)
+        allowed = f"{', '.join(published)} with method={method}"
+        _check(bank.activation in published, "bank.activation", str(bank.activation), allowed)
+    if bank.scope is Scope.families:
+        _check(
+            config.family is Family.both,
+            "bank.scope",
+            "families",
+            "family=both with it, whose banks it joins",
+        )
+    if method is Method.mean_svd:
+        _check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with method=mean_svd")
+        one = config.normalise.scale in (Scale.family, Scale.none)
+        _check(one, "normalise.scale", str(config.normalise.scale), "family or none with method=mean_svd")
 
 
 def register() -> None:

@@ -70,7 +70,7 @@ def explain(error: BaseException) -> str | None:
             return _of_disk(error)
         case ValueError() if _raised_in_hydra(error):  # its checks of the command line
             if "Config group override" in str(error):
-                return "a group (model, init, schedule, wandb, experiment) takes the name of one of its files"
+                return "a group (method, model, init, schedule, wandb, experiment) takes the name of one of its files"
             return _one_line(str(error))
     return None
 
@@ -127,7 +127,7 @@ _REMEDIES = (
     (r"could not be converted to Float", "give a number"),
     (r"is not a valid bool|could not be converted to Boolean", "give true or false"),
     (r"expected one of \[(.+)\]", r"give one of \1"),
-    (r"type hint 'Union\[int, str", "give an integer or an expression such as n/4 or p/2"),
+    (r"type hint '(?:Optional\[)?Union\[int, str", "give an integer or an expression such as n/4 or p/2"),
     (r"is not Optional", "it needs a value"),
     (r"is not a subclass of \w+Config", "it is a group, give its options, such as KEY.option=value"),
     (r"is not a ListConfig", "give a list, such as KEY=[a,b]"),

@@ -14,12 +14,18 @@ from typing import Any
 NUMERICS_VERSION = 1
 """Part of a run's identity; raised whenever the same options give other numbers."""
 
+DEFAULT_SIZES = {"m": "n/4", "r": "p/2"}
+"""What `bank.m` and `bank.r` are where neither they nor `bank.kept` is given."""
+
 _NOT_IDENTITY = {
-    "": ("output", "sweep", "overwrite", "wandb", "device", "threads", "hydra"),
+    "": ("output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "hydra"),
     "train": ("checkpoint_every",),
     "model": ("force_download",),
 }
 """Options that say where a run happens and who watches, by group; all others change its numbers."""
+
+
+_SIZES = (("m", "m"), ("r", "r"), ("k", "atom_rank"))
 
 
 def numerics(config: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +33,15 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY[""]}
     for group in ("train", "model"):
         kept[group] = {key: value for key, value in kept[group].items() if key not in _NOT_IDENTITY[group]}
+    kept["bank"] = _with_default_sizes(kept["bank"])
     return kept
+
+
+def _with_default_sizes(bank: dict[str, Any]) -> dict[str, Any]:
+    """The same options with the default sizes written out, so that typing them makes no other run."""
+    if bank["kept"] is not None:
+        return dict(bank)
+    return bank | {key: size for key, size in DEFAULT_SIZES.items() if bank[key] is None}
 
 
 def identity(config: dict[str, Any]) -> str:
@@ -48,13 +62,15 @@ def run_name(config: dict[str, Any]) -> str:
     path = config["model"]["path"]
     layer = config["layer"]
     layer = "+".join(str(one) for one in layer) if isinstance(layer, list) else str(layer)
-    parts = [
-        Path(path).resolve().name if path else "embedded",
-        str(config["family"]),
-        f"L{layer}",
-        f"m{config['bank']['m']}",
-        f"r{config['bank']['r']}",
-    ]
+    parts = [Path(path).resolve().name if path else "embedded", str(config["family"]), f"L{layer}"]
+    if config["method"] != "globe":
+        parts.insert(1, str(config["method"]))
+    bank = _with_default_sizes(config["bank"])
+    if bank["scope"] != "family":
+        parts.append(f"per-{bank['scope']}")
+    if bank["kept"] is not None:
+        parts.append(f"kept{bank['kept']}")
+    parts += [f"{letter}{bank[key]}" for letter, key in _SIZES if bank[key] is not None]
     if config["codes"]["target_support"] is not None:
         parts.append(f"s{config['codes']['target_support']}")
     slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("/", "over")).strip("-") for part in parts)

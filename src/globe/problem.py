@@ -5,18 +5,22 @@ Resolved once, after the checkpoint is open; nothing is written back into the co
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from globe.am.records import Sizes
-from globe.config import Config, Family
+from globe.baselines.budget import allowed_parameters
+from globe.baselines.budget import resolve_sizes as baseline_sizes
+from globe.baselines.records import BaselineSizes
+from globe.config import Centre, Config, Family, Method, Scope
 from globe.errors import ConfigError
+from globe.expressions import resolve_size
+from globe.identity import DEFAULT_SIZES
+from globe.layers import parse_layers, ranges
 
-_RANGE = re.compile(r"(\d+)\s*(?:-|:|\.\.)\s*(\d+)")
-_SIZE = re.compile(r"(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z])\s*(?:/\s*([1-9]\d*))?")
+_LONGEST_KEY = 100
+"""Characters of a key's layers, which become a folder name."""
 
 
 @runtime_checkable
@@ -49,157 +53,207 @@ class Matrices(NamedTuple):
     family: str
 
 
+class BankSize(NamedTuple):
+    """What `bank.kept` chooses."""
+
+    m: int
+    r: int
+    atom_rank: int | None
+
+
 @dataclass(frozen=True, slots=True)
-class BankPlan:
-    """One bank to learn: whose experts share it, and its sizes."""
+class Outline:
+    """Whose experts share a bank, before its sizes are known."""
 
     members: tuple[Matrices, ...]
-    sizes: Sizes
+    counts: tuple[int, ...]
+    """experts of each member"""
+    p: int
+    d: int
+
+    @property
+    def n(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, p, d); banks of one shape get one choice of sizes."""
+        return self.n, self.p, self.d
 
     @property
     def key(self) -> str:
-        """Name in folders, logs and tables: `layer012.up`."""
-        return "+".join(f"layer{member.layer:03d}.{member.family}" for member in self.members)
+        """Name in folders, logs and tables: `layer012.up`, `layer012.up+gate`, `layers004-008.up`."""
+        layers = sorted({member.layer for member in self.members})
+        families = "+".join(dict.fromkeys(member.family for member in self.members))
+        if len(layers) == 1:
+            return f"layer{layers[0]:03d}.{families}"
+        name = ranges(layers, join="+", digits=3)
+        if len(name) > _LONGEST_KEY:
+            name = f"{layers[0]:03d}-{layers[-1]:03d}x{len(layers)}"
+        return f"layers{name}.{families}"
 
 
-def plan(config: Config, checkpoint: Source) -> tuple[BankPlan, ...]:
+@dataclass(frozen=True, slots=True)
+class BankPlan:
+    """One bank to learn: whose experts share it, its sizes, and what they keep."""
+
+    outline: Outline
+    sizes: Sizes
+    baseline: BaselineSizes | None
+    """the same sizes, counted as the method counts; None is method=globe"""
+    mean_parameters: int
+    """numbers of the stored means"""
+
+    @property
+    def key(self) -> str:
+        return self.outline.key
+
+    @property
+    def members(self) -> tuple[Matrices, ...]:
+        return self.outline.members
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense experts."""
+        return self.sizes.n * self.sizes.p * self.sizes.d
+
+    @property
+    def kept_parameters(self) -> int:
+        """Adapters, atoms, codes and stored means: the artefact's own count, or the method's tightest form."""
+        return (self.baseline or self.sizes).parameters + self.mean_parameters
+
+    @property
+    def kept(self) -> float:
+        return self.kept_parameters / self.parameters
+
+
+def outline(config: Config, checkpoint: Source) -> tuple[Outline, ...]:
     """The banks of a run in the order they are learned: layer by layer, up before gate.
 
-    A bank is shared by the n = min(experts, model.max_experts) routed experts of one layer and family, and by
-    the shared expert if `model.include_shared` asks for it; `family=both` makes one bank each. Raises
-    ConfigError when a layer does not exist or a size does not come out.
+    `bank.scope` says whose experts share one: those of a layer and family (`family`), up and gate of a layer
+    (`families`), or one family's in all selected layers (`layers`). A member has min(experts, model.max_experts)
+    routed experts, and the shared expert if `model.include_shared` asks for it. Raises ConfigError when a layer
+    does not exist, or when members of a bank differ in p or d.
     """
-    families = (Family.up, Family.gate) if config.family is Family.both else (config.family,)
+    families = [
+        str(one) for one in ((Family.up, Family.gate) if config.family is Family.both else (config.family,))
+    ]
     layers = parse_layers(config.layer, checkpoint.moe_layers, checkpoint.num_layers)
-    return tuple(
-        BankPlan((member,), resolve_sizes(config, checkpoint, member))
-        for member in (Matrices(layer, str(family)) for layer in layers for family in families)
-    )
+    match config.bank.scope:
+        case Scope.family:
+            groups = [[Matrices(layer, family)] for layer in layers for family in families]
+        case Scope.families:
+            groups = [[Matrices(layer, family) for family in families] for layer in layers]
+        case Scope.layers:
+            groups = [[Matrices(layer, family) for layer in layers] for family in families]
+    return tuple(_outline_of(config, checkpoint, tuple(members)) for members in groups)
 
 
-def resolve_sizes(config: Config, checkpoint: Source, member: Matrices) -> Sizes:
-    """The sizes of the bank of one layer and family. Raises ConfigError naming the size that can't be."""
-    shape = checkpoint.shape(*member)
-    n = shape.n if config.model.max_experts is None else min(shape.n, config.model.max_experts)
-    n += config.model.include_shared
-    p, d = shape.p, shape.d
-    m = resolve_size("bank.m", config.bank.m, {"n": n}, n, f"the {n} experts that share the bank")
-    rank = f"min(p, d)={min(p, d)}, the rank of a {p} x {d} expert"
-    r = resolve_size("bank.r", config.bank.r, {"p": p, "d": d}, min(p, d), rank)
-    support = config.codes.target_support
-    if support is not None:
-        support = resolve_size("codes.target_support", support, {"m": m}, m, f"the {m} atoms of the bank")
-    return Sizes(n=n, p=p, d=d, m=m, r=r, target_support=support)
-
-
-def resolve_size(key: str, value: int | str, symbols: Mapping[str, int], limit: int, limit_is: str) -> int:
-    """A size given as an integer or as `n`, `n/4`, `3n/4`, `3*n/4`, `0.25n`, in the symbols that are allowed.
-
-    Exact rational arithmetic: nothing is rounded. Raises ConfigError naming `key` and the remedy when the
-    text is not understood, when the result is not a whole number (with its neighbours), or when it is not
-    in [1, `limit`]; `limit_is` says in words what the limit is.
-    """
-    exact = _evaluate(value, symbols)
-    if exact is None:
-        letters = " or ".join(symbols)
-        letter = next(iter(symbols))
-        raise ConfigError(
-            f"{key}={value!r} is not understood: give an integer or an expression in {letters} such as "
-            f"{letter}/4, 3{letter}/4 or {letter}"
-        )
-    shown = f"{key}={value}" if isinstance(value, int) else f"{key}={value!r}, which is {float(exact):g},"
-    if exact > limit:
-        raise ConfigError(f"{shown} is more than {limit_is}: give at most {limit}")
-    if exact.denominator != 1:
-        below, above = int(exact), int(exact) + 1
-        neighbours = f"{below} or {above}" if below else f"{above}"
-        known = ", ".join(f"{symbol}={number}" for symbol, number in symbols.items())
-        raise ConfigError(
-            f"{key}={value!r} is {float(exact):g} for {known}, not a whole number: give {neighbours}"
-        )
-    if exact < 1:
-        raise ConfigError(f"{shown} is too small: give at least 1 and at most {limit}")
-    return int(exact)
-
-
-def _evaluate(value: int | str, symbols: Mapping[str, int]) -> Fraction | None:
-    if isinstance(value, int):
-        return None if isinstance(value, bool) else Fraction(value)
-    text = value.strip()
-    if re.fullmatch(r"[+-]?\d+", text):
-        return Fraction(int(text))
-    match = _SIZE.fullmatch(text)
-    if match is None or match[2] not in symbols:
-        return None
-    factor, symbol, divisor = match.groups()
-    return Fraction(factor or 1) * symbols[symbol] / Fraction(divisor or 1)
-
-
-def parse_layers(value: Any, moe_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The layers that `layer` asks for, ascending, each once.
-
-    `value` is a number, `all`, a range `4-8`, `4:8` or `4..8` (both ends included), or a list of these;
-    `moe_layers` are the layers that have experts, out of `num_layers`. Raises ConfigError with one sentence
-    naming `layer`, the value and what is allowed; a dense layer is refused as such.
-    """
-    allowed = f"give layers out of {_ranges(moe_layers)}"
-    asked = _expand(value, moe_layers, num_layers)
-    if not asked:
-        raise ConfigError(
-            f"layer={_shown(value)} is not understood: give a layer number, all, a list like [4,12,20] or a "
-            f"range like 4-8, out of {_ranges(moe_layers)}"
-        )
-    for layer in asked:
-        which = "" if value == layer else f" asks for layer {layer}, which"
-        if not 0 <= layer < num_layers:
+def _outline_of(config: Config, checkpoint: Source, members: tuple[Matrices, ...]) -> Outline:
+    shapes = [checkpoint.shape(*member) for member in members]
+    p, d = shapes[0].p, shapes[0].d
+    for member, shape in zip(members, shapes, strict=True):
+        if (shape.p, shape.d) != (p, d):
             raise ConfigError(
-                f"layer={_shown(value)}{which} is not in this model of {num_layers} layers: {allowed}"
+                f"bank.scope={config.bank.scope} joins matrices of one size, and layer {member.layer} {member.family} "
+                f"has {shape.p} x {shape.d} where layer {members[0].layer} {members[0].family} has {p} x {d}: select "
+                "layers of one size, or give bank.scope=family"
             )
-        if layer not in moe_layers:
-            raise ConfigError(f"layer={_shown(value)}{which} is a dense layer without experts: {allowed}")
-    return tuple(sorted(set(asked)))
+    most = config.model.max_experts
+    counts = (shape.n if most is None else min(shape.n, most) for shape in shapes)
+    return Outline(members, tuple(count + config.model.include_shared for count in counts), p, d)
 
 
-def _expand(value: Any, moe_layers: Sequence[int], num_layers: int) -> list[int]:
-    """All layers asked for, unchecked; empty when any part is not understood."""
+def plan(
+    config: Config, checkpoint: Source, chosen: Mapping[tuple[int, int, int], BankSize] | None = None
+) -> tuple[BankPlan, ...]:
+    """The banks of a run with their sizes. Raises ConfigError when a layer does not exist or a size can't be.
 
-    def inner(one: Any) -> list[int]:
-        return _expand(one, moe_layers, num_layers)
-
-    match value:
-        case bool():
-            return []
-        case int():
-            return [value]
-        case list() | tuple():
-            parts = [inner(one) for one in value]
-            return [layer for part in parts for layer in part] if all(parts) else []
-        case str():
-            text = value.strip()
-            if text == "all":
-                return list(moe_layers)
-            if re.fullmatch(r"-?\d+", text):
-                return [int(text)]
-            if re.search(r"[,+]", text):
-                return inner(re.split(r"[,+]", text))
-            bounds = _RANGE.fullmatch(text)
-            if bounds:
-                first, last = int(bounds[1]), int(bounds[2])
-                # one layer past the end is enough to be refused, however large a number was typed
-                return list(range(first, min(last, max(first, num_layers)) + 1))
-    return []
+    With `bank.kept` and method=globe the sizes are `chosen` by search, for each shape (n, p, d) of a bank.
+    """
+    return tuple(plan_bank(config, one, (chosen or {}).get(one.shape)) for one in outline(config, checkpoint))
 
 
-def _shown(value: Any) -> str:
-    return str(value).replace("'", "") if isinstance(value, list | tuple | str) and value else repr(value)
+def plan_bank(config: Config, bank: Outline, chosen: BankSize | None = None) -> BankPlan:
+    """One bank with the sizes it is given, or that its method makes of the budget."""
+    means = mean_parameters(config, bank)
+    if config.method is Method.globe:
+        return BankPlan(bank, resolve_sizes(config, bank, chosen), None, means)
+    own = _baseline_sizes(config, bank)
+    sizes = Sizes(*bank.shape, m=own.m, r=own.r, atom_rank=own.atom_rank)
+    return BankPlan(bank, sizes, own, means)
 
 
-def _ranges(layers: Sequence[int]) -> str:
-    """`0-23`, or `1, 3, 5` where layers are not neighbours."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+def mean_parameters(config: Config, bank: Outline) -> int:
+    """Numbers of the stored means: none, one per member, or a p x d matrix per member."""
+    if (
+        config.method is Method.mean_svd
+    ):  # its own mean expert takes the other in, and is counted with its sizes
+        return 0
+    match config.normalise.centre:
+        case Centre.none:
+            return 0
+        case Centre.scalar:
+            return len(bank.members)
+        case Centre.expert_mean:
+            return len(bank.members) * bank.p * bank.d
+
+
+def allowed(config: Config, bank: Outline) -> int:
+    """Numbers that `bank.kept` leaves for adapters, atoms and codes: a share of n p d, less the stored means."""
+    assert config.bank.kept is not None
+    return allowed_parameters(config.bank.kept, n=bank.n, p=bank.p, d=bank.d) - mean_parameters(config, bank)
+
+
+def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None) -> Sizes:
+    """The sizes of a GloBE bank, given in the configuration or `chosen`. Raises ConfigError naming what can't be."""
+    n, p, d = bank.shape
+    if chosen is None:
+        assert config.bank.kept is None, "sizes within a budget are chosen by search"
+        m = resolve_size(
+            "bank.m", config.bank.m or DEFAULT_SIZES["m"], {"n": n}, n, f"the {n} experts that share the bank"
+        )
+        rank = f"min(p, d)={min(p, d)}, the rank of a {p} x {d} expert"
+        r = resolve_size("bank.r", config.bank.r or DEFAULT_SIZES["r"], {"p": p, "d": d}, min(p, d), rank)
+        k = config.bank.atom_rank
+        if k is not None:
+            rank = f"min(r, d)={min(r, d)}, the rank of an {r} x {d} atom"
+            k = resolve_size("bank.atom_rank", k, {"r": r, "p": p, "d": d}, min(r, d), rank)
+        chosen = BankSize(m, r, k)
+    support = target_support(config, chosen.m)
+    return Sizes(n, p, d, chosen.m, chosen.r, target_support=support, atom_rank=chosen.atom_rank)
+
+
+def target_support(config: Config, m: int) -> int | None:
+    """`codes.target_support` for m atoms. Raises ConfigError when it does not come out."""
+    support = config.codes.target_support
+    if support is None:
+        return None
+    return resolve_size("codes.target_support", support, {"m": m}, m, f"the {m} atoms of the bank")
+
+
+def _baseline_sizes(config: Config, bank: Outline) -> BaselineSizes:
+    """The largest sizes of a baseline that keep no more than the GloBE bank of the same options, or than `kept`.
+
+    Where a method has them, m and r are the given ones: group_svd and MoBE take both, SLBF takes r (and atom_rank,
+    which then is no longer filled up).
+    """
+    n, p, d = bank.shape
+    method, name = config.method, str(config.method)
+    if config.bank.kept is not None:
+        budget = allowed(config, bank)
+        if budget < 1:
+            raise ConfigError(
+                f"bank.kept={config.bank.kept} leaves no parameter for method={name}: give a larger share"
+            )
+        return baseline_sizes(name, n=n, p=p, d=d, budget=budget)
+    same = resolve_sizes(config, bank)
+    match method:
+        case Method.group_svd | Method.mobe | Method.mobe_corrected:
+            return baseline_sizes(name, n=n, p=p, d=d, m=same.m, r=same.r)
+        case Method.slbf if same.atom_rank is not None:
+            return baseline_sizes(name, n=n, p=p, d=d, r=same.r, atom_rank=same.atom_rank)
+        case Method.slbf:
+            return baseline_sizes(name, n=n, p=p, d=d, r=same.r, budget=same.parameters)
+        case _:
+            return baseline_sizes(name, n=n, p=p, d=d, budget=same.parameters)
