@@ -21,7 +21,7 @@ from globe.am.start import first_atoms
 from globe.am.state import AMState, Constraint, start_state
 from globe.am.step import StepFigures, am_step, coding_step
 from globe.am.temperature import next_temperature, prune
-from globe.config import Config, FirstCodes
+from globe.config import Config, Dictionary, FirstCodes
 from globe.metrics import squared_norms, support_sizes
 from globe.warm_start import truncated_svd
 
@@ -71,17 +71,19 @@ def fit_bank(
     resume: FitState | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_checkpoint: Callable[[FitState], None] = lambda state: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> FitResult:
     """Learn bank, codes and adapters for normalised experts X (n, p, d).
 
     min sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 by alternating minimisation (`am_step`), from seeded atoms
     or from `resume`. The validation error is taken after pruning, with bank and codes rounded to `export_dtype`.
     `on_checkpoint` gets a state every `train.checkpoint_every` seconds, from which a fit continues bit for bit on the
-    same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step.
+    same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step. `clock` counts
+    the seconds of limits and records; `time.process_time` serves benchmarks on a shared machine.
 
     Raises FitError when numbers are no longer finite.
     """
-    started = time.perf_counter()
+    started = clock()
     problem, running = _begin(experts, sizes, config, generator, export_dtype, resume)
     before, saved = running.progress.seconds, started
     stop = None
@@ -90,7 +92,7 @@ def fit_bank(
         controls = controls_at(config.schedule, sizes, share)
         running = _control(problem, running, controls)
         running, figures = _advance(problem, running, controls)
-        now = time.perf_counter()
+        now = clock()
         running = running._replace(progress=_count(running.progress, figures, before + now - started))
         running, validation = _validate(problem, running)
         on_step(_record(problem, running, controls, figures, validation))
@@ -170,6 +172,9 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
 def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Running, StepFigures]:
     config, progress = problem.config, running.progress
     numbers = problem.numbers(controls)._asdict()
+    # codes that move with the bank need no step of their own, which would only break the extrapolation
+    coding = not numbers["joint"] or config.train.dictionary is Dictionary.mod
+    coding = coding or controls.phase is Phase.control or config.codes.l1 > 0
     every = config.codes.every
     state, figures = am_step(
         problem.X,
@@ -177,7 +182,7 @@ def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Ru
         **numbers,
         temperature=controls.temperature * progress.temperature_factor,
         dictionary=config.train.dictionary,
-        coding=every > 0 and progress.step % every == 0,
+        coding=coding and every > 0 and progress.step % every == 0,
         sparse=controls.phase is Phase.control,
         code_map=config.codes.map,
         l1=config.codes.l1,

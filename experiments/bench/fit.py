@@ -1,0 +1,208 @@
+"""GloBE against every baseline at the same kept parameters, error by time: `make bench-fit`.
+
+    python experiments/bench/fit.py                                   # globe-ref, layers 0-3, up and gate; hours
+    python experiments/bench/fit.py --layers 1 --families up --times 10 30 60 120
+    python experiments/bench/fit.py CHECKPOINT --layers 12 --m 4 --r 22 --times 1 3 10
+
+Every method gets its own fit of the longest time, on one thread, counted in CPU seconds, so that other work on the
+machine falls on nobody. The budget is that of a bank of m dense atoms with r rows. GloBE runs at that (m, r) and in
+the free form with as many low-rank atoms as experts. Closed forms have one error. `rises` counts accepted steps after
+which the objective was higher (all schedules stand still). Finished cells are kept in --json and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from globe.am.loop import fit_bank
+from globe.am.records import Sizes, StepRecord
+from globe.baselines import ADAM_METHODS, Method, run_baseline
+from globe.checkpoint import open_checkpoint
+from globe.config import Activation, Config, CurveConfig
+from globe.errors import GlobeError
+from globe.normalise import normalise
+
+_DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "globe-ref"
+_CLOSED = (Method.svd, Method.shared_basis, Method.mean_svd)
+_OURS = ("globe linear", "globe silu", "globe tanh", "globe tanh, low-rank")
+_THEIRS = (
+    "mobe silu",
+    "mobe tanh",
+    "mobe_corrected silu",
+    "mobe_corrected tanh",
+    "slbf silu",
+    "slbf tanh",
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", help="folder or hub id; left out, globe-ref beside the project"
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--families", nargs="+", default=["up", "gate"], choices=("up", "gate"))
+    parser.add_argument("--m", type=int, default=15)
+    parser.add_argument("--r", type=int, default=88)
+    parser.add_argument("--times", type=float, nargs="+", default=[10.0, 30.0, 60.0, 120.0, 600.0])
+    parser.add_argument("--methods", nargs="+", default=[*_OURS, *_THEIRS], choices=(*_OURS, *_THEIRS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file of finished cells, read and extended")
+    return parser.parse_args()
+
+
+def sizes_for(name: str, X: Tensor, options: argparse.Namespace) -> Sizes:
+    """(m, r) as given, or m = n low-rank atoms with the same r within the same budget."""
+    n, p, d = X.shape
+    sizes = Sizes(n, p, d, options.m, options.r)
+    if "low-rank" not in name:
+        return sizes
+    left = sizes.parameters - n * p * options.r - n * n
+    return Sizes(n, p, d, n, options.r, atom_rank=left // (n * (options.r + d)))
+
+
+def fit_ours(name: str, X: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    config = Config()
+    config.train.steps, config.train.patience, config.train.time_limit = 1_000_000, 0, max(options.times)
+    linear = "linear" in name
+    config.bank.activation = Activation.tanh if "tanh" in name else Activation.silu
+    config.schedule.lam = CurveConfig(start=float(not linear), end=float(not linear))
+    sizes = sizes_for(name, X, options)
+    records: list[StepRecord] = []
+    fit_bank(
+        X,
+        sizes,
+        config,
+        generator=torch.Generator().manual_seed(options.seed),
+        on_step=records.append,
+        clock=time.process_time,
+    )
+    return {
+        "kept": sizes.kept,
+        "sizes": f"m={sizes.m} r={sizes.r}" + (f" k={sizes.atom_rank}" if sizes.atom_rank else ""),
+        "history": [(record.seconds, record.relfrob) for record in records],
+        "rises": sum(b.objective > a.objective for a, b in pairwise(records)),
+        "regularised": records[-1].regularised_solves,
+    }
+
+
+def fit_theirs(name: str, X: Tensor, std: float, options: argparse.Namespace) -> dict[str, Any]:
+    method, activation = name.split()
+    own: dict[str, Any] = {"budget": Sizes(*X.shape, options.m, options.r).parameters, "r": options.r}
+    if method != "slbf":
+        own["m"] = options.m
+    histories = []
+    # SLBF's cosine ends with its time, so it runs once for each
+    for limit in options.times if method == "slbf" else [max(options.times)]:
+        result = run_baseline(
+            method,
+            X,
+            **own,
+            seconds=limit,
+            activation=activation,
+            weights_std=std,
+            generator=torch.Generator().manual_seed(options.seed),
+            clock=time.process_time,
+        )
+        histories += [(point.seconds, point.relfrob) for point in result.history]
+        if method == "slbf":
+            histories.append((limit, result.relfrob))
+    sizes = result.sizes
+    shape = f"m={sizes.m} r={sizes.r}" + (f" k={sizes.atom_rank}" if sizes.atom_rank else "")
+    return {"kept": result.kept, "sizes": shape, "history": sorted(histories)}
+
+
+def closed(X: Tensor, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    budget = Sizes(*X.shape, options.m, options.r).parameters
+    cells = {}
+    for method in _CLOSED:
+        result = run_baseline(method, X, budget=budget)
+        shape = f"m={result.sizes.m} r={result.sizes.r}"
+        cells[str(method)] = {"kept": result.kept, "sizes": shape, "history": [(0.0, result.relfrob)]}
+    return cells
+
+
+def best_until(cell: dict[str, Any], seconds: float) -> float:
+    return min((error for at, error in cell["history"] if at <= 1.02 * seconds), default=float("nan"))
+
+
+def table(cells: dict[str, dict[str, Any]], times: list[float]) -> list[str]:
+    lines = ["| method | sizes | kept | " + " | ".join(f"{t:g} s" for t in times) + " | rises |"]
+    lines.append("|---" * (len(times) + 4) + "|")
+    for name, cell in cells.items():
+        errors = " | ".join(f"{best_until(cell, t):.4f}" for t in times)
+        lines.append(
+            f"| {name} | {cell['sizes']} | {cell['kept']:.4f} | {errors} | {cell.get('rises', '')} |"
+        )
+    return lines
+
+
+def speed(cells: dict[str, dict[str, Any]], times: list[float]) -> str:
+    """How much sooner GloBE is where MoBE ends, for the best of each at the same (m, r)."""
+    mobe = [cell for name, cell in cells.items() if name.startswith("mobe")]
+    ours = [cell for name, cell in cells.items() if name.startswith("globe") and "low-rank" not in name]
+    if not mobe or not ours:
+        return ""
+    goal = min(best_until(cell, max(times)) for cell in mobe)
+    reached = [at for cell in ours for at, error in cell["history"] if error <= goal]
+    if not reached:
+        return f"MoBE's best at {max(times):g} s, {goal:.4f}, is not reached at the same (m, r)."
+    ratio = max(times) / min(reached)
+    return (
+        f"MoBE's best at {max(times):g} s, {goal:.4f}, after {min(reached):.1f} s: {ratio:.1f} times sooner."
+    )
+
+
+def main() -> None:
+    options = arguments()
+    options.times = sorted(options.times)
+    torch.set_num_threads(options.threads)
+    checkpoint = open_checkpoint(options.checkpoint or str(_DEFAULT))
+    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    print(
+        f"{options.threads} thread(s) of {platform.machine()}, PyTorch {torch.__version__}, CPU seconds, "
+        f"load {os.getloadavg()[0]:.1f} at the start"
+    )
+    if ADAM_METHODS:
+        run_baseline(
+            "mobe", torch.randn(4, 5, 6), m=2, r=2, steps=1, weights_std=1.0
+        )  # import what Adam needs
+    for layer in options.layers:
+        for family in options.families:
+            W = checkpoint.read_experts(layer, family).weights
+            normalised = normalise(W, centre="scalar", scale="family")
+            assert normalised.scale is not None
+            X, std = normalised.experts, float(normalised.scale)
+            cells = closed(X, options)
+            for name in options.methods:
+                key = f"{checkpoint.folder.name}/{layer}/{family}/{options.m}/{options.r}/{options.times}/{name}"
+                if key not in known:
+                    ours = name.startswith("globe")
+                    known[key] = fit_ours(name, X, options) if ours else fit_theirs(name, X, std, options)
+                    if options.json:
+                        options.json.write_text(json.dumps(known), encoding="utf-8")
+                cells[name] = known[key]
+            shape = " x ".join(str(side) for side in X.shape)
+            print(f"\n{checkpoint.folder.name}, layer {layer}, {family}: {shape}\n")
+            print("\n".join([*table(cells, options.times), "", speed(cells, options.times)]), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GlobeError as error:
+        sys.exit(f"{error}")
