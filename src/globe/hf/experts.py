@@ -72,11 +72,13 @@ class GlobeExperts(nn.Module):
             return torch.zeros_like(hidden_states)
         order = order[: groups[-1].stop]
         tokens = order // top_k_index.shape[1]
-        rows = hidden_states[tokens]
+        sizes = [stop - start for _, start, stop in groups]
+        rows = hidden_states[tokens].split(sizes)
         gate = self.globe_gate(hidden_states, rows, tokens, groups)
         up = self.globe_up(hidden_states, rows, tokens, groups)
-        inner = self._activate(gate, up)
-        outputs = [F.linear(inner[start:stop], self.down_proj[expert]) for expert, start, stop in groups]
+        inner = self._activate(gate, up).split(sizes)
+        down = self.down_proj
+        outputs = [F.linear(part, down[group.expert]) for part, group in zip(inner, groups, strict=True)]
         weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
         # back to one row per pair, then a sum over k: deterministic, unlike adding rows by index on a GPU
         pairs = weighted.new_zeros(flat.shape[0], weighted.shape[1]).index_copy(0, order, weighted)

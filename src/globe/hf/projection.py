@@ -82,11 +82,11 @@ class Projection(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "t d"],
-        rows: Float[Tensor, "s d"],
+        rows: Sequence[Float[Tensor, "_ d"]],
         tokens: Int[Tensor, " s"],
         groups: Sequence[Group],
     ) -> Float[Tensor, "s p"]:
-        """W_e x for every pair: `rows` is x[tokens], sorted by expert as `groups` says."""
+        """W_e x for every pair: `tokens` is sorted by expert as `groups` says, `rows` are x[tokens] per group."""
         bank = self._bank()
         each = bank.apply_each(x) if bank is not None and self._through_atoms(x.shape[0], groups) else None
         shift = self._shift(x)
@@ -96,13 +96,13 @@ class Projection(nn.Module):
             chunk = groups[first : first + COMPOSED_AT_ONCE]
             wanted = [group.expert for group in chunk if group.expert in self.row]
             bases = self._bases(wanted, bank, hit) if bank is not None and each is None else {}
-            for expert, start, stop in chunk:
+            for (expert, start, stop), own in zip(chunk, rows[first:], strict=False):
                 if expert in self.dense_row:
-                    parts.append(F.linear(rows[start:stop], self.dense[self.dense_row[expert]]))
+                    parts.append(F.linear(own, self.dense[self.dense_row[expert]]))
                     continue
                 row = self.row[expert]
                 if each is None:
-                    inner = F.linear(rows[start:stop], bases[expert])
+                    inner = F.linear(own, bases[expert])
                 else:
                     inner = torch.einsum("m,smr->sr", self.codes[row], each[tokens[start:stop]])
                 out = F.linear(inner, self.adapters[row])
