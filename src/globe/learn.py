@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,26 +20,22 @@ from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
 from globe.artefact import BankArtefact, Member, write_artefact
 from globe.checkpoint import Checkpoint
-from globe.config import Config, ExportDtype
+from globe.config import Config
 from globe.device import bank_seed, peak_device_bytes, peak_host_bytes
 from globe.errors import FitError
 from globe.figures import bank_figures, expert_relfrob
 from globe.finalise import Finalised, finalise
+from globe.fit_baseline import fit_baseline
 from globe.fit_state import Fitting, read_state, remove_state, write_state
-from globe.metrics import atom_usage, support_sizes
-from globe.normalise import Joined, join, normalise
+from globe.metrics import atom_usage, relfrob, support_sizes
+from globe.normalise import Joined
 from globe.problem import BankPlan
 from globe.provenance import bank_options, complete_artefact, experts_of, fit_fingerprint, source_of
+from globe.reading import ReadExperts, read_experts
 from globe.run_folder import BankStatus, RunFolder, State, read_json, write_json
 from globe.summary import BankReport, BankRuntime
 
 _log = logging.getLogger(__name__)
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 _BROKEN = (FitError, torch.linalg.LinAlgError)
 """What another seed may cure."""
 
@@ -61,7 +57,8 @@ class Learned:
     report: BankReport
     runtime: BankRuntime | None
     """None when only the artefact of an earlier process is left"""
-    codes: Float[Tensor, "n m"]
+    codes: dict[tuple[int, str], Float[Tensor, "_ m"]]
+    """of each member, by layer and family"""
     fitted: bool
     """by this process; not if its artefact was complete already"""
 
@@ -105,7 +102,12 @@ def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
     report = BankReport.from_dict(artefact.metrics or {})
     run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
     runtime = read_json(run.folder.runtime(bank.key))
-    return Learned(report, BankRuntime(**runtime) if runtime else None, artefact.codes, fitted=False)
+    return Learned(report, BankRuntime(**runtime) if runtime else None, _codes(artefact), fitted=False)
+
+
+def _codes(artefact: BankArtefact) -> dict[tuple[int, str], Float[Tensor, "_ m"]]:
+    codes = artefact.codes.cpu()
+    return {(one.layer, one.family): codes[one.start : one.stop] for one in artefact.members}
 
 
 def _attempt(
@@ -124,38 +126,63 @@ def _attempt(
     run.folder.rewind_metrics(key, fitting.step)
     if state is not None:
         _log.info("%s: going on after step %d", key, fitting.step)
-    joined, dtype, read = _read(run, bank)
+    read = read_experts(config, run.checkpoint, bank.outline, run.device)
+    joined = read.joined
     watch = _Watch(run, key, fitting)
-    result = fit_bank(
-        joined.experts,
-        bank.sizes,
-        config,
-        generator=torch.Generator().manual_seed(seed),
-        export_dtype=dtype,
-        resume=state,
-        on_step=watch.step,
-        on_checkpoint=watch.checkpoint,
-    )
-    done = finalise(
-        result.factors,
-        joined,
-        lam=result.lam,
-        activation=str(config.bank.activation),
-        export_dtype=dtype,
-        prune=config.codes.prune,
-        refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
-    )
-    artefact = _artefact(run, bank, joined, result, done, source, seed)
-    report = _report(
-        artefact, bank, result, done, fitting.attempt, bank_figures(joined.experts, result, done, watch.last)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    if bank.baseline is None:
+        result, done, activation = _fit_globe(run, bank, read, generator, state, watch)
+    else:
+        result, done, activation = fit_baseline(
+            joined,
+            bank.baseline,
+            config,
+            generator=generator,
+            export_dtype=read.export_dtype,
+            on_step=watch.step,
+        )
+    artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
+    scheduled = watch.last if bank.baseline is None else None
+    figures = bank_figures(joined.experts, result, done, scheduled) | _of_members(artefact, done)
+    report = _report(run, artefact, bank, result, done, fitting.attempt, figures)
     artefact = replace(artefact, metrics=report.to_dict())
     runtime = watch.runtime(result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read)
     write_json(run.folder.runtime(key), asdict(runtime))
     write_artefact(artefact, run.folder.bank(key))
     remove_state(run.folder.partial(key))
     run.folder.report(key, BankStatus(State.finished, fitting.attempt, seed, error))
-    return Learned(report, runtime, artefact.codes.cpu(), fitted=True)
+    return Learned(report, runtime, _codes(artefact), fitted=True)
+
+
+def _fit_globe(
+    run: Run,
+    bank: BankPlan,
+    read: ReadExperts,
+    generator: torch.Generator,
+    state: FitState | None,
+    watch: _Watch,
+) -> tuple[FitResult, Finalised, str]:
+    config, activation = run.config, str(run.config.bank.activation)
+    result = fit_bank(
+        read.joined.experts,
+        bank.sizes,
+        config,
+        generator=generator,
+        export_dtype=read.export_dtype,
+        resume=state,
+        on_step=watch.step,
+        on_checkpoint=watch.checkpoint,
+    )
+    done = finalise(
+        result.factors,
+        read.joined,
+        lam=result.lam,
+        activation=activation,
+        export_dtype=read.export_dtype,
+        prune=config.codes.prune,
+        refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
+    )
+    return result, done, activation
 
 
 class _Watch:
@@ -177,7 +204,7 @@ class _Watch:
         fitting = Fitting(self.fitting.fingerprint, self.fitting.attempt, step)
         write_state(self.run.folder.partial(self.key), state, fitting)
 
-    def runtime(self, result: FitResult, *, seconds: float, experts: int, read: _Read) -> BankRuntime:
+    def runtime(self, result: FitResult, *, seconds: float, experts: int, read: ReadExperts) -> BankRuntime:
         """Phases are those of this process; `result.seconds` counts what came before a resumption too."""
         return BankRuntime(
             seconds=result.seconds,
@@ -193,46 +220,12 @@ class _Watch:
         )
 
 
-class _Read(NamedTuple):
-    bytes: int
-    seconds: float
-
-
-def _read(run: Run, bank: BankPlan) -> tuple[Joined, torch.dtype, _Read]:
-    """The normalised experts of all members, the dtype to export, and how fast reading was."""
-    model, options = run.config.model, run.config.normalise
-    before, parts, seconds = run.checkpoint.reader.bytes_read, [], 0.0
-    dtype = torch.float32
-    for member in bank.members:
-        clock = time.perf_counter()
-        experts = run.checkpoint.read_experts(
-            member.layer,
-            member.family,
-            include_shared=model.include_shared,
-            max_experts=model.max_experts,
-            sample_method=str(model.sample_method),
-        )
-        seconds += time.perf_counter() - clock
-        dtype = experts.weights.dtype
-        parts.append(
-            normalise(
-                experts.weights.to(run.device),
-                centre=str(options.centre),
-                scale=str(options.scale),
-                dtype=_DTYPES[run.config.dtype],
-            )
-        )
-        del experts  # in the checkpoint's dtype; only the normalised ones are needed from here on
-    if run.config.export_dtype is not ExportDtype.auto:
-        dtype = _DTYPES[run.config.export_dtype]
-    return join(parts), dtype, _Read(run.checkpoint.reader.bytes_read - before, seconds)
-
-
 def _artefact(
     run: Run,
     bank: BankPlan,
     joined: Joined,
-    result: FitResult,
+    lam: float,
+    activation: str,
     done: Finalised,
     source: dict[str, Any],
     seed: int,
@@ -246,8 +239,8 @@ def _artefact(
         ),
         codes=done.factors.codes,
         adapters=done.factors.adapters,
-        activation=str(run.config.bank.activation),
-        lam=result.lam,
+        activation=activation,
+        lam=lam,
         bank=None if low_rank else done.factors.bank,
         atoms_left=done.factors.left,
         atoms_right=done.factors.right,
@@ -259,7 +252,18 @@ def _artefact(
     )
 
 
+def _of_members(artefact: BankArtefact, done: Finalised) -> dict[str, float | None]:
+    """RelFrob of each member of a bank that has several."""
+    if len(artefact.members) == 1:
+        return {}
+    rows = {
+        f"relfrob_layer{one.layer:03d}_{one.family}": slice(one.start, one.stop) for one in artefact.members
+    }
+    return {name: relfrob(done.errors[part], done.norms[part]) for name, part in rows.items()}
+
+
 def _report(
+    run: Run,
     artefact: BankArtefact,
     bank: BankPlan,
     result: FitResult,
@@ -277,7 +281,7 @@ def _report(
         r=sizes.r,
         target_support=sizes.target_support,
         parameters=artefact.family_parameters,
-        kept_parameters=artefact.kept_parameters,
+        kept_parameters=bank.kept_parameters,
         relfrob_start=result.relfrob_start,
         relfrob_fit=result.relfrob,
         relfrob=done.relfrob,
@@ -293,6 +297,8 @@ def _report(
         atom_usage=tuple(atom_usage(codes).tolist()),
         expert_relfrob=expert_relfrob(done),
         metrics=figures,
+        method=str(run.config.method),
+        atom_rank=sizes.atom_rank,
     )
 
 

@@ -31,7 +31,7 @@ class Ledger:
 
     def add(self, bank: BankPlan, learned: Learned) -> None:
         report = learned.report
-        self._codes |= {(one.layer, one.family): learned.codes for one in bank.members}
+        self._codes |= learned.codes
         runtimes = self.summary.runtimes
         if learned.runtime is not None:
             runtimes = runtimes | {bank.key: learned.runtime}

@@ -69,9 +69,13 @@ def complete_artefact(
         return None
     members = [(member.layer, member.family, member.experts) for member in artefact.members]
     wanted = [(*member, experts_of(config, checkpoint, member)) for member in bank.members]
+    sizes = (bank.sizes.m, bank.sizes.r, bank.sizes.atom_rank)
+    same_sizes = (artefact.m, artefact.r, artefact.atom_rank) == sizes
     same_experts = (artefact.source or {}).get("sha256") == source["sha256"] and members == wanted
-    if not same_experts or artefact.config != bank_options(config):
-        _log.warning("%s: the artefact there is of other experts or options and is learned anew", bank.key)
+    if not same_experts or not same_sizes or artefact.config != bank_options(config):
+        _log.warning(
+            "%s: the artefact there is of other experts, sizes or options and is learned anew", bank.key
+        )
         return None
     return artefact
 

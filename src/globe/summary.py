@@ -32,7 +32,7 @@ class BankReport:
     parameters: int
     """of the dense experts, n p d"""
     kept_parameters: int
-    """of the artefact: adapters, atoms, codes and the stored mean"""
+    """adapters, atoms, codes and the stored means; k (r + d) for a low-rank atom. Baselines in their tightest form"""
     relfrob_start: float
     """after the warm start, before the first step"""
     relfrob_fit: float
@@ -57,6 +57,9 @@ class BankReport:
     """RelFrob of each expert"""
     metrics: dict[str, float | None]
     """further figures, by name; None stands for an infinite one"""
+    method: str = "globe"
+    atom_rank: int | None = None
+    """k of low-rank atoms; None for dense ones"""
 
     @property
     def kept(self) -> float:
@@ -202,12 +205,16 @@ def print_summary(summary: RunSummary, folder: Path, console: Console | None = N
 
 def summary_table(summary: RunSummary) -> Table:
     """One row per bank, and a row for all where there are several."""
-    table = Table(title=summary.name, title_justify="left", show_footer=False)
+    methods = {bank.method for bank in summary.banks} - {"globe"}
+    title = summary.name if not methods else f"{summary.name}: {', '.join(sorted(methods))}"
+    table = Table(title=title, title_justify="left", show_footer=False)
     table.add_column("bank", no_wrap=True)
+    low_rank = any(bank.atom_rank is not None for bank in summary.banks)
     for heading in (
         "n x p x d",
         "m",
         "r",
+        *(["k"] if low_rank else []),
         "kept of\nfamily",
         "kept of\nmodel",
         "RelFrob\nstart",
@@ -223,6 +230,7 @@ def summary_table(summary: RunSummary) -> Table:
             f"{bank.n} x {bank.p} x {bank.d}",
             str(bank.m),
             str(bank.r),
+            *(["-" if bank.atom_rank is None else str(bank.atom_rank)] if low_rank else []),
             f"{bank.kept:.1%}",
             f"{summary.kept_model([bank]):.1%}",
             f"{bank.relfrob_start:.4f}",
@@ -232,10 +240,11 @@ def summary_table(summary: RunSummary) -> Table:
             "-" if runtime is None else f"{runtime.seconds:.1f}",
         )
     for key in summary.failed:
-        table.add_row(key, *["-"] * 6, "failed", *["-"] * 3, style="red")
+        table.add_row(key, *["-"] * (6 + low_rank), "failed", *["-"] * 3, style="red")
     if len(summary.banks) > 1:
         table.add_section()
-        table.add_row(*_total(summary), style="bold")
+        total = _total(summary)
+        table.add_row(*total[:3], *([""] if low_rank else []), *total[3:], style="bold")
     return table
 
 

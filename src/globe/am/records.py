@@ -56,6 +56,8 @@ class StopReason(StrEnum):
     time = "time"
     converged = "converged"
     stalled = "stalled"
+    closed_form = "closed_form"
+    diverged = "diverged"
 
     @property
     def sentence(self) -> str:
@@ -64,6 +66,8 @@ class StopReason(StrEnum):
             StopReason.time: "the time limit was reached (train.time_limit)",
             StopReason.converged: "the validation error is on a plateau and the support is stable (train.patience)",
             StopReason.stalled: "no step lowers the objective any more",
+            StopReason.closed_form: "the method takes no steps",
+            StopReason.diverged: "the error was no longer finite; the best state before that was kept",
         }[self]
 
 
