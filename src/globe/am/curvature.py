@@ -27,29 +27,37 @@ class Curvature:
         self._rows = point.rows.to(dtype)
         self._slope = None if point.slope is None else point.slope.to(dtype)
         m, r, d = tangent.bank.shape
+        n = len(point.gram)
+        # every chunk adds to all m atoms, which pays only if it holds as many experts
+        self._chunks = list(expert_chunks(n, r, d, least=max(4, m)))
         # dB stands above B, so that one product makes both parts of dY
         self._stack = tangent.bank.new_empty((2 if tangent.joint else 1) * m, r * d, dtype=dtype)
         if tangent.joint:
             self._stack[m:] = tangent.bank.flatten(1)
+        # memory that is used again: fresh pages for every product cost as much as the product
+        widest = max(part.stop - part.start for part in self._chunks)
+        self._change = self._stack.new_empty(2, widest, r, d)
+        self._atoms, self._codes = tangent.bank.new_empty(m, r * d), tangent.bank.new_empty(n, m)
 
     def product(self, move: Move) -> Move:
-        """H move, without damping."""
+        """H move, without damping. The result is overwritten by the next product."""
         m, r, d = self._tangent.bank.shape
         self._stack[:m] = self._tangent.atoms(move).flatten(1)
         weights = self._coordinates
         if self._tangent.joint:
             weights = torch.cat([weights, move[-1].to(self._dtype)], dim=1)
-        atoms, codes = move[0].new_zeros(m, r * d), move[0].new_empty(len(weights), m)
-        for part in expert_chunks(len(weights), r, d):
-            change = (weights[part] @ self._stack).unflatten(1, (r, d))
+        for part in self._chunks:
+            change, pulled = (buffer[: part.stop - part.start] for buffer in self._change)
+            torch.mm(weights[part], self._stack, out=change.flatten(1))
             if self._slope is not None:
                 change *= self._slope[part]
             Q = self._rows[part]
-            change = torch.bmm(self._gram[part], torch.baddbmm(change, change @ Q.mT, Q, alpha=-1))
+            change.baddbmm_(change @ Q.mT, Q, alpha=-1)
+            torch.bmm(self._gram[part], change, out=pulled)
             if self._slope is not None:
-                change *= self._slope[part]
-            self._adjoint(change, part, atoms, codes)
-        return self._tangent.gather(atoms.unflatten(1, (r, d)), codes)
+                pulled *= self._slope[part]
+            self._adjoint(pulled.flatten(1), part)
+        return self._tangent.gather(self._atoms.unflatten(1, (r, d)), self._codes)
 
     def adjoint(self, force: Float[Tensor, "n r d"]) -> Move:
         """dY^T force: the inner products of a force on every mixed basis with the moves, in the force's dtype."""
@@ -62,17 +70,16 @@ class Curvature:
             torch.mm(flat, bank.flatten(1).T, out=codes[part])
         return self._tangent.gather(atoms.unflatten(1, (r, d)), codes)
 
-    def _adjoint(
-        self,
-        change: Float[Tensor, "c r d"],
-        part: slice,
-        atoms: Float[Tensor, "m rd"],
-        codes: Float[Tensor, "n m"],
-    ) -> None:
-        flat = change.flatten(1)
-        if flat.dtype == atoms.dtype:
-            atoms.addmm_(self._coordinates[part].T, flat)
+    def _adjoint(self, flat: Float[Tensor, "c rd"], part: slice) -> None:
+        """Adds one chunk to the inner products with the atoms, and makes its rows of those with the codes."""
+        weights = self._coordinates[part].T
+        if part.start == 0 and self._dtype == self._atoms.dtype:
+            torch.mm(weights, flat, out=self._atoms)
+        elif part.start == 0:
+            self._atoms.copy_(weights @ flat)
+        elif self._dtype == self._atoms.dtype:
+            self._atoms.addmm_(weights, flat)
         else:
-            atoms += self._coordinates[part].T @ flat
+            self._atoms += weights @ flat
         if self._tangent.joint:
-            codes[part] = flat @ self._stack[len(atoms) :].T
+            self._codes[part] = flat @ self._stack[len(self._atoms) :].T

@@ -19,6 +19,9 @@ from globe.am.targets import aligned_warm_start, blend, weight_aware_targets
 
 _DOWN, _UP = 2.5, 5.0
 _LEAST, _MOST = 1e-3, 1e5
+_FINE = 3e-3
+"""A step that promises less than this share of the objective, or that is refused, is the last in low precision. Kept
+to the end, bfloat16 products stalled a fit at 0.3544 that reaches 0.3532 in the same 48 steps without them."""
 
 
 class Numbers(NamedTuple):
@@ -79,8 +82,10 @@ def gauss_newton_step(
         generator=generator,
         lambda_B=numbers.lambda_B,
         force=None if pull is None else _blended_force(state, pull, numbers),
-        curvature_dtype=numbers.curvature_dtype,
+        curvature_dtype=None if state.fine else numbers.curvature_dtype,
     )
+    if direction.predicted < _FINE * state.objective:
+        state = state._replace(fine=True)
     plain = state.atoms.moved(direction.move, state.constraint, joint=numbers.joint)
     relaxed = max(_LEAST, state.damping / _DOWN)
     if pull is not None:
@@ -107,7 +112,9 @@ def gauss_newton_step(
 
 
 def _refused(state: AMState) -> AMState:
-    return state._replace(anchor=state.atoms, momentum_steps=0, damping=min(_MOST, state.damping * _UP))
+    return state._replace(
+        anchor=state.atoms, momentum_steps=0, damping=min(_MOST, state.damping * _UP), fine=True
+    )
 
 
 def _blended_force(state: AMState, pull: Float[Tensor, "n r d"], numbers: Numbers) -> Float[Tensor, "n r d"]:

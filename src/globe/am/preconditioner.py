@@ -116,6 +116,7 @@ def _code_blocks(
         rows = point.rows[part]
         seen = bank.flatten(0, 1) @ (omega - rows.mT @ (rows @ omega))
         factor, _ = damped_cholesky(weights[part], ridge=1e-6)
-        weighted = (factor.mT[:, None] @ seen.unflatten(1, (m, r))).flatten(2)
+        across = seen.unflatten(1, (m, r)).transpose(1, 2).flatten(2)
+        weighted = (factor.mT @ across).unflatten(2, (m, _SKETCH)).transpose(1, 2).flatten(2)
         torch.bmm(weighted, weighted.mT, out=result[part])
     return result

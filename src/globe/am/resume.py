@@ -55,7 +55,9 @@ def snapshot(running: Running) -> FitState:
         if mask is not None:
             tensors[name] = mask.to(torch.uint8)
     numbers = asdict(running.progress)
-    numbers |= {f"state.{name}": getattr(state, name) for name in ("momentum_steps", "damping", "lam")}
+    numbers |= {
+        f"state.{name}": getattr(state, name) for name in ("momentum_steps", "damping", "lam", "fine")
+    }
     return FitState(tensors, numbers | {"state.simplex": state.constraint.simplex})
 
 
@@ -80,6 +82,7 @@ def restore(saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lamb
         anchor=_unpack("anchor", tensors),
         momentum_steps=int(numbers["state.momentum_steps"] or 0),
         damping=float(numbers["state.damping"] or 0.0),
+        fine=bool(numbers["state.fine"]),
     )
     best = at_rest("best") if "best.codes" in tensors else state
     progress = Progress(**{field.name: numbers[field.name] for field in fields(Progress)})  # type: ignore[arg-type]

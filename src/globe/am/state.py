@@ -81,6 +81,8 @@ class AMState(NamedTuple):
     damping: float
     lam: float
     constraint: Constraint
+    fine: bool = False
+    """whether low-precision curvature products are over: the steps have become too small for them"""
 
     @property
     def objective(self) -> float:
