@@ -103,7 +103,8 @@ class FakeFit:
             bank = bank + 0.1 * torch.randn(bank.shape, generator=generator)
             step += 1
             on_step(step_record(step, relfrob=1 / (1 + step)))
-            if config.train.checkpoint_every == 0:
+            # like the real one it writes none after the last step
+            if config.train.checkpoint_every == 0 and step < config.train.steps:
                 state = {"bank": bank, "generator": generator.get_state()}
                 on_checkpoint(FitState(state, {"step": step, "best": float("inf")}))
         codes = torch.rand(sizes.n, sizes.m, generator=generator) + 0.1

@@ -205,6 +205,22 @@ def test_a_finished_run_whose_artefact_is_gone_is_done_again(tmp_path: Path, fak
     assert fake.fits == 2
 
 
+@pytest.mark.parametrize("damaged", ["bank.safetensors", "globe.json"])
+def test_a_finished_run_whose_artefact_was_damaged_since_learns_it_anew(
+    tmp_path: Path, fake: FakeFit, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    _, folder = run_in(tmp_path, "layer=4-5", "train.steps=2")
+    file = folder / "banks" / "layer005.up" / damaged
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    run_in(tmp_path, "layer=4-5", "train.steps=2")
+    assert fake.fits == 3
+    assert "layer005.up: the artefact there can't be used and is learned anew" in caplog.text
+    assert file.read_bytes() == whole
+    assert [line["step"] for line in lines(folder)] == [1, 2, 1, 2]
+
+
 def test_ctrl_c_keeps_what_is_finished_and_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,7 +461,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_sentence_too(
 
     monkeypatch.setattr(globe.learn, "write_state", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        run_in(tmp_path, "train.checkpoint_every=0", "train.steps=1")
+        run_in(tmp_path, "train.checkpoint_every=0", "train.steps=2")
     sentence = entry.explain(caught.value)
     assert sentence is not None
     assert sentence.startswith("the disk is full, writing state.json failed")

@@ -26,6 +26,7 @@ __all__ = [
     "FORMAT_VERSION",
     "BankArtefact",
     "Member",
+    "is_intact",
     "member_of",
     "read_artefact",
     "validate",
@@ -183,6 +184,15 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
         record["sizes"] == _sizes(artefact), where, f"the sizes in {RECORD_FILE} are not those of the tensors"
     )
     return artefact
+
+
+def is_intact(folder: str | os.PathLike[str]) -> bool:
+    """Are both files there, and is the tensor file, by its SHA-256, the one that the record was written for?"""
+    root = Path(folder)
+    try:
+        return _digest(root / TENSORS_FILE) == _read_record(root).get("sha256")
+    except ArtefactError:
+        return False
 
 
 def _member(entry: Any) -> Member:

@@ -76,7 +76,7 @@ def read_state(folder: Path, fingerprint: str) -> tuple[FitState, Fitting] | Non
     A damaged or foreign one is ignored with a warning: the fit then starts anew, which costs time and
     nothing else.
     """
-    if not folder.is_dir():
+    if not folder.is_dir() or not any(folder.iterdir()):  # empty: a kill in the middle of the first one
         return None
     record = read_json(folder / _RECORD)
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -29,6 +30,8 @@ from omegaconf import OmegaConf
 from globe.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_UNFINISHED = re.compile(r"\..+[.-][0-9a-f]{8}(\.safetensors)?")
+"""How files and folders are called while they are written, or until they are removed."""
 
 
 class State(StrEnum):
@@ -102,8 +105,14 @@ class RunFolder:
             self.end(State.finished)
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Mark the run as running and write its configuration; banks that were reported before stay so."""
+        """Mark the run as running and write its configuration; banks that were reported before stay so.
+
+        What a killed process was writing just then is removed; call it in `held`, where no other process writes.
+        """
         self.banks.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.banks, *self.banks.glob("*.partial")):
+            for leftover in filter(lambda one: _UNFINISHED.fullmatch(one.name), list(folder.iterdir())):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         banks = self.status.banks if self.status else {}
         self._write_status(Status(State.running, _now(), banks=banks))
         write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(config)))

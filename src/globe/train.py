@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import Container
 
 from globe import entry
+from globe.artefact import is_intact
 from globe.checkpoint import open_checkpoint
 from globe.config import Config, conf_dir, config_dict, plain, register, to_config
 from globe.device import arithmetic, spare_threads
@@ -124,13 +125,13 @@ def _watched(
 
 
 def finished_summary(folder: RunFolder, config: Config) -> RunSummary | None:
-    """The summary of a run that is finished, whose artefacts are there and whose checkpoint is as it was."""
+    """The summary of a run that is finished, whose artefacts are whole and whose checkpoint is as it was."""
     if folder.status is None or folder.status.state is not State.finished:
         return None
     summary = read_summary(folder.summary_file)
     if summary is None or summary.stamp != stamp(config.model.path):
         return None
-    if not all((folder.bank(bank.key) / "globe.json").is_file() for bank in summary.banks):
+    if not all(is_intact(folder.bank(bank.key)) for bank in summary.banks):
         return None
     _log.info("this run is finished already; overwrite=true repeats it")
     return summary
