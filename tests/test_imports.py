@@ -34,9 +34,9 @@ FOREIGN_TO_KERNELS = (
 ONLY_IN = {
     "wandb": ("tracking.py",),
     "matplotlib": ("report",),
-    "transformers": ("hf/", "evaluate"),
-    "accelerate": ("hf/", "evaluate"),
-    "lm_eval": ("evaluate",),
+    "transformers": ("hf/", "evaluate.py", "evaluation/"),
+    "accelerate": ("hf/", "evaluate.py", "evaluation/"),
+    "lm_eval": ("evaluation/tasks.py",),
     "torch": tuple(name for name in FILES if name not in ("config.py", "errors.py")),
 }
 
@@ -140,6 +140,7 @@ def test_heavy_package_is_imported_inside_functions_only(package: str) -> None:
     [
         ("globe.config", ("torch", "transformers", "wandb", "matplotlib")),
         ("globe.train", ("transformers", "wandb", "matplotlib", "scipy.optimize")),
+        ("globe.evaluate", ("transformers", "wandb", "matplotlib", "lm_eval")),
     ],
 )
 def test_importing_stays_light(module: str, absent: tuple[str, ...]) -> None:

@@ -1,0 +1,292 @@
+"""python -m globe.evaluate model=MODEL [against=ORIGINAL] [text=TEXT] [KEY=VALUE ...]
+
+Measure what a model is worth beside the one it was made from: perplexity, divergence, activation errors, sizes.
+
+model=MODEL        checkpoint folder or hub id (dense or globe), `embedded`, or the folder of a run
+against=auto       the original: a checkpoint, `embedded`, `none`; auto is what the model was made from, if it says so
+text=embedded      UTF-8 text file, or the held-out text that comes with the package
+window=256         tokens the model sees at once
+stride=128         tokens between two windows; each token is counted once, with at least window - stride before it
+max_tokens=null    use the first so many tokens of the text; null is all
+batch=8            windows that go through the models together
+dtype=float32      arithmetic: float32, bfloat16, float16, or auto (as stored)
+device=auto        auto, cpu, cuda or mps
+tokenizer=null     folder of a tokenizer; null is the original's, or else the model's
+S_cache=null       bases that stay composed per layer and family in a factored model; null is as it was saved
+activation_windows=16   windows on which the error of each MoE block is measured; 0 is none
+experts=8          experts drawn at random for spot checks; 0 is none
+top_k=8            leading singular vectors that are compared in them
+seed=0             of the bootstrap and of the draws
+tasks=[]           lm-eval tasks to run besides, on both models; needs the extra globe-moe[eval]
+include_path=null  folder with lm-eval task files of your own
+limit=null         examples per task; null is all
+out=null           JSON file to write; null is evaluation.json in the folder of the model
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from globe.command_line import parse_options
+from globe.config import Device
+from globe.device import pick_device
+from globe.entry import start
+from globe.errors import ConfigError
+from globe.evaluation.activation_error import LayerError, activation_errors
+from globe.evaluation.divergence import divergence
+from globe.evaluation.perplexity import WindowSums, perplexity, rise, score
+from globe.evaluation.report import Evaluation, TaskScores, print_evaluation
+from globe.evaluation.sizes import measure_sizes
+from globe.evaluation.spot_checks import Pair, SpotCheck, draw_places, spot_checks, tolerance
+from globe.evaluation.subject import (
+    EMBEDDED,
+    Subject,
+    check_model,
+    load_tokenizer,
+    open_subject,
+    same_skeleton,
+)
+from globe.evaluation.tasks import check_tasks, run_tasks
+from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
+from globe.hf.run_banks import SOURCE_HASH
+from globe.run_folder import write_json
+
+
+class Arithmetic(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None keeps the dtype of the files."""
+        return None if self is Arithmetic.auto else getattr(torch, self)
+
+
+@dataclass
+class EvaluateOptions:
+    """The options of the command, as the text above says."""
+
+    model: str = MISSING
+    against: str = "auto"
+    text: str = EMBEDDED
+    window: int = 256
+    stride: int = 128
+    max_tokens: int | None = None
+    batch: int = 8
+    dtype: Arithmetic = Arithmetic.float32
+    device: Device = Device.auto
+    tokenizer: str | None = None
+    S_cache: int | str | None = None
+    activation_windows: int = 16
+    experts: int = 8
+    top_k: int = 8
+    seed: int = 0
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: int | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {
+            "max_tokens": 2,
+            "batch": 1,
+            "activation_windows": 0,
+            "experts": 0,
+            "top_k": 1,
+            "limit": 1,
+            "seed": 0,
+        }
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if isinstance(value, int) and not smallest <= value < 2**63:
+                raise ConfigError(f"{key}={value} is not possible: give an integer of at least {smallest}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Material:
+    """What all measurements share."""
+
+    subject: Subject
+    original: Subject | None
+    tokens: Tokens
+    windows: tuple[Window, ...]
+    tokenizer: Any
+    settings: dict[str, Any]
+    device: torch.device
+    model: Any
+    dense: Any
+    """the original in memory, or None"""
+    comparable: bool
+    """there is an original whose layers are those of the model, apart from the experts"""
+
+
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Everything that the options ask for. Raises GlobeError with one sentence."""
+    clock = time.perf_counter()
+    check_tasks(options.tasks, options.include_path)
+    material = _prepare(options)
+    sums = _score(material, options)
+    dense = material.dense
+    return Evaluation(
+        model=options.model,
+        original=None if material.original is None else material.original.name,
+        settings=material.settings,
+        perplexity=perplexity(sums.nll, sums, seed=options.seed),
+        perplexity_original=(
+            None if sums.nll_original is None else perplexity(sums.nll_original, sums, seed=options.seed)
+        ),
+        rise=None if dense is None else rise(sums, seed=options.seed),
+        divergence=(
+            None
+            if sums.kl is None or sums.agreement is None
+            else divergence(sums.kl, sums.agreement, sums.tokens, seed=options.seed)
+        ),
+        activation_errors=_activations(material, options),
+        spot_checks=_spots(material, options),
+        parity_tolerance=tolerance(next(material.model.parameters()).dtype),
+        sizes=measure_sizes(material.subject, material.original, material.model, dense),
+        tasks=_tasks(material, options, material.model),
+        tasks_original={} if dense is None else _tasks(material, options, dense),
+        seconds=time.perf_counter() - clock,
+    )
+
+
+def _prepare(options: EvaluateOptions) -> _Material:
+    """Open, check and load everything; whatever is wrong is found before a large model is loaded."""
+    device = pick_device(options.device)
+    text = read_text(options.text)
+    subject, original = open_subject(options.model, options.against)
+    tokenizer = load_tokenizer(subject, original, options.tokenizer)
+    tokens = tokenise(text.content, tokenizer, max_tokens=options.max_tokens)
+    windows = sliding_windows(tokens.ids.shape[0], window=options.window, stride=options.stride)
+    counted = [slice(one.stop - one.scored, one.stop) for one in windows]
+    settings = asdict(options) | {
+        "dtype": str(options.dtype),
+        "device": str(device),
+        "text_sha256": text.sha256,
+        "tokens": tokens.ids.shape[0],
+        "windows": len(windows),
+        "counted_tokens": sum(one.scored for one in windows),
+        "counted_bytes": sum(int(tokens.bytes[one].sum()) for one in counted),
+        "versions": _versions(),
+        "source": [source.get(SOURCE_HASH) for source in subject.sources],
+    }
+    dtype = options.dtype.dtype
+    dense = None if original is None else original.load(dtype=dtype, device=device, S_cache=None)
+    model = subject.load(dtype=dtype, device=device, S_cache=options.S_cache)
+    check_model(model, int(tokens.ids.max()), options.window, original=dense)
+    comparable = dense is not None and same_skeleton(model, dense)
+    return _Material(
+        subject, original, tokens, windows, tokenizer, settings, device, model, dense, comparable
+    )
+
+
+def _score(material: _Material, options: EvaluateOptions) -> WindowSums:
+    with tqdm(total=len(material.windows), unit="window", disable=None, leave=False) as bar:
+        return score(
+            material.model,
+            material.tokens,
+            material.windows,
+            original=material.dense,
+            batch=options.batch,
+            device=material.device,
+            on_batch=bar.update,
+        )
+
+
+def _activations(material: _Material, options: EvaluateOptions) -> tuple[LayerError, ...]:
+    if not material.comparable or not options.activation_windows:
+        return ()
+    # evenly over the text: its beginning alone may be of one kind
+    step = max(1, len(material.windows) // options.activation_windows)
+    return activation_errors(
+        material.dense,
+        material.model,
+        material.tokens,
+        material.windows[::step][: options.activation_windows],
+        batch=options.batch,
+        device=material.device,
+    )
+
+
+def _spots(material: _Material, options: EvaluateOptions) -> tuple[SpotCheck, ...]:
+    if not material.comparable or not options.experts:
+        return ()
+    assert material.original is not None
+    assert material.original.checkpoint is not None
+    pair = Pair(material.subject, material.model, material.original.checkpoint, material.dense)
+    places = draw_places(pair, options.experts, seed=options.seed)
+    return spot_checks(pair, places, top_k=options.top_k, seed=options.seed)
+
+
+def _tasks(material: _Material, options: EvaluateOptions, model: Any) -> TaskScores:
+    if not options.tasks:
+        return {}
+    return run_tasks(
+        model,
+        material.tokenizer,
+        options.tasks,
+        include_path=options.include_path,
+        limit=options.limit,
+        batch=options.batch,
+        seed=options.seed,
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("globe-moe", "torch", "transformers")}
+
+
+def output_file(options: EvaluateOptions) -> Path | None:
+    """Where the figures go; None for a model without a folder of one's own, unless `out` is given."""
+    if options.out is not None:
+        return Path(options.out).expanduser()
+    folder = Path(options.model).expanduser()
+    return folder / "evaluation.json" if options.model != EMBEDDED and folder.is_dir() else None
+
+
+def _quiet() -> None:
+    """No bars and remarks of transformers between our lines."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    options = parse_options(EvaluateOptions, sys.argv[1:])
+    file = output_file(options)
+    _quiet()
+    result = evaluate(options)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result.to_dict())
+    print_evaluation(result, None if file is None else str(file))
+    if not result.parity_holds:
+        print(
+            f"what the model computes is {result.parity:.1e} from what its files stand for, more than "
+            f"{options.dtype} explains: evaluate with dtype=float32, and if that stays, patch again",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,1 @@
+"""What a compressed model is worth: perplexity, divergence, activation errors, spot checks, sizes, tasks."""

@@ -1,0 +1,216 @@
+"""All figures of one evaluation, as a record, as JSON and as the table that is printed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from globe.evaluation.activation_error import LayerError
+from globe.evaluation.bootstrap import Interval
+from globe.evaluation.divergence import Divergence
+from globe.evaluation.perplexity import Perplexity, Rise
+from globe.evaluation.sizes import Change, ModelSizes
+from globe.evaluation.spot_checks import SpotCheck
+
+FORMAT_VERSION = 1
+TaskScores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is there only beside an original is None without one."""
+
+    model: str
+    original: str | None
+    settings: dict[str, Any]
+    """options, and what was read: text, tokens, windows, tokenizer"""
+    perplexity: Perplexity
+    perplexity_original: Perplexity | None
+    rise: Rise | None
+    divergence: Divergence | None
+    activation_errors: tuple[LayerError, ...]
+    spot_checks: tuple[SpotCheck, ...]
+    parity_tolerance: float
+    sizes: ModelSizes
+    tasks: TaskScores
+    tasks_original: TaskScores
+    seconds: float
+
+    @property
+    def parity(self) -> float | None:
+        """The largest of the spot checks; None if there is none."""
+        return max((one.parity for one in self.spot_checks if one.parity is not None), default=None)
+
+    @property
+    def parity_holds(self) -> bool:
+        return self.parity is None or self.parity <= self.parity_tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; a figure that is not finite is null. Equal runs differ in `seconds` alone."""
+        record = _plain(asdict(self))
+        sizes = record["sizes"]
+        for name in ("family_parameters", "model_parameters", "family_bytes", "model_bytes"):
+            change: Change | None = getattr(self.sizes, name)
+            if change is not None:
+                sizes[name]["ratio"] = change.ratio
+        own = {"format_version": FORMAT_VERSION, "parity": self.parity, "parity_holds": self.parity_holds}
+        return record | _plain(own)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {str(key): _plain(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_plain(one) for one in value]
+        case float():
+            return value if math.isfinite(value) else None
+    return value
+
+
+def print_evaluation(result: Evaluation, where: str | None, console: Console | None = None) -> None:
+    """The table, and a line for what does not fit into one. Without a terminal, lines are 120 columns."""
+    console = console or Console()
+    if not console.is_terminal and console.width < 120:
+        console = Console(file=console.file, width=120)
+    console.print(table(result))
+    if where is not None:
+        console.print(f"written to {where}", soft_wrap=True, highlight=False)
+
+
+def table(result: Evaluation) -> Table:
+    """One row a figure: the original, the model, the difference."""
+    settings = result.settings
+    made = Table(
+        title=f"{result.model} on {settings['text']} ({settings['counted_tokens']:,} tokens)",
+        title_justify="left",
+    )
+    made.add_column("figure", no_wrap=True)
+    for heading in ("original", "model", "difference"):
+        made.add_column(heading, justify="right")
+    for section in (_quality(result), _insides(result), _sizes(result.sizes), _tasks(result)):
+        for row in section:
+            made.add_row(*row)
+        if section:
+            made.add_section()
+    return made
+
+
+def _quality(result: Evaluation) -> list[tuple[str, str, str, str]]:
+    own, before, rise = result.perplexity, result.perplexity_original, result.rise
+    share = ""
+    if rise is not None:
+        percent = f"{100 * (rise.ratio - 1):+.2f} %"
+        if rise.ratio_interval is not None:
+            low, high = (100 * (bound - 1) for bound in rise.ratio_interval)
+            percent += f", {low:+.2f} to {high:+.2f}"
+        share = f"{rise.perplexity:+.4g} ({percent})"
+    rows = [
+        ("perplexity per token", _with_interval(before), _with_interval(own), share),
+        (
+            "perplexity per byte",
+            "-" if before is None else f"{before.byte_perplexity:.4f}",
+            f"{own.byte_perplexity:.4f}",
+            "" if before is None else f"{own.byte_perplexity - before.byte_perplexity:+.4f}",
+        ),
+        (
+            "bits per byte",
+            "-" if before is None else f"{before.bits_per_byte:.4f}",
+            f"{own.bits_per_byte:.4f}",
+            "" if before is None else f"{own.bits_per_byte - before.bits_per_byte:+.4f}",
+        ),
+    ]
+    if result.divergence is not None:
+        far = result.divergence
+        kl = _between(far.kl_interval, "{:.4g}")
+        same = _between(far.top1_agreement_interval, "{:.1%}")
+        rows.append(("KL(original || model), nats", "", f"{far.kl:.4g}{kl}", ""))
+        rows.append(("same likeliest next token", "", f"{far.top1_agreement:.1%}{same}", ""))
+    return rows
+
+
+def _insides(result: Evaluation) -> list[tuple[str, str, str, str]]:
+    rows = []
+    touched = {layer for layer, _ in result.sizes.places}
+    chosen = [one for one in result.activation_errors if not touched or one.layer in touched]
+    if chosen:
+        for name in ("block", "experts"):
+            errors = {one.layer: getattr(one, name) for one in chosen}
+            worst = max(errors, key=lambda layer: errors[layer])
+            mean = sum(errors.values()) / len(errors)
+            what = "MoE block" if name == "block" else "routed experts"
+            rows.append(
+                (f"{what}, relative error", "", f"{mean:.4f}", f"worst {errors[worst]:.4f}, layer {worst}")
+            )
+    checks = result.spot_checks
+    if checks:
+        count = len(checks)
+        for name, label in (("relfrob", "RelFrob"), ("spectrum", "spectra differ by")):
+            values = [getattr(one, name) for one in checks]
+            rows.append(
+                (f"{count} experts: {label}", "", f"{sum(values) / count:.4f}", f"worst {max(values):.4f}")
+            )
+        before, after = (sum(one.effective_rank[side] for one in checks) / count for side in (0, 1))
+        rows.append(
+            (f"{count} experts: effective rank", f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+        )
+        for side in ("left", "right"):
+            values = [getattr(one, f"alignment_{side}") for one in checks]
+            label = f"{count} experts: leading {side} subspaces"
+            rows.append((label, "", f"{sum(values) / count:.4f}", f"worst {min(values):.4f}"))
+    if result.parity is not None:
+        verdict = "holds" if result.parity_holds else f"above {result.parity_tolerance:g}"
+        rows.append((f"{len(checks)} experts: parity of the product", "", f"{result.parity:.1e}", verdict))
+    return rows
+
+
+def _sizes(sizes: ModelSizes) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for label, change in (
+        ("parameters of the families", sizes.family_parameters),
+        ("parameters of the model", sizes.model_parameters),
+        ("bytes of the families in files", sizes.family_bytes),
+        ("bytes of the model in files", sizes.model_bytes),
+    ):
+        if change is not None:
+            rows.append(_change(label, change))
+    before, after = sizes.resident_original, sizes.resident
+    for label, name in (("bytes of experts in memory", "experts"), ("bytes of the model in memory", "total")):
+        held = None if before is None else getattr(before, name) - before.cache
+        rows.append(_change(label, Change(held, getattr(after, name) - after.cache)))
+    if after.cache:
+        rows.append(("bytes of composed bases besides", "", f"{after.cache:,}", ""))
+    return rows
+
+
+def _tasks(result: Evaluation) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for task, metrics in result.tasks.items():
+        for metric, after in metrics.items():
+            if "stderr" in metric:
+                continue
+            before = result.tasks_original.get(task, {}).get(metric)
+            difference = "" if before is None else f"{after - before:+.4f}"
+            rows.append(
+                (f"{task} {metric}", "-" if before is None else f"{before:.4f}", f"{after:.4f}", difference)
+            )
+    return rows
+
+
+def _change(label: str, change: Change) -> tuple[str, str, str, str]:
+    before = "-" if change.before is None else f"{change.before:,}"
+    return label, before, f"{change.after:,}", "" if change.ratio is None else f"{change.ratio:.1%} of it"
+
+
+def _with_interval(figures: Perplexity | None) -> str:
+    if figures is None:
+        return "-"
+    return f"{figures.perplexity:.4g}{_between(figures.perplexity_interval, '{:.4g}')}"
+
+
+def _between(interval: Interval | None, form: str) -> str:
+    return "" if interval is None else f" ({form.format(interval.low)} to {form.format(interval.high)})"
