@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
+from globe.command_line import parse_options
 from globe.entry import start
-from globe.errors import ConfigError
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
 from globe.hf.run_banks import open_run, open_source
@@ -54,20 +54,8 @@ class PatchOptions:
 
 
 def parse(arguments: Sequence[str]) -> PatchOptions:
-    """Checked options of a command line of `KEY=VALUE`. Raises ConfigError, or OmegaConf's error for a key."""
-    for argument in arguments:
-        if "=" not in argument:
-            raise ConfigError(f"{argument!r} is not understood: give KEY=VALUE, --help lists the keys")
-        if argument.startswith("model="):
-            raise ConfigError(f"{argument!r} is a group of options: give model.path=FOLDER")
-    schema = OmegaConf.structured(PatchOptions)
-    options = OmegaConf.merge(schema, OmegaConf.from_dotlist(list(arguments)))
-    for key in ("run", "out"):
-        if OmegaConf.is_missing(options, key):
-            raise ConfigError(f"{key} is missing: give {key}=FOLDER, --help lists the keys")
-    checked = OmegaConf.to_object(options)
-    assert isinstance(checked, PatchOptions)
-    return checked
+    """Checked options of a command line. Raises ConfigError, or OmegaConf's error for a key or value."""
+    return parse_options(PatchOptions, arguments)
 
 
 def patch(options: PatchOptions) -> dict[str, Any]:

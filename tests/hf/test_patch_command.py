@@ -54,7 +54,7 @@ def test_options_are_read_into_their_types() -> None:
         (["run=a", "out=b", "model.colour=red"], "model.colour is not an option"),
         (["run=a", "out=b", "format=gguf"], "give one of dense, globe"),
         (["run=a", "out=b", "overwrite=perhaps"], "give true or false"),
-        (["run=a", "out=b", "model=there"], "give model.path="),
+        (["run=a", "out=b", "model=there"], "model=there' is a group"),
         (["run=a", "b"], "'b' is not understood"),
         (["run=nowhere", "out=b"], "'nowhere' holds no finished bank"),
     ],

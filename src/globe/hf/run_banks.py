@@ -140,16 +140,19 @@ def verify_source(entries: tuple[BankEntry, ...], checkpoint: Checkpoint) -> Non
 
 
 class DenseExperts:
-    """The dense matrices of a run's experts. The last two members stay: gate and up of a layer alternate."""
+    """The dense matrices of a run's experts. The last two members stay: gate and up of a layer alternate.
+
+    So does the last artefact, which may serve many layers.
+    """
 
     def __init__(self) -> None:
-        self._rebuilt = functools.lru_cache(maxsize=2)(_rebuild_rows)
+        self._read = functools.lru_cache(maxsize=1)(functools.partial(read_artefact, verify_hash=False))
+        self._rebuilt = functools.lru_cache(maxsize=2)(self._rebuild)
 
     def __call__(self, entry: BankEntry, position: int, row: int, dtype: torch.dtype) -> Float[Tensor, "p d"]:
         """Expert `row`, counted from the first of the member at `position`, computed wide, rounded once."""
         member = entry.members[position]
         return self._rebuilt(entry.folder, member.start, member.stop, dtype)[row]
 
-
-def _rebuild_rows(folder: Path, start: int, stop: int, dtype: torch.dtype) -> Float[Tensor, "h p d"]:
-    return rebuild(read_artefact(folder, verify_hash=False), range(start, stop), dtype=dtype)
+    def _rebuild(self, folder: Path, start: int, stop: int, dtype: torch.dtype) -> Float[Tensor, "h p d"]:
+        return rebuild(self._read(folder), range(start, stop), dtype=dtype)
