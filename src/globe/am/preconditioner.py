@@ -67,7 +67,10 @@ def precondition(
         scales: tuple[float, ...] = (damping * typical,)
     else:
         outer = tangent.right @ metric @ tangent.right.mT
-        inner = tangent.left.mT @ blocks @ tangent.left
+        # from a factor, since U^T P U loses its sign to rounding where P is large off the columns of U
+        root, _ = damped_cholesky(blocks, ridge=_smallest_ridge(blocks))
+        across = root.mT @ tangent.left
+        inner = across.mT @ across
         outer_typical = float(outer.diagonal(dim1=1, dim2=2).mean())
         inner_typical = float(inner.diagonal(dim1=1, dim2=2).mean())
         left = (
@@ -99,9 +102,12 @@ def _column_metric(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:
 
 def _inverse(blocks: Float[Tensor, "b s s"], *, absolute: float) -> Float[Tensor, "b s s"]:
     eye = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-    smallest = 1e-6 if blocks.dtype == torch.float32 else 1e-12
-    factor, _ = damped_cholesky(blocks + absolute * eye, ridge=smallest)
+    factor, _ = damped_cholesky(blocks + absolute * eye, ridge=_smallest_ridge(blocks))
     return torch.cholesky_inverse(factor)
+
+
+def _smallest_ridge(blocks: Float[Tensor, "b s s"]) -> float:
+    return 1e-6 if blocks.dtype == torch.float32 else 1e-12
 
 
 def _code_blocks(
