@@ -187,7 +187,7 @@ def test_a_curve_names_the_schedule_it_belongs_to() -> None:
     ):
         to_config(composed("schedule.beta.warmup=0.75", "schedule.beta.hold=0.5"))
     with pytest.raises(ConfigError, match=r"^schedule\.lam\.start=0\.0 .*schedule\.lam\.kind=exponential"):
-        to_config(composed("schedule.lam.kind=exponential"))
+        to_config(composed("schedule.lam.kind=exponential", "schedule.lam.start=0"))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
