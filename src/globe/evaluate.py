@@ -28,28 +28,23 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from omegaconf import MISSING
 from tqdm import tqdm
 
 from globe.command_line import parse_options
-from globe.config import Device
 from globe.device import pick_device
 from globe.entry import start
-from globe.errors import ConfigError
 from globe.evaluation.activation_error import LayerError, activation_errors
 from globe.evaluation.divergence import divergence
+from globe.evaluation.options import EvaluateOptions, output_file
 from globe.evaluation.perplexity import WindowSums, perplexity, rise, score
 from globe.evaluation.report import Evaluation, TaskScores, print_evaluation
 from globe.evaluation.sizes import measure_sizes
 from globe.evaluation.spot_checks import Pair, SpotCheck, draw_places, spot_checks, tolerance
 from globe.evaluation.subject import (
-    EMBEDDED,
     Subject,
     check_model,
     load_tokenizer,
@@ -60,58 +55,6 @@ from globe.evaluation.tasks import check_tasks, run_tasks
 from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
 from globe.hf.run_banks import SOURCE_HASH
 from globe.run_folder import write_json
-
-
-class Arithmetic(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """None keeps the dtype of the files."""
-        return None if self is Arithmetic.auto else getattr(torch, self)
-
-
-@dataclass
-class EvaluateOptions:
-    """The options of the command, as the text above says."""
-
-    model: str = MISSING
-    against: str = "auto"
-    text: str = EMBEDDED
-    window: int = 256
-    stride: int = 128
-    max_tokens: int | None = None
-    batch: int = 8
-    dtype: Arithmetic = Arithmetic.float32
-    device: Device = Device.auto
-    tokenizer: str | None = None
-    S_cache: int | str | None = None
-    activation_windows: int = 16
-    experts: int = 8
-    top_k: int = 8
-    seed: int = 0
-    tasks: list[str] = field(default_factory=list)
-    include_path: str | None = None
-    limit: int | None = None
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        least = {
-            "max_tokens": 2,
-            "batch": 1,
-            "activation_windows": 0,
-            "experts": 0,
-            "top_k": 1,
-            "limit": 1,
-            "seed": 0,
-        }
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if isinstance(value, int) and not smallest <= value < 2**63:
-                raise ConfigError(f"{key}={value} is not possible: give an integer of at least {smallest}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,14 +194,6 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("globe-moe", "torch", "transformers")}
 
 
-def output_file(options: EvaluateOptions) -> Path | None:
-    """Where the figures go; None for a model without a folder of one's own, unless `out` is given."""
-    if options.out is not None:
-        return Path(options.out).expanduser()
-    folder = Path(options.model).expanduser()
-    return folder / "evaluation.json" if options.model != EMBEDDED and folder.is_dir() else None
-
-
 def _quiet() -> None:
     """No bars and remarks of transformers between our lines."""
     import transformers
@@ -279,7 +214,7 @@ def main() -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result.to_dict())
-    print_evaluation(result, None if file is None else str(file))
+    print_evaluation(result, file)
     if not result.parity_holds:
         print(
             f"what the model computes is {result.parity:.1e} from what its files stand for, more than "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -72,14 +73,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def print_evaluation(result: Evaluation, where: str | None, console: Console | None = None) -> None:
-    """The table, and a line for what does not fit into one. Without a terminal, lines are 120 columns."""
+def print_evaluation(result: Evaluation, file: Path | None, console: Console | None = None) -> None:
+    """The table, and where the figures are kept. Without a terminal, lines are 120 columns."""
     console = console or Console()
     if not console.is_terminal and console.width < 120:
         console = Console(file=console.file, width=120)
     console.print(table(result))
-    if where is not None:
-        console.print(f"written to {where}", soft_wrap=True, highlight=False)
+    where = "not kept: give out=FILE to write them down" if file is None else f"written to {file}"
+    console.print(where, soft_wrap=True, highlight=False)
 
 
 def table(result: Evaluation) -> Table:

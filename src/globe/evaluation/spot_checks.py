@@ -195,7 +195,8 @@ def parity_error(
     chosen = torch.full((x.shape[0], 1), expert, device=x.device)
     y = module(x, chosen, torch.ones_like(chosen, dtype=x.dtype))
     wide = widen(x)
-    inner: Any = dense._apply_gate(torch.cat([wide @ one.to(wide.device).mT for one in (gate, up)], dim=1))
+    gated: Any = dense._apply_gate
+    inner = gated(torch.cat([wide @ one.to(wide.device).mT for one in (gate, up)], dim=1))
     return _distance(inner @ widen(down[expert]).mT, y)
 
 

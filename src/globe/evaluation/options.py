@@ -1,0 +1,74 @@
+"""The options of `python -m globe.evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+from globe.config import Device
+from globe.errors import ConfigError
+from globe.evaluation.subject import EMBEDDED
+
+
+class Arithmetic(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None keeps the dtype of the files."""
+        return None if self is Arithmetic.auto else getattr(torch, self)
+
+
+@dataclass
+class EvaluateOptions:
+    """Each is explained by `python -m globe.evaluate --help`."""
+
+    model: str = MISSING
+    against: str = "auto"
+    text: str = EMBEDDED
+    window: int = 256
+    stride: int = 128
+    max_tokens: int | None = None
+    batch: int = 8
+    dtype: Arithmetic = Arithmetic.float32
+    device: Device = Device.auto
+    tokenizer: str | None = None
+    S_cache: int | str | None = None
+    activation_windows: int = 16
+    experts: int = 8
+    top_k: int = 8
+    seed: int = 0
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: int | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {
+            "max_tokens": 2,
+            "batch": 1,
+            "activation_windows": 0,
+            "experts": 0,
+            "top_k": 1,
+            "limit": 1,
+            "seed": 0,
+        }
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if isinstance(value, int) and not smallest <= value < 2**63:
+                raise ConfigError(f"{key}={value} is not possible: give an integer of at least {smallest}")
+
+
+def output_file(options: EvaluateOptions) -> Path | None:
+    """Where the figures go; None for a model without a folder of one's own, unless `out` is given."""
+    if options.out is not None:
+        return Path(options.out).expanduser()
+    folder = Path(options.model).expanduser()
+    return folder / "evaluation.json" if options.model != EMBEDDED and folder.is_dir() else None
