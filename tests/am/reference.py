@@ -234,11 +234,11 @@ def best_codes(
     h: Float[Tensor, " m"],
     present: Float[Tensor, " m"],
     *,
-    price: float = 0.0,
+    price: Float[Tensor, " m"] | float = 0.0,
     simplex: bool = False,
     support: Bool[Tensor, " m"] | None = None,
 ) -> Float[Tensor, " m"]:
-    """argmin over a >= 0 of 1/2 (a - present)^T K (a - present) - h^T (a - present) + price sum(a).
+    """argmin over a >= 0 of 1/2 (a - present)^T K (a - present) - h^T (a - present) + price^T a.
 
     By trying every set of atoms in use; the sum is one with `simplex`.
     """
@@ -266,6 +266,21 @@ def best_codes(
             if value < lowest:
                 best, lowest = a, value
     return best
+
+
+def price_of_codes(
+    diagonal: Float[Tensor, " m"], present: Float[Tensor, " m"], bank: Float[Tensor, "m r d"]
+) -> Float[Tensor, " m"]:
+    """The gradient of ||u||_1 / ||u||_2 in the codes, u_j = a_j ||B_j||, by automatic differentiation.
+
+    In the units of K: times ||u||_2 mean(u) mean(diag K_jj / ||B_j||^2).
+    """
+    norms = torch.stack([torch.sqrt((atom**2).sum()) for atom in bank])
+    a = present.clone().requires_grad_()
+    u = a * norms
+    (gradient,) = torch.autograd.grad(u.sum() / (u**2).sum().sqrt(), a)
+    u = u.detach()
+    return gradient * (u**2).sum().sqrt() * u.mean() * (diagonal / norms**2).mean()
 
 
 def mod(

@@ -76,11 +76,12 @@ def test_proposed_codes_minimise_the_linearised_objective(
     sparse = False
     for i in range(N):
         mean = K[i].diagonal().mean()
+        damped = K[i] + 1e-3 * mean * torch.eye(M, dtype=K.dtype)
         wanted = reference.best_codes(
-            K[i] + 1e-3 * mean * torch.eye(M, dtype=K.dtype),
+            damped,
             h[i],
             codes[i],
-            price=l1 * float(mean),
+            price=l1 * reference.price_of_codes(damped.diagonal(), codes[i], bank),
             simplex=simplex,
             support=None if support is None else support[i],
         )
@@ -95,21 +96,42 @@ def test_proposed_codes_minimise_the_linearised_objective(
     assert sparse, "no code at its bound: the case shows nothing"
 
 
-def test_l1_shrinks_the_codes() -> None:
+def test_the_price_of_codes_is_the_same_in_every_gauge() -> None:
+    """Neither the scale of an expert's codes, which the adapters absorb, nor an atom's norm makes a code dearer."""
+    X, bank, codes = problem()
+    found = propose_codes(bank, codes, evaluate(X, bank, codes, **LINEAR), l1=0.3)
+    assert 0 < int((found == 0).sum()) < found.numel()
+    small = propose_codes(bank, codes / 50, evaluate(X, bank, codes / 50, **LINEAR), l1=0.3)
+    torch.testing.assert_close(50 * small, found, rtol=1e-8, atol=1e-9)
+
+
+def test_l1_shrinks_small_codes_and_leaves_the_scale() -> None:
     X, bank, codes = problem()
     at = evaluate(X, bank, codes, **LINEAR)
-    sums = [float(propose_codes(bank, codes, at, l1=l1).sum()) for l1 in (0.0, 0.1, 0.5)]
-    assert sums[0] > sums[1] > sums[2] > 0
+    ratios, sums = [], []
+    for l1 in (0.0, 0.1, 0.5):
+        size = contributions(propose_codes(bank, codes, at, l1=l1), bank)
+        ratios.append(float((size.sum(dim=1) / torch.linalg.vector_norm(size, dim=1)).mean()))
+        sums.append(float(size.norm()))
+    assert ratios[0] > ratios[1] > ratios[2] >= 1
+    assert sums[2] > 0.5 * sums[0]
 
 
 @pytest.mark.parametrize("simplex", [False, True])
-def test_a_price_that_kills_all_codes_keeps_the_present_ones(simplex: bool) -> None:
+def test_no_price_leaves_an_expert_without_codes(simplex: bool) -> None:
     X, bank, codes = problem()
     codes = codes / codes.sum(dim=1, keepdim=True)
     found = propose_codes(bank, codes, evaluate(X, bank, codes, **LINEAR), l1=1e6, simplex=simplex)
+    assert bool((found >= 0).all())
     assert bool((found.sum(dim=1) > 0).all())
-    if not simplex:
-        assert torch.equal(found, codes)
+
+
+def test_an_expert_whose_codes_would_all_vanish_keeps_its_present_ones() -> None:
+    X, bank, codes = problem()
+    at = evaluate(X, bank, codes, **LINEAR)
+    against_all = torch.linalg.pinv(bank.flatten(1)).sum(dim=1).view(R, D)
+    at = at._replace(force=at.force - 1e6 * against_all)
+    assert torch.equal(propose_codes(bank, codes, at), codes)
 
 
 def test_contributions_do_not_depend_on_the_gauge() -> None:

@@ -96,6 +96,21 @@ def _rounding(bank: Float[Tensor, "m r d"], point: Point) -> Float[Tensor, " n"]
     return (300 * torch.finfo(bank.dtype).eps * size).clamp_min(torch.finfo(bank.dtype).tiny)
 
 
+def _price(
+    diagonal: Float[Tensor, "n m"], codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]
+) -> Float[Tensor, "n m"]:
+    """Slope at the present codes of sum_j u_j while sum_j u_j^2 stays, u_j = alpha_j ||B_j||, in the units of K.
+
+    The adapters leave the scale of an expert's codes free, so a price on the sum alone would only shrink them all.
+    This one takes from small contributions and gives to large ones.
+    """
+    norms = torch.linalg.vector_norm(bank, dim=(1, 2)).clamp_min(torch.finfo(bank.dtype).tiny ** 0.25)
+    size = codes * norms
+    tilt = 1 - size * (size.sum(dim=1) / size.square().sum(dim=1))[:, None]
+    unit = (diagonal / norms**2).mean(dim=1) * size.mean(dim=1)
+    return unit[:, None] * norms * tilt
+
+
 def propose_codes(
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
@@ -107,8 +122,8 @@ def propose_codes(
 ) -> Float[Tensor, "n m"]:
     """argmin over alpha_i >= 0 on the support of the linearised objective around the present codes.
 
-    1/2 (a - alpha)^T (K + damping) (a - alpha) - h^T (a - alpha) + l1 mean(diag K) sum a. A proposal: the caller
-    measures the true objective. An expert whose proposal is all zero keeps its present codes.
+    1/2 (a - alpha)^T (K + damping) (a - alpha) - h^T (a - alpha) + l1 price^T a (see `_price`). A proposal: the
+    caller measures the true objective. An expert whose proposal is all zero keeps its present codes.
     """
     K, h = code_system(bank, point)
     mean = K.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -117,7 +132,7 @@ def propose_codes(
     K = K + damping[:, None, None] * eye
     H = torch.bmm(K, codes.unsqueeze(2)).squeeze(2) + h
     if l1 > 0 and not simplex:
-        H = H - l1 * mean[:, None]
+        H = H - l1 * _price(K.diagonal(dim1=1, dim2=2), codes, bank)
     new = nnls_codes(K, H, simplex=simplex, support=support).to(codes)
     dead = new.sum(dim=1) <= 0
     if bool(dead.any()):
