@@ -112,6 +112,11 @@ def total_energy_captured(norms: Float[Tensor, " n"], A0: Float[Tensor, "n p r"]
     return min(float(squared_norms(A0).sum()) / total, 1.0) if total > 0 else 1.0
 
 
+def energy_of_rank(X: Float[Tensor, "n p d"], r: int) -> float:
+    """sum_i of the r largest squared singular values of X_i: ||A0||^2 of the truncated SVDs, without making them."""
+    return sum(float(singular_values(expert[None])[0, :r].square().sum()) for expert in X)
+
+
 def singular_values(X: Float[Tensor, "n p d"]) -> Float[Tensor, "n k"]:
     """All min(p, d) singular values of each expert, largest first, from the smaller Gram matrix in float64.
 

@@ -38,9 +38,15 @@ class Numbers(NamedTuple):
     lambda_T: float
     curvature_dtype: torch.dtype | None = None
 
-    def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms) -> Point:
+    def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms, into: Point | None = None) -> Point:
         return evaluate(
-            X, atoms.bank, atoms.codes, lam=self.lam, activation=self.activation, lambda_A=self.lambda_A
+            X,
+            atoms.bank,
+            atoms.codes,
+            lam=self.lam,
+            activation=self.activation,
+            lambda_A=self.lambda_A,
+            into=into,
         )
 
     def bases(self, atoms: Atoms) -> Float[Tensor, "n r d"]:
@@ -55,12 +61,16 @@ def gauss_newton_step(
     *,
     warm: Float[Tensor, "n r d"] | None,
     generator: torch.Generator,
+    spend: bool = False,
 ) -> tuple[AMState, bool]:
     """One projected Gauss-Newton step, and whether it was taken.
 
     A step that lowers the objective is taken and the damping falls; tried first extrapolated (Nesterov, weight
     k / (k + 3) up to `momentum`), then, if that does not descend, as it is with the momentum reset. If neither
     descends the state stays, the momentum is dropped and the damping rises fivefold.
+
+    With `spend` the candidates' points are made in the memory of the given state's, which is then of no more use;
+    a refused step makes its own anew.
     """
     pull = None
     if numbers.beta < 1:
@@ -87,11 +97,13 @@ def gauss_newton_step(
     if direction.predicted < _FINE * state.objective:
         state = state._replace(fine=True)
     plain = state.atoms.moved(direction.move, state.constraint, joint=numbers.joint)
+    del slopes, direction
+    into = state.point if spend else None
     relaxed = max(_LEAST, state.damping / _DOWN)
     if pull is not None:
         error = _blended_error(X, state, state.atoms, pull, numbers)
         if _blended_error(X, state, plain, pull, numbers) < error:
-            point = numbers.evaluate(X, plain)
+            point = numbers.evaluate(X, plain, into)
             return state._replace(
                 atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed
             ), True
@@ -100,14 +112,17 @@ def gauss_newton_step(
     weight = min(numbers.momentum, count / (count + 3))
     if weight > 0:
         beyond = plain.beyond(state.anchor, weight, state.constraint)
-        point = numbers.evaluate(X, beyond)
+        point = numbers.evaluate(X, beyond, into)
         if point.objective < state.objective:
             return state._replace(
                 atoms=beyond, point=point, anchor=plain, momentum_steps=count, damping=relaxed
             ), True
-    point = numbers.evaluate(X, plain)
+        del point, beyond
+    point = numbers.evaluate(X, plain, into)
     if point.objective < state.objective:
         return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
+    if spend:
+        state = state._replace(point=numbers.evaluate(X, state.atoms, into))
     return _refused(state), False
 
 

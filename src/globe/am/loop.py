@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,15 +15,16 @@ from globe.am.coding import support_of_median
 from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
 from globe.am.descent import Numbers
 from globe.am.low_precision import curvature_dtype
-from globe.am.objective import evaluate
+from globe.am.objective import objective_at
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
-from globe.am.resume import Progress, Running, restore, snapshot
+from globe.am.resume import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
 from globe.am.state import AMState, Constraint, start_state
 from globe.am.step import StepFigures, am_step, coding_step
 from globe.am.temperature import next_temperature, prune
 from globe.config import Config, Dictionary, FirstCodes
-from globe.metrics import squared_norms, support_sizes
+from globe.errors import FitError
+from globe.metrics import energy_of_rank, squared_norms, support_sizes
 from globe.warm_start import truncated_svd
 
 _STALLED_AFTER = 12
@@ -111,33 +113,37 @@ def _begin(
     export_dtype: torch.dtype | None,
     resume: FitState | None,
 ) -> tuple[Problem, Running]:
+    total = float(squared_norms(X).sum())
+    if not math.isfinite(total):
+        raise FitError("an expert's weights are not finite: check the checkpoint for NaN and infinite numbers")
     beta = config.schedule.beta
     bases_for_codes = resume is None and config.init.codes is not FirstCodes.mixed
-    warm = None
-    if bases_for_codes or min(beta.start, beta.end) < 1:
-        warm = truncated_svd(X, sizes.r)
+    pulls = min(beta.start, beta.end) < 1
+    warm = truncated_svd(X, sizes.r) if bases_for_codes or pulls else None
     problem = Problem(
         X,
         sizes,
         config,
         export_dtype,
-        None if warm is None else warm.bases,
-        float(squared_norms(X).sum()),
+        warm.bases if warm is not None and pulls else None,
+        total,
     )
     activation, lambda_A = config.bank.activation, config.train.lambda_A
     if resume is not None:
         return problem, restore(resume, X, activation=activation, lambda_A=lambda_A)
     seed = int(torch.randint(2**31, (1,), generator=generator))
+    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm)
+    del warm  # as large as the state that comes now
     state = start_state(
         X,
-        first_atoms(X, sizes, config.init, generator=generator, warm=warm),
+        atoms,
         lam=controls_at(config.schedule, sizes, 0.0).lam,
         damping=config.train.damping,
         constraint=Constraint(None, config.codes.simplex),
         activation=activation,
         lambda_A=lambda_A,
     )
-    return problem, Running(state, state, Progress(seed, problem.relfrob(state.objective)), None)
+    return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.objective)), None)
 
 
 def _control(problem: Problem, running: Running, controls: Controls) -> Running:
@@ -158,7 +164,7 @@ def _control(problem: Problem, running: Running, controls: Controls) -> Running:
 
 
 def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
-    """Codes on an entmax support whose median meets the target, refit by least squares on it."""
+    """Codes on an entmax support whose median meets the target, refit by least squares on it; spends `state`."""
     assert problem.sizes.target_support is not None
     support = support_of_median(
         state.atoms.codes,
@@ -166,7 +172,7 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
         median=problem.sizes.target_support,
         code_map=problem.config.codes.map,
     )
-    return coding_step(problem.X, state, problem.numbers(controls), support=support)
+    return coding_step(problem.X, state, problem.numbers(controls), support=support, spend=True)
 
 
 def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Running, StepFigures]:
@@ -187,13 +193,15 @@ def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Ru
         code_map=config.codes.map,
         l1=config.codes.l1,
         warm=problem.warm,
+        spend=True,
         # one draw per step, so that a resumed fit draws the same
         generator=torch.Generator().manual_seed(progress.seed * 1_000_003 + progress.step),
     )
     best = running.best
-    fresh = state.lam != best.lam or state.constraint is not best.constraint or controls.beta < 1
-    if fresh or state.objective <= best.objective:
-        best = state
+    changed = state.lam != best.lam or state.constraint is not best.constraint
+    # a blended target and a price on codes are followed at the expense of the objective
+    if changed or controls.beta < 1 or config.codes.l1 > 0 or state.objective <= best.objective:
+        best = Best.of(state)
     return running._replace(state=state, best=best), figures
 
 
@@ -233,7 +241,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
     if problem.export_dtype is not None:
         codes = codes.to(problem.export_dtype).to(codes)
         bank = bank.to(problem.export_dtype).to(bank)
-    point = evaluate(
+    objective = objective_at(
         problem.X,
         bank,
         codes,
@@ -241,7 +249,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         activation=problem.config.bank.activation,
         lambda_A=problem.config.train.lambda_A,
     )
-    return problem.relfrob(point.objective)
+    return problem.relfrob(objective)
 
 
 def _stop_reason(config: Config, progress: Progress, controls: Controls) -> StopReason | None:
@@ -289,11 +297,11 @@ def _record(
 
 
 def _finish(problem: Problem, running: Running, controls: Controls, stop: StopReason) -> FitResult:
-    state, progress = running.best, running.progress
+    state, progress = _state_of_best(problem, running), running.progress
     if problem.sizes.target_support is not None and not progress.frozen:
         state = cut_support(problem, state, controls)
     atoms = state.atoms
-    warm = truncated_svd(problem.X, problem.sizes.r)
+    captured = energy_of_rank(problem.X, problem.sizes.r)
     return FitResult(
         factors=Factors(atoms.bank, atoms.codes, state.point.adapters, atoms.left, atoms.right),
         lam=state.lam,
@@ -301,9 +309,25 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
         steps=progress.step,
         relfrob_start=progress.relfrob_start,
         relfrob=problem.relfrob(state.objective),
-        energy_captured=float(squared_norms(warm.adapters).sum()) / problem.total if problem.total else 1.0,
+        energy_captured=captured / problem.total if problem.total else 1.0,
         accepted=progress.accepted,
         rejected=progress.rejected,
         regularised_solves=progress.regularised,
         seconds=progress.seconds,
+    )
+
+
+def _state_of_best(problem: Problem, running: Running) -> AMState:
+    """The best state with its point, made in the memory of the present one where they differ."""
+    state, best = running.state, running.best
+    if best.atoms is state.atoms:
+        return state
+    return start_state(
+        problem.X,
+        best.atoms,
+        lam=best.lam,
+        activation=problem.config.bank.activation,
+        lambda_A=problem.config.train.lambda_A,
+        constraint=best.constraint,
+        into=state.point,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from globe.am.activation import phi, phi_prime
 from globe.am.chunks import expert_chunks
-from globe.am.refit import refit
+from globe.am.refit import Refit, refit
 
 
 class Point(NamedTuple):
@@ -49,26 +50,29 @@ def evaluate(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
+    into: Point | None = None,
 ) -> Point:
     """Refit the adapters to (bank, codes) and return the point there.
 
     Runs in chunks of experts: beyond the result, only temporaries of one chunk exist. The objective is taken from
-    the residual, never from a difference of squared norms, and summed in float64. Raises FitError when it is not
-    finite.
+    the residual, never from a difference of squared norms, and summed in float64. `into` is a point of the same sizes
+    that is of no more use: its large tensors are overwritten and become the result's. Raises FitError when the
+    objective is not finite.
     """
     n, p, d = X.shape
     r = bank.shape[1]
-    linear = lam == 0.0 or activation == "identity"
-    adapters, gram = X.new_empty(n, p, r), X.new_empty(n, r, r)
-    rows, force = X.new_empty(n, r, d), X.new_empty(n, r, d)
-    slope = None if linear else X.new_empty(n, r, d)
+    if into is None:
+        adapters, gram = X.new_empty(n, p, r), X.new_empty(n, r, r)
+        rows, force, slope = X.new_empty(n, r, d), X.new_empty(n, r, d), None
+    else:
+        adapters, gram, rows, force, slope = into.adapters, into.gram, into.rows, into.force, into.slope
+    if lam == 0.0 or activation == "identity":
+        slope = None
+    elif slope is None:
+        slope = X.new_empty(n, r, d)
     errors = X.new_empty(n)
     regularised = 0
-    for part in expert_chunks(n, max(r, p), d):
-        Y = mix(codes[part], bank)
-        M = phi(Y, lam=lam, activation=activation)
-        fit = refit(X[part], M, lambda_A=lambda_A)
-        residual = torch.baddbmm(X[part], fit.adapters, M, alpha=-1)
+    for part, Y, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A):
         errors[part] = torch.linalg.vector_norm(residual, dim=(1, 2)) ** 2
         adapters[part], rows[part] = fit.adapters, fit.rows
         torch.bmm(fit.adapters.mT, fit.adapters, out=gram[part])
@@ -79,5 +83,39 @@ def evaluate(
             slope[part] = J
             force[part] *= J
         regularised += fit.regularised
-    objective = float(errors.double().sum() if errors.device.type != "mps" else errors.sum())
-    return Point(adapters, gram, rows, slope, force, errors, objective, regularised)
+    return Point(adapters, gram, rows, slope, force, errors, _sum(errors), regularised)
+
+
+def objective_at(
+    X: Float[Tensor, "n p d"],
+    bank: Float[Tensor, "m r d"],
+    codes: Float[Tensor, "n m"],
+    *,
+    lam: float,
+    activation: str,
+    lambda_A: float = 0.0,
+) -> float:
+    """The objective of `evaluate` alone, which needs no memory beyond a chunk's."""
+    refits = _refits(X, bank, codes, lam, activation, lambda_A)
+    return _sum(torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits]))
+
+
+def _refits(
+    X: Float[Tensor, "n p d"],
+    bank: Float[Tensor, "m r d"],
+    codes: Float[Tensor, "n m"],
+    lam: float,
+    activation: str,
+    lambda_A: float,
+) -> Iterator[tuple[slice, Float[Tensor, "_ r d"], Refit, Float[Tensor, "_ p d"]]]:
+    """Chunk by chunk: which experts, their Y, their adapters, and the residual X - A M."""
+    n, p, d = X.shape
+    for part in expert_chunks(n, max(bank.shape[1], p), d):
+        Y = mix(codes[part], bank)
+        M = phi(Y, lam=lam, activation=activation)
+        fit = refit(X[part], M, lambda_A=lambda_A)
+        yield part, Y, fit, torch.baddbmm(X[part], fit.adapters, M, alpha=-1)
+
+
+def _sum(errors: Float[Tensor, " n"]) -> float:
+    return float(errors.double().sum() if errors.device.type != "mps" else errors.sum())

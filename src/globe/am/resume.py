@@ -34,11 +34,24 @@ class Progress:
     """since the validation error last improved or the support last changed"""
 
 
+class Best(NamedTuple):
+    """A state without its point, whose memory the steps after it have used again."""
+
+    atoms: Atoms
+    objective: float
+    lam: float
+    constraint: Constraint
+
+    @classmethod
+    def of(cls, state: AMState) -> Best:
+        return cls(state.atoms, state.objective, state.lam, state.constraint)
+
+
 class Running(NamedTuple):
     """A fit between two steps."""
 
     state: AMState
-    best: AMState
+    best: Best
     """lowest objective since lam, beta or the support last changed"""
     progress: Progress
     seen: Bool[Tensor, "n m"] | None
@@ -49,7 +62,7 @@ def snapshot(running: Running) -> FitState:
     """Everything `restore` needs to continue."""
     state = running.state
     tensors = _pack("now", state.atoms) | _pack("anchor", state.anchor)
-    if running.best is not state:
+    if running.best.atoms is not state.atoms:
         tensors |= _pack("best", running.best.atoms)
     for name, mask in (("support", state.constraint.support), ("seen", running.seen)):
         if mask is not None:
@@ -84,7 +97,7 @@ def restore(saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lamb
         damping=float(numbers["state.damping"] or 0.0),
         fine=bool(numbers["state.fine"]),
     )
-    best = at_rest("best") if "best.codes" in tensors else state
+    best = Best.of(at_rest("best") if "best.codes" in tensors else state)
     progress = Progress(**{field.name: numbers[field.name] for field in fields(Progress)})  # type: ignore[arg-type]
     return Running(state, best, progress, masks.get("seen"))
 

@@ -98,7 +98,8 @@ def start_state(
     damping: float = 1e-3,
     lambda_A: float = 0.0,
     constraint: Constraint = Constraint(),  # noqa: B008  (immutable)
+    into: Point | None = None,
 ) -> AMState:
-    """A state at rest with the adapters refit to `atoms`."""
-    point = evaluate(X, atoms.bank, atoms.codes, lam=lam, activation=activation, lambda_A=lambda_A)
+    """A state at rest with the adapters refit to `atoms`; `into` as in `evaluate`."""
+    point = evaluate(X, atoms.bank, atoms.codes, lam=lam, activation=activation, lambda_A=lambda_A, into=into)
     return AMState(atoms, point, atoms, 0, damping, lam, constraint)

@@ -49,6 +49,7 @@ def am_step(
     lambda_T: float = 0.0,
     curvature_dtype: torch.dtype | None = None,
     warm: Float[Tensor, "n r d"] | None = None,
+    spend: bool = False,
 ) -> tuple[AMState, StepFigures]:
     """One step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 at the given lam, beta and T.
 
@@ -59,6 +60,7 @@ def am_step(
     warm         V_i^T of the experts' truncated SVDs (n, r, d); needed when beta < 1
     generator    draws the sketch of the preconditioner; nothing else here is random
     curvature_dtype  of the products inside the conjugate gradients; None is the dtype of X
+    spend        the large tensors of the given state's point are overwritten, and the state is of no more use
     lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
 
     Returns the new state, whose objective is not above the old one's for dictionary=gauss_newton as long as lam, beta
@@ -77,6 +79,7 @@ def am_step(
             damping=state.damping,
             lambda_A=lambda_A,
             constraint=state.constraint,
+            into=state.point if spend else None,
         )
     refitted = time.perf_counter()
     if coding:
@@ -85,12 +88,12 @@ def am_step(
             support = entmax_support(
                 state.atoms.codes, state.atoms.bank, temperature=temperature, code_map=code_map
             )
-        state = coding_step(X, state, numbers, support=support, l1=l1)
+        state = coding_step(X, state, numbers, support=support, l1=l1, spend=spend)
     coded = time.perf_counter()
     if dictionary == "mod":
         new, accepted = mod_dictionary_step(X, state, numbers, warm=warm), True
     else:
-        new, accepted = gauss_newton_step(X, state, numbers, warm=warm, generator=generator)
+        new, accepted = gauss_newton_step(X, state, numbers, warm=warm, generator=generator, spend=spend)
     done = time.perf_counter()
     return new, StepFigures(accepted, new.point.regularised, coded - refitted, done - coded, refitted - start)
 
@@ -102,12 +105,13 @@ def coding_step(
     *,
     support: Bool[Tensor, "n m"] | None = None,
     l1: float = 0.0,
+    spend: bool = False,
 ) -> AMState:
     """New codes by least squares on `support` (None: where they may be now), expert by expert.
 
     With the bank fixed the objective is a sum over experts, so each keeps whichever codes leave it the smaller error:
     the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1
-    penalty the proposal is taken as it is.
+    penalty the proposal is taken as it is. `spend` as in `am_step`.
     """
     constraint, present = state.constraint, state.atoms.codes
     if support is not None:
@@ -122,15 +126,16 @@ def coding_step(
         simplex=constraint.simplex,
     )
     proposed = constraint.feasible(proposed, present)
-    new = numbers.evaluate(X, state.atoms.with_codes(proposed))
-    codes = proposed
+    into = state.point if spend else None
+    errors = state.point.errors
+    if l1 == 0 and not torch.equal(present, state.atoms.codes):
+        errors = numbers.evaluate(X, state.atoms.with_codes(present), into).errors
+    point, codes = numbers.evaluate(X, state.atoms.with_codes(proposed), into), proposed
     if l1 == 0:
-        old = state.point
-        if not torch.equal(present, state.atoms.codes):
-            old = numbers.evaluate(X, state.atoms.with_codes(present))
-        codes = torch.where((new.errors < old.errors)[:, None], proposed, present)
+        codes = torch.where((point.errors < errors)[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
-    point = new if torch.equal(codes, proposed) else numbers.evaluate(X, atoms)
+    if not torch.equal(codes, proposed):
+        point = numbers.evaluate(X, atoms, point)
     # the bank stands still here, so the extrapolation may go on; the codes' share of it starts anew
     anchor = state.anchor.with_codes(codes)
     return state._replace(atoms=atoms, point=point, anchor=anchor, constraint=constraint)
