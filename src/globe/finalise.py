@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -67,7 +67,9 @@ def finalise(
     exported = _round_atoms(factors._replace(codes=kept), export_dtype)
     adapters = factors.adapters
     if refit is not None:
-        adapters = refit(X, _bases(exported, slice(None), lam, activation).to(X))
+        adapters = X.new_empty(adapters.shape)
+        for rows in _chunks(X):
+            adapters[rows] = refit(X[rows], _bases(exported, rows, lam, activation).to(X))
     exported = exported._replace(adapters=fold_scale(adapters, joined.scale).to(export_dtype))
     mean = joined.mean
     if mean is not None and mean.dim() == 3:
@@ -126,8 +128,7 @@ def _exported_errors(
 ) -> Float[Tensor, " n"]:
     X, scale = joined.experts, joined.scale
     parts = []
-    for start in range(0, X.shape[0], CHUNK):
-        rows = slice(start, min(start + CHUNK, X.shape[0]))
+    for rows in _chunks(X):
         M = _bases(exported, rows, lam, activation).to(X)
         inverse = None if scale is None else 1 / scale[rows]
         approximation = fold_scale(exported.adapters[rows].to(X), inverse) @ M
@@ -136,6 +137,11 @@ def _exported_errors(
             approximation += fold_scale(shift, inverse)
         parts.append(squared_norms(X[rows] - approximation))
     return torch.cat(parts)
+
+
+def _chunks(X: Float[Tensor, "n p d"]) -> Iterator[slice]:
+    for start in range(0, X.shape[0], CHUNK):
+        yield slice(start, min(start + CHUNK, X.shape[0]))
 
 
 def _members(joined: Joined, rows: slice) -> list[int]:
