@@ -1,0 +1,28 @@
+"""Small float64 fits give the numbers they gave when the trace was written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+_FILE = Path(__file__).with_name("make_trace.py")
+_SPEC = importlib.util.spec_from_file_location("make_trace", _FILE)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+make_trace = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(make_trace)
+
+CASES = make_trace.cases()
+GOLDEN = json.loads(make_trace.FILE.read_text(encoding="utf-8"))
+
+
+def test_the_trace_holds_every_case_and_no_other() -> None:
+    assert set(GOLDEN) == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fit_gives_the_numbers_of_its_trace(name: str) -> None:
+    assert make_trace.trace(*CASES[name]) == pytest.approx(GOLDEN[name], rel=1e-9)
