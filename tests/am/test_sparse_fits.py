@@ -207,6 +207,7 @@ def test_phases_and_the_permission_to_stop() -> None:
     assert phases == [Phase.dense] * 30 + [Phase.control] * 40 + [Phase.frozen] * 31
     assert {controls_at(constant, free, share / 100).phase for share in range(101)} == {Phase.dense}
     assert controls_at(constant, free, 0.0).final
+    assert not controls_at(constant, target, 0.0).final
     assert not controls_at(constant, target, 0.5).final
     assert controls_at(constant, target, 0.7).final
     homotopy = ScheduleConfig(lam=CurveConfig(Curve.linear, 0.0, 1.0, hold=0.25))

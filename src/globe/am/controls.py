@@ -36,7 +36,7 @@ class Controls:
     temperature: float
     phase: Phase
     final: bool
-    """whether all schedules stand at their ends, so that the fit may stop early"""
+    """whether all schedules stand at their ends and the support is the one to keep, so that the fit may stop early"""
 
 
 def share_of_fit(train: TrainConfig, step: int, seconds: float) -> float:
@@ -55,7 +55,8 @@ def controls_at(schedule: ScheduleConfig, sizes: Sizes, share: float) -> Control
     if sizes.target_support is not None and share >= CONTROL_FROM:
         phase = Phase.control if share < FREEZE_FROM else Phase.frozen
     ended = all(_value(curve, share) == _value(curve, 1.0) for curve in curves)
-    return Controls(lam, beta, temperature, phase, ended and phase is not Phase.control)
+    held = sizes.target_support is None or phase is Phase.frozen
+    return Controls(lam, beta, temperature, phase, ended and held)
 
 
 def _value(curve: CurveConfig, share: float) -> float:
