@@ -98,10 +98,8 @@ def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> Run
 def _warn_of_growth(banks: Sequence[BankPlan]) -> None:
     """A sweep may well ask for more than there was; a person who compresses should know."""
     for bank in banks:
-        if bank.sizes.kept >= 1:
-            _log.warning(
-                "%s: %.0f %% of the parameters kept is no compression", bank.key, 100 * bank.sizes.kept
-            )
+        if bank.kept >= 1:
+            _log.warning("%s: %.0f %% of the parameters kept is no compression", bank.key, 100 * bank.kept)
 
 
 @contextmanager
