@@ -28,6 +28,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 # cores, the embedded model is too small to gain from more, and benchmarks compare on one.
 ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1)
 SMOKE := outputs/smoke-test
+DEMO := outputs/demo
 PYTEST := $(ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help
@@ -63,6 +64,15 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 smoke-test: $(STAMP)  ## Learn a bank from the embedded model, put it into the model, print a summary (no network)
 	$(ENV) $(PY) -m globe.train experiment=smoke hydra.run.dir=$(SMOKE) overwrite=true
 	$(ENV) $(PY) -m globe.patch run=$(SMOKE) out=$(SMOKE)-patched overwrite=true
+
+.PHONY: demo
+demo: $(STAMP)  ## Compress the whole embedded model, patch it both ways, measure it, let it write (no network)
+	$(ENV) $(PY) -m globe.train family=both layer=all bank.m=n/4 bank.r=p/2 hydra.run.dir=$(DEMO)/run
+	$(ENV) $(PY) -m globe.patch run=$(DEMO)/run out=$(DEMO)/dense format=dense overwrite=true
+	$(ENV) $(PY) -m globe.patch run=$(DEMO)/run out=$(DEMO)/globe format=globe overwrite=true
+	$(ENV) $(PY) -m globe.evaluate model=$(DEMO)/dense against=embedded text=embedded
+	$(ENV) $(PY) -m globe.evaluate model=$(DEMO)/globe against=embedded text=embedded
+	$(ENV) $(PY) experiments/demo/demo.py $(DEMO)
 
 .PHONY: bench
 bench: $(STAMP)  ## Measure GloBE against the closed forms at the same kept parameters

@@ -172,8 +172,8 @@ def _insides(result: Evaluation) -> list[tuple[str, str, str, str]]:
 def _sizes(sizes: ModelSizes) -> list[tuple[str, str, str, str]]:
     rows = []
     for label, change in (
-        ("parameters of the families", sizes.family_parameters),
-        ("parameters of the model", sizes.model_parameters),
+        ("parameters of the families, as factors", sizes.family_parameters),
+        ("parameters of the model, so counted", sizes.model_parameters),
         ("bytes of the families in files", sizes.family_bytes),
         ("bytes of the model in files", sizes.model_bytes),
     ):
