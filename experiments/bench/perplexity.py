@@ -1,0 +1,252 @@
+"""Perplexity and KL against the kept ratio, for GloBE and what it is measured against, at equal budgets.
+
+    python experiments/bench/perplexity.py [CHECKPOINT] --text TEXT --seconds 60
+
+Every cell of the table is a run of globe.train over up and gate of all layers (`method=METHOD bank.kept=KEPT`), whose
+banks are then put dense into a copy of the model in memory. Cells are kept in --out, as are their runs: a second call
+with the same options does only what is missing, in the middle of a fit if it was cut off there. Seconds are of the
+clock and for each matrix; the closed forms take what they need. GloBE's form can be chosen with --globe, all methods'
+options with --set, both as for globe.train:
+
+    python experiments/bench/perplexity.py --globe bank.activation=tanh schedule.lam.start=1 schedule.lam.end=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import Container
+
+import globe.train
+from globe.checkpoint import open_checkpoint
+from globe.config import conf_dir, plain
+from globe.entry import explain
+from globe.errors import ConfigError, GlobeError
+from globe.evaluation.divergence import divergence
+from globe.evaluation.perplexity import perplexity, rise, score
+from globe.evaluation.subject import Subject, check_model, load_tokenizer
+from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
+from globe.hf import patch_model
+from globe.identity import identity
+from globe.run_folder import read_json, write_json
+from globe.summary import read_summary
+
+_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+METHODS = ("globe", "svd", "shared_basis", "mobe")
+KEPT = (1.0, 0.8, 0.6, 0.47, 0.35)
+CPU = torch.device("cpu")
+Cells = dict[tuple[str, float], dict[str, Any]]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=str(_DATA / "globe-ref"),
+        help="folder; left out, globe-ref beside the project",
+    )
+    parser.add_argument("--text", default=str(_DATA / "heldout.txt"), help="held-out text, or embedded")
+    parser.add_argument("--max-tokens", type=int, help="of the text; left out, all")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--stride", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of conf/method")
+    parser.add_argument("--kept", nargs="+", type=float, default=list(KEPT))
+    parser.add_argument("--layers", default="all", help="as layer= of globe.train")
+    parser.add_argument("--families", default="both", choices=("both", "up", "gate"))
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for each matrix, of methods that iterate"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="for each matrix, instead of seconds: the same on any machine"
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every method")
+    parser.add_argument("--globe", nargs="+", default=[], metavar="KEY=VALUE", help="options of GloBE alone")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench-perplexity"))
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bench:
+    """What all cells share."""
+
+    options: argparse.Namespace
+    original: Any
+    copy: Any
+    tokens: Tokens
+    windows: tuple[Window, ...]
+    settings: dict[str, Any]
+    """all that a cell's figures depend on, besides its method and share"""
+
+
+def prepare(options: argparse.Namespace) -> Bench:
+    checkpoint = open_checkpoint(options.checkpoint)
+    subject = Subject(options.checkpoint, checkpoint.folder, checkpoint)
+    text = read_text(options.text)
+    tokens = tokenise(text.content, load_tokenizer(subject, None, None), max_tokens=options.max_tokens)
+    windows = sliding_windows(tokens.ids.shape[0], window=options.window, stride=options.stride)
+    original, copy = (subject.load(dtype=torch.float32, device=CPU, S_cache=None) for _ in range(2))
+    check_model(original, int(tokens.ids.max()), options.window, original=None)
+    settings = {
+        "weights": checkpoint.hash_tensors(checkpoint.reader.names),
+        "text": text.sha256,
+        "tokens": tokens.ids.shape[0],
+        "window": options.window,
+        "stride": options.stride,
+        "seed": options.seed,
+    }
+    return Bench(options, original, copy, tokens, windows, settings)
+
+
+def composed(options: argparse.Namespace, method: str, kept: float) -> Container:
+    """The configuration of one cell's run."""
+    limit = [f"train.steps={options.steps}"]
+    if options.steps is None:
+        limit = ["train.steps=1000000", f"train.time_limit={options.seconds:g}"]
+    overrides = [
+        f"method={method}",
+        f"model.path={Path(options.checkpoint).resolve()}",
+        f"bank.kept={kept:g}",
+        f"layer={options.layers}",
+        f"family={options.families}",
+        f"seed={options.seed}",
+        f"threads={options.threads}",
+        "train.patience=0",
+        *limit,
+        *options.set,
+        *(options.globe if method == "globe" else []),
+    ]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose("config", overrides=overrides)
+
+
+def cell_file(options: argparse.Namespace, method: str, kept: float) -> Path:
+    return options.out / "cells" / f"{method}-{kept:g}.json"
+
+
+def finished(options: argparse.Namespace, method: str, kept: float, settings: dict[str, Any]) -> dict | None:
+    """A cell that was done with the same settings before."""
+    cell = read_json(cell_file(options, method, kept))
+    return cell if cell is not None and cell["settings"] == settings else None
+
+
+def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
+    """Learn what is not learned yet, measure, keep."""
+    options = bench.options
+    node = composed(options, method, kept)
+    mark = identity(plain(node))
+    settings = bench.settings | {"run": mark}
+    if (cell := finished(options, method, kept, settings)) is not None:
+        return cell
+    folder = options.out / "runs" / f"{method}-{kept:g}-{mark}"
+    with redirect_stdout(sys.stderr):  # only the tables go to where a file may be
+        globe.train.run(node, folder)
+    summary = read_summary(folder / "summary.json")
+    assert summary is not None
+    bench.copy.load_state_dict(bench.original.state_dict())
+    patch_model(bench.copy, folder, dense=True)
+    clock = time.perf_counter()
+    sums = score(bench.copy, bench.tokens, bench.windows, original=bench.original, batch=options.batch)
+    assert sums.kl is not None
+    assert sums.agreement is not None
+    assert sums.nll_original is not None
+    cell = {
+        "method": method,
+        "asked": kept,
+        "settings": settings,
+        "kept": summary.kept,
+        "kept_of_model": summary.kept_model(),
+        "relfrob": summary.relfrob,
+        "sizes": {bank.key: [bank.m, bank.r] for bank in summary.banks},
+        "seconds": {key: one.seconds for key, one in summary.runtimes.items()},
+        "seconds_evaluation": time.perf_counter() - clock,
+        "original": asdict(perplexity(sums.nll_original, sums, seed=options.seed)),
+        "perplexity": asdict(perplexity(sums.nll, sums, seed=options.seed)),
+        "rise": asdict(rise(sums, seed=options.seed)),
+        "divergence": asdict(divergence(sums.kl, sums.agreement, sums.tokens, seed=options.seed)),
+    }
+    file = cell_file(options, method, kept)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, json.loads(json.dumps(cell)))
+    return cell
+
+
+def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str:
+    """Three tables, a row a method and a column a share: perplexity, KL, RelFrob; the best of a column in bold."""
+    lines = []
+    if cells:
+        one = next(iter(cells.values()))
+        settings = one["settings"]
+        lines.append(
+            f"Original: perplexity {one['original']['perplexity']:.2f} on {settings['tokens']:,} tokens (window "
+            f"{settings['window']}, stride {settings['stride']})."
+        )
+    for title, figure, form in (
+        ("perplexity", lambda cell: cell["perplexity"]["perplexity"], "{:.2f}"),
+        ("KL(original to compressed), nats", lambda cell: cell["divergence"]["kl"], "{:.4f}"),
+        ("RelFrob", lambda cell: cell["relfrob"], "{:.4f}"),
+    ):
+        lines += ["", f"| {title}; kept: | " + " | ".join(f"{share:g}" for share in kept) + " |"]
+        lines.append("|---" * (1 + len(kept)) + "|")
+        for method in methods:
+            row = [_shown(cells, method, share, methods, figure, form) for share in kept]
+            lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _shown(cells: Cells, method: str, share: float, methods: Sequence[str], figure: Any, form: str) -> str:
+    if (method, share) not in cells:
+        return "-"
+    shown = {one: form.format(figure(cells[one, share])) for one in methods if (one, share) in cells}
+    best = min(shown.values(), key=float)
+    return f"**{best}**" if shown[method] == best else shown[method]
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    cells: Cells = {}
+    if options.table:
+        for method in options.methods:
+            for kept in options.kept:
+                if (cell := read_json(cell_file(options, method, kept))) is not None:
+                    cells[method, kept] = cell
+        if len({json.dumps(cell["settings"] | {"run": ""}) for cell in cells.values()}) > 1:
+            raise ConfigError(f"--out {options.out} holds cells of several texts or models: give one of each")
+    else:
+        bench = prepare(options)
+        for kept in options.kept:
+            for method in options.methods:
+                cells[method, kept] = do_cell(bench, method, kept)
+                print(f"{method} {kept:g}: {summary_line(cells[method, kept])}", file=sys.stderr, flush=True)
+    print(markdown(cells, options.methods, options.kept))
+
+
+def summary_line(cell: dict[str, Any]) -> str:
+    return (
+        f"kept {cell['kept']:.4f}, RelFrob {cell['relfrob']:.4f}, perplexity {cell['perplexity']['perplexity']:.3f}, "
+        f"KL {cell['divergence']['kl']:.5f}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GlobeError as error:
+        sys.exit(explain(error))
