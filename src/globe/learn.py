@@ -21,7 +21,7 @@ from globe.am.refit import refit
 from globe.artefact import BankArtefact, Member, write_artefact
 from globe.checkpoint import Checkpoint
 from globe.config import Config
-from globe.device import bank_seed, peak_device_bytes, peak_host_bytes
+from globe.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
 from globe.errors import FitError
 from globe.figures import bank_figures, expert_relfrob
 from globe.finalise import Finalised, finalise
@@ -126,6 +126,7 @@ def _attempt(
     run.folder.rewind_metrics(key, fitting.step)
     if state is not None:
         _log.info("%s: going on after step %d", key, fitting.step)
+    give_back_memory()  # of the bank before
     read = read_experts(config, run.checkpoint, bank.outline, run.device)
     joined = read.joined
     watch = _Watch(run, key, fitting)
