@@ -1,6 +1,7 @@
 """python -m globe.evaluate model=MODEL [against=ORIGINAL] [text=TEXT] [KEY=VALUE ...]
 
 Measure what a model is worth beside the one it was made from: perplexity, divergence, activation errors, sizes.
+Both models are in memory at once; of their logits, those of one batch.
 
 model=MODEL        checkpoint folder or hub id (dense or globe), `embedded`, or the folder of a run
 against=auto       the original: a checkpoint, `embedded`, `none`; auto is what the model was made from, if it says so
