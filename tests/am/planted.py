@@ -98,7 +98,9 @@ def configured(
         init=init or InitConfig(seeding=Seeding.aligned, codes=FirstCodes.nnls),
         codes=CodesConfig(**(codes or {})),
         schedule=ScheduleConfig(**curves),
-        train=TrainConfig(**({"steps": 12, "patience": 0, "curvature_dtype": CurvatureDtype.same} | train)),
+        train=TrainConfig(
+            **({"steps": 12, "patience": 0, "curvature_dtype": CurvatureDtype.same, "lambda_A": 0.0} | train)
+        ),
     )
 
 

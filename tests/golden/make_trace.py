@@ -39,16 +39,24 @@ def cases() -> dict[str, tuple[Config, Sizes]]:
             bank=silu,
             codes=codes or CodesConfig(),
             schedule=ScheduleConfig(lam=lam),
-            train=TrainConfig(steps=STEPS, patience=0, cg_iterations=6, **train),  # type: ignore[arg-type]
+            train=TrainConfig(
+                steps=STEPS,
+                patience=0,
+                cg_iterations=6,
+                **({"lambda_A": 0.0} | train),  # type: ignore[arg-type]
+            ),
         )
 
     dense = Sizes(N, P, D, M, R)
     sparse = CodesConfig(every=2, control_every=1)
+    separate = CodesConfig(joint=False, every=3)
     return {
         "gauss_newton linear": (config(), dense),
         "gauss_newton silu homotopy": (config(HOMOTOPY), dense),
         "gauss_newton target support": (config(codes=sparse), Sizes(N, P, D, M, R, target_support=2)),
-        "gauss_newton low-rank atoms": (config(), Sizes(N, P, D, 6, R, atom_rank=3)),
+        # the ridge keeps the bases of few low-rank atoms from rounding away the tolerance
+        "gauss_newton low-rank atoms": (config(lambda_A=1e-4), Sizes(N, P, D, 6, R, atom_rank=3)),
+        "gauss_newton ridge, separate codes": (config(codes=separate, lambda_A=1e-4), dense),
         "mod": (config(dictionary=Dictionary.mod), dense),
     }
 

@@ -132,7 +132,9 @@ def coding_step(
         errors = numbers.evaluate(X, state.atoms.with_codes(present), into).errors
     point, codes = numbers.evaluate(X, state.atoms.with_codes(proposed), into), proposed
     if l1 == 0:
-        codes = torch.where((point.errors < errors)[:, None], proposed, present)
+        # rounding must not decide a tie, as between two scales of a single atom
+        better = point.errors < errors * (1 - 100 * torch.finfo(errors.dtype).eps)
+        codes = torch.where(better[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
     if not torch.equal(codes, proposed):
         point = numbers.evaluate(X, atoms, point)
