@@ -52,7 +52,7 @@ WRONG = [
     ("bank.m=0", "bank.m=0", "at least 1"),
     ("bank.kept=1.5", "bank.kept=1.5", "at most 1"),
     ("bank.kept=0.5 bank.m=3 bank.atom_rank=2", "bank.kept=0.5", "leave out bank.m and bank.atom_rank"),
-    ("budget.seconds=0", "budget.seconds", "positive"),
+    ("bank.kept=0.5", "bank.kept=0.5", "give a GloBE bank bank.m and bank.r"),
     ("method=nosuch", "method=nosuch", "mobe_corrected"),
     ("method=mobe bank.atom_rank=3", "bank.atom_rank", "method=mobe"),
     ("method=svd codes.target_support=2", "codes.target_support", "null with method=svd"),

@@ -115,7 +115,9 @@ def _begin(
 ) -> tuple[Problem, Running]:
     total = float(squared_norms(X).sum())
     if not math.isfinite(total):
-        raise FitError("an expert's weights are not finite: check the checkpoint for NaN and infinite numbers")
+        raise FitError(
+            "an expert's weights are not finite: check the checkpoint for NaN and infinite numbers"
+        )
     beta = config.schedule.beta
     bases_for_codes = resume is None and config.init.codes is not FirstCodes.mixed
     pulls = min(beta.start, beta.end) < 1
