@@ -5,16 +5,18 @@
 Every cell of the table is a run of globe.train over up and gate of all layers (`method=METHOD bank.kept=KEPT`), whose
 banks are then put dense into a copy of the model in memory. Cells are kept in --out, as are their runs: a second call
 with the same options does only what is missing, in the middle of a fit if it was cut off there. Seconds are of the
-clock and for each matrix; the closed forms take what they need. GloBE's form can be chosen with --globe, all methods'
-options with --set, both as for globe.train:
+clock and for each matrix; the closed forms take what they need. GloBE has the sizes that MoBE has at that share, unless
+--globe-sizes gives others: atoms m, rows r and, for low-rank atoms, their rank. Its form can be chosen with --globe, all
+methods' options with --set, both as for globe.train:
 
-    python experiments/bench/perplexity.py --globe bank.activation=tanh schedule.lam.start=1 schedule.lam.end=1
+    python experiments/bench/perplexity.py --globe bank.activation=tanh --globe-sizes 0.47=60,88,17 0.35=12,64
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -25,11 +27,11 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import Container
+from omegaconf import DictConfig
 
 import globe.train
 from globe.checkpoint import open_checkpoint
-from globe.config import conf_dir, plain
+from globe.config import conf_dir, plain, to_config
 from globe.entry import explain
 from globe.errors import ConfigError, GlobeError
 from globe.evaluation.divergence import divergence
@@ -38,12 +40,14 @@ from globe.evaluation.subject import Subject, check_model, load_tokenizer
 from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
 from globe.hf import patch_model
 from globe.identity import identity
+from globe.problem import plan
 from globe.run_folder import read_json, write_json
 from globe.summary import read_summary
 
 _DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 METHODS = ("globe", "svd", "shared_basis", "mobe")
 KEPT = (1.0, 0.8, 0.6, 0.47, 0.35)
+SIZES = r"[01](\.\d+)?=[1-9]\d*,[1-9]\d*(,[1-9]\d*)?"
 CPU = torch.device("cpu")
 Cells = dict[tuple[str, float], dict[str, Any]]
 
@@ -75,11 +79,24 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every method")
     parser.add_argument("--globe", nargs="+", default=[], metavar="KEY=VALUE", help="options of GloBE alone")
+    parser.add_argument(
+        "--globe-sizes",
+        nargs="+",
+        default=[],
+        metavar="KEPT=M,R[,K]",
+        help="atoms and rows of GloBE's banks at a share",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-perplexity"))
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for given in options.globe_sizes:
+        if not re.fullmatch(SIZES, given):
+            parser.error(
+                f"--globe-sizes {given} is not understood: give KEPT=M,R or KEPT=M,R,K, such as 0.47=15,88"
+            )
+    return options
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +131,7 @@ def prepare(options: argparse.Namespace) -> Bench:
     return Bench(options, original, copy, tokens, windows, settings)
 
 
-def composed(options: argparse.Namespace, method: str, kept: float) -> Container:
+def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfig:
     """The configuration of one cell's run."""
     limit = [f"train.steps={options.steps}"]
     if options.steps is None:
@@ -122,7 +139,6 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> Container
     overrides = [
         f"method={method}",
         f"model.path={Path(options.checkpoint).resolve()}",
-        f"bank.kept={kept:g}",
         f"layer={options.layers}",
         f"family={options.families}",
         f"seed={options.seed}",
@@ -132,8 +148,28 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> Container
         *options.set,
         *(options.globe if method == "globe" else []),
     ]
+    if method == "globe":
+        named = zip(("m", "r", "atom_rank"), globe_sizes(options, kept), strict=False)
+        overrides += [f"bank.{name}={size}" for name, size in named]
+    else:
+        overrides.append(f"bank.kept={kept:g}")
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         return compose("config", overrides=overrides)
+
+
+def globe_sizes(options: argparse.Namespace, kept: float) -> tuple[int, ...]:
+    """m, r and perhaps k as --globe-sizes says, or those of MoBE, whose banks keep as many numbers for the same sizes."""
+    for given in options.globe_sizes:
+        share, _, sizes = given.partition("=")
+        if float(share) == kept:
+            return tuple(int(size) for size in sizes.split(","))
+    config = to_config(composed(options, "mobe", kept))
+    found = {(bank.sizes.m, bank.sizes.r) for bank in plan(config, open_checkpoint(options.checkpoint))}
+    if len(found) > 1:
+        raise ConfigError(
+            f"the layers of {options.checkpoint} differ in size: select equal ones with --layers"
+        )
+    return found.pop()
 
 
 def cell_file(options: argparse.Namespace, method: str, kept: float) -> Path:

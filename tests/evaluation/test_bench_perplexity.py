@@ -160,3 +160,19 @@ def test_patching_dense_and_factored_agree_here(
     dense = patch_model(load(checkpoint_of()), run, dense=True)(ids).logits
     factored = patch_model(load(checkpoint_of()), run)(ids).logits
     torch.testing.assert_close(dense, factored, rtol=1e-4, atol=1e-4)
+
+
+def test_globe_has_the_sizes_of_mobe_unless_others_are_given(
+    run_bench: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    shown = run_bench("--methods", "globe", "mobe", "--kept", "0.9", "0.7", "--globe-sizes", "0.7=6,7,3")
+    cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").iterdir()}
+    assert cells["globe-0.9"]["sizes"] == cells["mobe-0.9"]["sizes"]
+    assert cells["globe-0.9"]["kept"] == cells["mobe-0.9"]["kept"] <= 0.9
+    assert set(map(tuple, cells["globe-0.7"]["sizes"].values())) == {(6, 7)}
+    assert len(figures(shown, 1)["globe"]) == 2
+    with pytest.raises(SystemExit):
+        run_bench("--globe-sizes", "0.7:2,7")
+    assert "0.7:2,7 is not understood" in capsys.readouterr().err
