@@ -212,8 +212,10 @@ def test_a_finished_run_whose_artefact_was_damaged_since_learns_it_anew(
     _, folder = run_in(tmp_path, "layer=4-5", "train.steps=2")
     file = folder / "banks" / "layer005.up" / damaged
     whole = file.read_bytes()
-    middle = len(whole) // 2
-    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    # the tensors are hashed in the record; the record's own figures are not
+    file.write_bytes(
+        whole[: len(whole) // 2] if damaged == "globe.json" else whole[:-1] + bytes([whole[-1] ^ 1])
+    )
     run_in(tmp_path, "layer=4-5", "train.steps=2")
     assert fake.fits == 3
     assert "layer005.up: the artefact there can't be used and is learned anew" in caplog.text
