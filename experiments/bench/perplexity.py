@@ -5,9 +5,9 @@
 Every cell of the table is a run of globe.train over up and gate of all layers (`method=METHOD bank.kept=KEPT`), whose
 banks are then put dense into a copy of the model in memory. Cells are kept in --out, as are their runs: a second call
 with the same options does only what is missing, in the middle of a fit if it was cut off there. Seconds are of the
-clock and for each matrix; the closed forms take what they need. GloBE has the sizes that MoBE has at that share, unless
---globe-sizes gives others: atoms m, rows r and, for low-rank atoms, their rank. Its form can be chosen with --globe, all
-methods' options with --set, both as for globe.train:
+clock and for each matrix; the closed forms take what they need. GloBE has the sizes that MoBE has at that share,
+unless --globe-sizes gives others: atoms m, rows r and, for low-rank atoms, their rank. Its form can be chosen with
+--globe, all methods' options with --set, both as for globe.train:
 
     python experiments/bench/perplexity.py --globe bank.activation=tanh --globe-sizes 0.47=60,88,17 0.35=12,64
 """
@@ -158,7 +158,7 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfi
 
 
 def globe_sizes(options: argparse.Namespace, kept: float) -> tuple[int, ...]:
-    """m, r and perhaps k as --globe-sizes says, or those of MoBE, whose banks keep as many numbers for the same sizes."""
+    """m, r and perhaps k as --globe-sizes says, or those of MoBE, which keeps as many numbers for the same sizes."""
     for given in options.globe_sizes:
         share, _, sizes = given.partition("=")
         if float(share) == kept:
@@ -190,6 +190,12 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     settings = bench.settings | {"run": mark}
     if (cell := finished(options, method, kept, settings)) is not None:
         return cell
+    for bank in plan(to_config(node), open_checkpoint(options.checkpoint)):
+        if bank.kept > kept:
+            raise ConfigError(
+                f"{method} would keep {bank.kept:.4f} of {bank.key}, more than the {kept:g} of the other methods: give "
+                "smaller --globe-sizes"
+            )
     folder = options.out / "runs" / f"{method}-{kept:g}-{mark}"
     with redirect_stdout(sys.stderr):  # only the tables go to where a file may be
         globe.train.run(node, folder)

@@ -173,6 +173,8 @@ def test_globe_has_the_sizes_of_mobe_unless_others_are_given(
     assert cells["globe-0.9"]["kept"] == cells["mobe-0.9"]["kept"] <= 0.9
     assert set(map(tuple, cells["globe-0.7"]["sizes"].values())) == {(6, 7)}
     assert len(figures(shown, 1)["globe"]) == 2
+    with pytest.raises(ConfigError, match=r"globe would keep .* more than the 0.7 of the other methods"):
+        run_bench("--methods", "globe", "--kept", "0.7", "--globe-sizes", "0.7=3,13")
     with pytest.raises(SystemExit):
         run_bench("--globe-sizes", "0.7:2,7")
     assert "0.7:2,7 is not understood" in capsys.readouterr().err
