@@ -112,6 +112,7 @@ def test_identity_is_blind_to_where_a_run_happens_and_who_watches() -> None:
         "output=elsewhere",
         "sweep=other",
         "overwrite=true",
+        "dry_run=true",
         "bank.m=n/4",
         "bank.r=p/2",
         "wandb=offline",
@@ -139,7 +140,7 @@ def _changed(value: object) -> str:
 def test_identity_sees_every_other_option() -> None:
     node = composed()
     base = plain(node)
-    blind = ("output", "sweep", "overwrite", "wandb", "device", "threads")
+    blind = ("output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads")
     blind_in = {"train": ("checkpoint_every",), "model": ("force_download",)}
 
     def leaves(tree: dict[str, object], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

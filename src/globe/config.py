@@ -195,8 +195,8 @@ class BankConfig:
     """k of low-rank atoms B_j = U_j V_j, which keep k (r + d) numbers each: an integer or an expression in r, p or
     d; null is dense atoms."""
     kept: float | None = None
-    """Share of the experts' own parameters that a baseline (`method=...`) keeps at most, 0 to 1; null is what a bank of
-    the sizes above keeps. A GloBE bank takes its sizes from m, r and atom_rank."""
+    """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank, those of a GloBE
+    bank by short fits (see `budget`); null takes the sizes above."""
     scope: Scope = Scope.family
     """Whose experts share a bank: family is those of one layer and family, families is up and gate of a layer,
     layers is all selected layers, per family."""
@@ -214,6 +214,18 @@ class BankConfig:
             raise ConfigError(
                 f"bank.kept={kept} sets the sizes of the method: leave out {' and '.join(given)}"
             )
+
+
+@dataclass
+class BudgetConfig:
+    """The search for sizes that `bank.kept` asks for, once for each shape of bank."""
+
+    seconds: float = 10.0
+    """What the short fits may take together on one core of the reference machine (see `globe.costs`); turned into a
+    number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
+
+    def __post_init__(self) -> None:
+        _check(_positive(self.seconds), "budget.seconds", self.seconds, "a positive number")
 
 
 @dataclass
@@ -415,9 +427,12 @@ class Config:
     """Name of the folder that holds the runs of a multirun."""
     overwrite: bool = False
     """Repeat a run that has finished instead of reporting it."""
+    dry_run: bool = False
+    """Predict sizes, memory and time of every bank, and fit nothing. (Two dashes before it would make it Hydra's.)"""
     model: ModelConfig = field(default_factory=ModelConfig)
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     bank: BankConfig = field(default_factory=BankConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     init: InitConfig = field(default_factory=InitConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     codes: CodesConfig = field(default_factory=CodesConfig)

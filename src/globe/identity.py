@@ -18,7 +18,7 @@ DEFAULT_SIZES = {"m": "n/4", "r": "p/2"}
 """What `bank.m` and `bank.r` are where neither they nor `bank.kept` is given."""
 
 _NOT_IDENTITY = {
-    "": ("output", "sweep", "overwrite", "wandb", "device", "threads", "hydra"),
+    "": ("output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "hydra"),
     "train": ("checkpoint_every",),
     "model": ("force_download",),
 }

@@ -209,10 +209,7 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
     """The sizes of a GloBE bank, given in the configuration or `chosen`. Raises ConfigError naming what can't be."""
     n, p, d = bank.shape
     if chosen is None:
-        if config.bank.kept is not None:
-            raise ConfigError(
-                f"bank.kept={config.bank.kept} is for method=svd and the like: give a GloBE bank bank.m and bank.r"
-            )
+        assert config.bank.kept is None, "sizes within a budget are chosen by search"
         m = resolve_size(
             "bank.m", config.bank.m or DEFAULT_SIZES["m"], {"n": n}, n, f"the {n} experts that share the bank"
         )

@@ -15,7 +15,7 @@ from globe.checkpoint.experts import SHARED, choose_experts
 from globe.config import Config, config_dict
 from globe.errors import ArtefactError
 from globe.identity import NUMERICS_VERSION, numerics
-from globe.problem import BankPlan, Matrices
+from globe.problem import BankPlan, Matrices, Outline
 from globe.summary import BankReport
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tupl
     return (*chosen, SHARED) if config.model.include_shared else chosen
 
 
-def source_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> dict[str, Any]:
+def source_of(config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline) -> dict[str, Any]:
     """Where a bank's experts come from, with a hash of the stored tensors that hold them."""
     names = {
         checkpoint.locate(*member, expert).tensor

@@ -2,6 +2,7 @@
 
 config.yaml     the composed, resolved configuration
 metrics.jsonl   one flat JSON object per step and bank
+frontier.json   the search for sizes, with bank.kept
 summary.json    the figures of all finished banks
 status.json     state, times, error, and the same for every bank
 train.log       the log, by Hydra
@@ -69,6 +70,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
+        self.frontier_file = self.path / "frontier.json"
         self.status_file = self.path / "status.json"
         self.banks = self.path / "banks"
         self.status = _parse_status(read_json(self.status_file))
@@ -119,7 +121,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget all results. The summary goes first: a run without one does not count as finished."""
-        for file in (self.summary_file, self.status_file, self.metrics_file):
+        for file in (self.summary_file, self.status_file, self.metrics_file, self.frontier_file):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.banks, ignore_errors=True)
         self.status = None

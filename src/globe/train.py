@@ -18,17 +18,19 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import Container
+from omegaconf import Container, OmegaConf
 
 from globe import entry
 from globe.artefact import is_intact
 from globe.checkpoint import open_checkpoint
-from globe.config import Config, conf_dir, config_dict, plain, register, to_config
+from globe.config import Config, Method, conf_dir, config_dict, plain, register, to_config
 from globe.device import arithmetic, spare_threads
+from globe.dry_run import dry_run
 from globe.errors import CheckpointError, FitError
+from globe.frontier import choose_sizes
 from globe.learn import Run, learn_bank
 from globe.ledger import Ledger
-from globe.problem import BankPlan, plan
+from globe.problem import BankPlan, outline, plan
 from globe.progress import Progress
 from globe.provenance import stamp
 from globe.run_folder import RunFolder, State
@@ -45,8 +47,11 @@ def run(node: Container, path: Path, *, sweep: str | None = None) -> float:
     """One run, from its composed configuration to RelFrob (the mean over its banks), in its folder.
 
     A finished run is only reported, unless `overwrite=true`. Raises GlobeError or OSError with the run's status
-    set to `failed`, KeyboardInterrupt with `interrupted`.
+    set to `failed`, KeyboardInterrupt with `interrupted`. A dry run only prints, and leaves the folder's status alone.
     """
+    if OmegaConf.select(node, "dry_run"):
+        dry_run(to_config(node))
+        return math.nan
     folder = RunFolder(path)
     with folder.held(), folder.recorded(entry.explain):
         config = to_config(node)
@@ -72,9 +77,13 @@ def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> Run
         checkpoint = open_checkpoint(
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
-        banks = plan(config, checkpoint)
+        outlines = outline(config, checkpoint)
+        spare_threads(config, max(math.prod(bank.shape) for bank in outlines))
+        chosen = None
+        if config.method is Method.globe and config.bank.kept is not None:
+            chosen = choose_sizes(config, checkpoint, outlines, device, folder.frontier_file)
+        banks = plan(config, checkpoint, chosen)
         _warn_of_growth(banks)
-        spare_threads(config, max(bank.sizes.n * bank.sizes.p * bank.sizes.d for bank in banks))
         ledger = Ledger(
             folder,
             name=folder.path.name,
