@@ -5,9 +5,12 @@
     python experiments/bench/fit.py CHECKPOINT --layers 12 --m 4 --r 22 --times 1 3 10
 
 Every method gets its own fit of the longest time, on one thread, counted in CPU seconds, so that other work on the
-machine falls on nobody. The budget is that of a bank of m dense atoms with r rows. GloBE runs at that (m, r) and in
-the free form with as many low-rank atoms as experts. Closed forms have one error. `rises` counts accepted steps after
-which the objective was higher (all schedules stand still). Finished cells are kept in --json and not repeated.
+machine falls on nobody; SLBF, whose cosine ends with its time, gets one for each time. The budget is that of a bank of
+m dense atoms with r rows. GloBE runs at that (m, r) and in the free form with as many low-rank atoms as experts. Closed
+forms have one error. `rises` counts accepted steps after which the objective was higher (all schedules stand still).
+
+Finished fits are kept in --json and not repeated, so the hours can be split; --tables prints what is known and fits
+nothing. Each fit is preceded by a product of fixed size, whose rate is kept with it: equal rates, equal machine.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,7 +65,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=[*_OURS, *_THEIRS], choices=(*_OURS, *_THEIRS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file of finished cells, read and extended")
+    parser.add_argument("--json", type=Path, help="file of finished fits, read and extended")
+    parser.add_argument("--tables", action="store_true", help="print what --json knows, fit nothing")
     return parser.parse_args()
 
 
@@ -100,30 +105,62 @@ def fit_ours(name: str, X: Tensor, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def fit_theirs(name: str, X: Tensor, std: float, options: argparse.Namespace) -> dict[str, Any]:
+def fit_theirs(
+    name: str, X: Tensor, std: float, seconds: float, options: argparse.Namespace
+) -> dict[str, Any]:
     method, activation = name.split()
     own: dict[str, Any] = {"budget": Sizes(*X.shape, options.m, options.r).parameters, "r": options.r}
     if method != "slbf":
         own["m"] = options.m
-    histories = []
-    # SLBF's cosine ends with its time, so it runs once for each
-    for limit in options.times if method == "slbf" else [max(options.times)]:
-        result = run_baseline(
-            method,
-            X,
-            **own,
-            seconds=limit,
-            activation=activation,
-            weights_std=std,
-            generator=torch.Generator().manual_seed(options.seed),
-            clock=time.process_time,
-        )
-        histories += [(point.seconds, point.relfrob) for point in result.history]
-        if method == "slbf":
-            histories.append((limit, result.relfrob))
+    result = run_baseline(
+        method,
+        X,
+        **own,
+        seconds=seconds,
+        activation=activation,
+        weights_std=std,
+        generator=torch.Generator().manual_seed(options.seed),
+        clock=time.process_time,
+    )
+    history = [(point.seconds, point.relfrob) for point in result.history]
+    if method == "slbf":
+        history = [(seconds, result.relfrob)]
     sizes = result.sizes
     shape = f"m={sizes.m} r={sizes.r}" + (f" k={sizes.atom_rank}" if sizes.atom_rank else "")
-    return {"kept": result.kept, "sizes": shape, "history": sorted(histories)}
+    return {"kept": result.kept, "sizes": shape, "history": history}
+
+
+def machine_rate() -> float:
+    """GFLOP per CPU second of a float32 product of 1024 x 1024: the best of five."""
+    left, right = torch.randn(2, 1024, 1024)
+    best = 0.0
+    for _ in range(5):
+        started = time.process_time()
+        left @ right
+        best = max(best, 2 * 1024**3 / (time.process_time() - started) / 1e9)
+    return best
+
+
+class Known:
+    """Finished fits, kept in a file as they come."""
+
+    def __init__(self, file: Path | None, *, frozen: bool) -> None:
+        self.file, self.frozen = file, frozen
+        self.fits = json.loads(file.read_text()) if file and file.exists() else {}
+
+    def fit(self, key: str, seconds: float, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The fit of at least so many seconds under this key, from the file or made now; None if there is none."""
+        if key in self.fits and self.fits[key]["seconds"] >= seconds:
+            return dict(self.fits[key])
+        if self.frozen:
+            return dict(self.fits[key]) if key in self.fits else None
+        about = {"seconds": seconds, "gflops": round(machine_rate(), 1), "load": os.getloadavg()[0]}
+        self.fits[key] = {**about, **make()}
+        if self.file:
+            written = self.file.with_name(f".{self.file.name}")
+            written.write_text(json.dumps(self.fits), encoding="utf-8")
+            os.replace(written, self.file)
+        return dict(self.fits[key])
 
 
 def closed(X: Tensor, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -144,7 +181,9 @@ def table(cells: dict[str, dict[str, Any]], times: list[float]) -> list[str]:
     lines = ["| method | sizes | kept | " + " | ".join(f"{t:g} s" for t in times) + " | rises |"]
     lines.append("|---" * (len(times) + 4) + "|")
     for name, cell in cells.items():
-        errors = " | ".join(f"{best_until(cell, t):.4f}" for t in times)
+        errors = " | ".join(
+            f"{best_until(cell, t):.4f}" if t <= cell.get("seconds", t) else "" for t in times
+        )
         lines.append(
             f"| {name} | {cell['sizes']} | {cell['kept']:.4f} | {errors} | {cell.get('rises', '')} |"
         )
@@ -167,12 +206,33 @@ def speed(cells: dict[str, dict[str, Any]], times: list[float]) -> str:
     )
 
 
+def fit_cell(
+    key: str, name: str, X: Tensor, std: float, known: Known, options: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The row of one method: one fit of the longest time, or for SLBF one for each."""
+    if name.startswith("globe"):
+        return known.fit(key, max(options.times), lambda: fit_ours(name, X, options))
+    if not name.startswith("slbf"):
+        longest = max(options.times)
+        return known.fit(key, longest, lambda: fit_theirs(name, X, std, longest, options))
+    rows = []
+    for limit in options.times:
+        row = known.fit(
+            f"{key}/{limit:g}", limit, lambda limit=limit: fit_theirs(name, X, std, limit, options)
+        )
+        rows += [row] if row is not None else []
+    if not rows:
+        return None
+    history = sorted(point for row in rows for point in row["history"])
+    return {**rows[-1], "history": history}
+
+
 def main() -> None:
     options = arguments()
     options.times = sorted(options.times)
     torch.set_num_threads(options.threads)
     checkpoint = open_checkpoint(options.checkpoint or str(_DEFAULT))
-    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    known = Known(options.json, frozen=options.tables)
     print(
         f"{options.threads} thread(s) of {platform.machine()}, PyTorch {torch.__version__}, CPU seconds, "
         f"load {os.getloadavg()[0]:.1f} at the start"
@@ -188,14 +248,11 @@ def main() -> None:
             assert normalised.scale is not None
             X, std = normalised.experts, float(normalised.scale)
             cells = closed(X, options)
+            key = f"{checkpoint.folder.name}/{layer}/{family}/m{options.m}r{options.r}"
             for name in options.methods:
-                key = f"{checkpoint.folder.name}/{layer}/{family}/{options.m}/{options.r}/{options.times}/{name}"
-                if key not in known:
-                    ours = name.startswith("globe")
-                    known[key] = fit_ours(name, X, options) if ours else fit_theirs(name, X, std, options)
-                    if options.json:
-                        options.json.write_text(json.dumps(known), encoding="utf-8")
-                cells[name] = known[key]
+                found = fit_cell(f"{key}/{name}", name, X, std, known, options)
+                if found is not None:
+                    cells[name] = found
             shape = " x ".join(str(side) for side in X.shape)
             print(f"\n{checkpoint.folder.name}, layer {layer}, {family}: {shape}\n")
             print("\n".join([*table(cells, options.times), "", speed(cells, options.times)]), flush=True)
