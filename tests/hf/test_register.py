@@ -57,3 +57,24 @@ def test_registered_in_any_order_of_imports(order: str, fake: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = {PREFIX + name for name in known_model_types()}
     assert set(json.loads(done.stdout)) == names
+
+
+TWICE = """
+import sys, importlib
+import globe.hf.register as first
+first.install()
+first_finder = sys.meta_path[0]
+del sys.modules["globe.hf.register"]
+second = importlib.import_module("globe.hf.register")
+assert second._AfterImport is not type(first_finder)
+second.install()
+assert sum(type(finder).__name__ == "_AfterImport" for finder in sys.meta_path) == 1
+sys.meta_path.insert(0, second._AfterImport())  # as an earlier version left it
+"""
+
+
+def test_a_module_that_is_loaded_twice_registers_and_does_not_recurse(fake: Path) -> None:
+    code = f"import sys\nsys.path[:0] = {[str(fake), str(SOURCE)]!r}\n{TWICE}\n{CHECK}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert PREFIX + "qwen2_moe" in json.loads(done.stdout)

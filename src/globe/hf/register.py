@@ -41,7 +41,7 @@ def install() -> None:
     table = sys.modules.get(_TABLE)
     if table is not None and hasattr(table, "AutoConfig"):
         _register(table)
-    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+    if not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
@@ -49,6 +49,12 @@ def _register(table: ModuleType) -> None:
     for path in _ARCHITECTURES.glob("*.json"):
         name = PREFIX + path.stem
         table.AutoConfig.register(name, type(name, (CompactConfig,), {"model_type": name}), exist_ok=True)
+
+
+def _is_ours(finder: object) -> bool:
+    """By name: a module that is loaded twice makes a second class, and two finders would ask each other forever."""
+    kind = finder if isinstance(finder, type) else type(finder)
+    return (kind.__module__, kind.__qualname__) == (_AfterImport.__module__, _AfterImport.__qualname__)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -61,7 +67,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
-            spec = None if find is None or finder is self else find(fullname, path, target)
+            spec = None if find is None or _is_ours(finder) else find(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _ThenRegister(spec.loader)
                 return spec
