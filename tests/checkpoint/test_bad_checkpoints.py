@@ -98,6 +98,21 @@ def test_a_model_type_that_is_not_the_files(copy: Callable[..., Path]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "globe_qwen2_moe", "quantization_config": {"globe_version": 1, "banks": []}},
+        {"quantization_config": {"quant_method": "globe"}},
+    ],
+)
+def test_a_compact_checkpoint_is_named_as_what_it_is(
+    copy: Callable[..., Path], changes: dict[str, Any]
+) -> None:
+    folder = configured(copy(), **changes)
+    text = refusal(reading(folder), "is compressed by GloBE already: give the original checkpoint")
+    assert f"globe.load({str(folder)!r}, dequantize=True).save_pretrained(FOLDER)" in text
+
+
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "bitsandbytes"])
 def test_quantised_by_its_config(copy: Callable[..., Path], method: str) -> None:
     folder = configured(copy(), quantization_config={"quant_method": method})

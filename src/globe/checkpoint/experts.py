@@ -41,8 +41,8 @@ class Checkpoint:
         self.folder = source.folder
         self.config: dict[str, Any] = read_config(self.folder)
         self.model_type = str(self.config["model_type"])
-        self.architecture: Architecture = load_architecture(self.model_type)
         refuse_quantised(self.config, self.folder)
+        self.architecture: Architecture = load_architecture(self.model_type)
         self.reader = ShardReader(self.folder)
         found = find_layouts(self.architecture, self.reader.names)
         layers = size_of(self.config, self.architecture.config.layers)

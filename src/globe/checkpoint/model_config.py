@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.errors import CheckpointError
+from globe.hf.register import PREFIX
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -26,18 +27,27 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_quantised(config: dict[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if the config declares quantised weights, or a GloBE model."""
+    """Raise CheckpointError if the config declares quantised weights, or a compact GloBE checkpoint."""
+    if str(config["model_type"]).startswith(PREFIX):
+        raise _compressed(folder)
     for part in (config, config.get("text_config")):
         record = part.get("quantization_config") if isinstance(part, dict) else None
         if record is None:
             continue
         method = record.get("quant_method", "unknown") if isinstance(record, dict) else "unknown"
         if method == "globe":
-            raise CheckpointError(f"{folder} is compressed by GloBE already: give the original checkpoint")
+            raise _compressed(folder)
         raise CheckpointError(
             f"{folder} holds weights quantised with {method!r}, which GloBE does not read: convert it to "
             "bfloat16 first (transformers can dequantise while loading)"
         )
+
+
+def _compressed(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is compressed by GloBE already: give the original checkpoint, or write this one as a dense one "
+        f"first, globe.load({str(folder)!r}, dequantize=True).save_pretrained(FOLDER)"
+    )
 
 
 def size_of(config: dict[str, Any], keys: tuple[str, ...], layer: int | None = None) -> int | None:
