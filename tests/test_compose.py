@@ -16,7 +16,6 @@ from globe import compose
 from globe.am.activation import phi
 from globe.artefact import BankArtefact, Member
 from globe.compose import BasisCache, mixed_bases, rebuild
-from globe.errors import ConfigError
 
 N, P, D, M, R, K = 7, 5, 9, 4, 3, 2
 MEMBERS = (Member(1, "up", 0, 3, (0, 1, 2)), Member(2, "up", 3, N, (0, 1, 2, 3)))
@@ -190,67 +189,44 @@ def test_rebuild_takes_the_dtype_of_the_adapters_or_the_one_asked_for() -> None:
 def test_rows_that_are_not_there(row: int) -> None:
     with pytest.raises(IndexError, match="not all among the bank's 7 experts"):
         rebuild(artefact(), [0, row])
-    with pytest.raises(IndexError, match="is not one of the bank's 7 experts"):
-        BasisCache(artefact()).get(row)
 
 
 # the cache
 
 
 @given(
-    st.sampled_from([0, 1, 3, N, N + 5, "all"]), st.lists(st.integers(0, N - 1), max_size=40), st.booleans()
+    st.sampled_from([0, 1, 3, N, N + 5]),
+    st.lists(st.lists(st.integers(0, N - 1), min_size=1, max_size=N, unique=True), max_size=20),
 )
-def test_cache_is_least_recently_used_and_never_wrong(
-    capacity: int | str, calls: list[int], low_rank: bool
+def test_cache_keeps_what_is_needed_and_else_the_most_recently_used(
+    capacity: int, calls: list[list[int]]
 ) -> None:
-    one = artefact(low_rank=low_rank)
-    cache = BasisCache(one, capacity, dtype=torch.float64)
-    room = N if capacity == "all" else min(int(capacity), N)
-    kept: list[int] = []
-    hits = 0
-    for row in calls:
-        hits += row in kept
-        kept = ([other for other in kept if other != row] + [row])[-room:] if room else []
-        torch.testing.assert_close(cache.get(row), slow_basis(one, row), rtol=0, atol=1e-12)
-        assert cache.rows == tuple(kept)
-        assert cache.cache_bytes == len(kept) * R * D * 8
-    assert (cache.hits, cache.misses) == (hits, len(calls) - hits)
-    assert cache.full_cache_bytes == room * R * D * 8
+    """Beside a list that is searched and rebuilt at every call."""
+    cache, kept = BasisCache(capacity), []
+    for needed in calls:
+        found = cache.take(needed)
+        assert set(found) == set(needed) & set(kept)
+        assert all(float(basis[0, 0]) == expert for expert, basis in found.items())
+        kept = [one for one in kept if one not in needed] + [one for one in needed if one in kept]
+        absent = [expert for expert in needed if expert not in found]
+        while len(kept) + len(absent) > capacity and any(one not in needed for one in kept):
+            kept.remove(next(one for one in kept if one not in needed))
+        room = cache.make_room(len(absent), needed)
+        assert room == min(len(absent), max(0, capacity - len(kept)))
+        cache.keep({expert: torch.full((R, D), float(expert)) for expert in absent[:room]})
+        kept += absent[:room]
+        assert cache.experts == tuple(kept)
+        assert len(kept) <= capacity
+        assert cache.nbytes == len(kept) * R * D * 4
     cache.clear()
-    assert cache.cache_bytes == 0
+    assert (cache.experts, cache.nbytes) == ((), 0)
 
 
-def test_a_hit_is_the_same_tensor_and_a_recomposition_has_the_same_bits() -> None:
-    one = artefact(torch.float32)
-    kept, forgetful = BasisCache(one, 2), BasisCache(one, 0)
-    assert kept.get(3) is kept.get(3)
-    assert forgetful.get(3) is not forgetful.get(3)
-    assert torch.equal(kept.get(3), forgetful.get(3))
-
-
-def test_bytes_are_exact() -> None:
-    one = artefact(torch.bfloat16, mean=gaussian(2, P, D, dtype=torch.bfloat16))
-    one = replace(one, scale=torch.ones(N))
-    cache = BasisCache(one, 3, dtype=torch.float16)
-    for row in range(N):
-        cache.get(row)
-    assert cache.get(0).dtype == torch.float16
-    assert cache.cache_bytes == cache.full_cache_bytes == 3 * R * D * 2
-    assert cache.factor_bytes == 2 * (N * P * R + M * R * D + N * M + 2 * P * D)
-    assert cache.dense_bytes == 2 * N * P * D
-    low = BasisCache(artefact(torch.float32, low_rank=True), "all", dtype=torch.bfloat16)
-    assert low.factor_bytes == 4 * (N * P * R + M * K * (R + D) + N * M)
-    assert low.full_cache_bytes == 2 * N * R * D
-
-
-def test_the_cache_does_not_track_gradients() -> None:
-    one = artefact()
-    assert one.bank is not None
-    cache = BasisCache(replace(one, bank=one.bank.clone().requires_grad_()), "all")
-    assert not cache.get(1).requires_grad
-
-
-@pytest.mark.parametrize("capacity", [-1, "some", ""])
-def test_impossible_capacities_are_refused(capacity: int | str) -> None:
-    with pytest.raises(ConfigError, match=r"S_cache=.* is not possible"):
-        BasisCache(artefact(), capacity)
+def test_a_cache_that_is_made_smaller_takes_nothing_more_and_shrinks_when_asked() -> None:
+    cache = BasisCache(3)
+    cache.keep({expert: torch.zeros(R, D, dtype=torch.bfloat16) for expert in (4, 0, 6)})
+    assert cache.nbytes == 3 * R * D * 2
+    cache.capacity = 1
+    assert cache.make_room(2, needed=[0, 6]) == 0
+    cache.keep({})
+    assert cache.experts == (0, 6)

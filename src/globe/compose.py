@@ -1,9 +1,8 @@
-"""From factors back to matrices: mixed bases M_i = phi(sum_j alpha_ij B_j), dense experts, cached bases."""
+"""From factors back to matrices: mixed bases M_i = phi(sum_j alpha_ij B_j), dense experts, a cache of bases."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from globe.am.activation import phi
 from globe.artefact_record import BankArtefact
-from globe.errors import ConfigError
 
 CHUNK = 8
 """Experts that are composed at once when dense matrices are rebuilt."""
@@ -135,70 +133,45 @@ def _member_position(artefact: BankArtefact, row: int) -> int:
 
 
 class BasisCache:
-    """Composed bases M_i of the most recently used experts (least recently used go first).
+    """Composed bases M_i of at most `capacity` experts; those used longest ago leave first.
 
-    `capacity` is how many stay composed: an integer, 0 to compose at every call, or "all". Bytes are exact:
-    those of the tensors' elements, without the allocator's rounding.
+    What a caller needs at once is never thrown out for more of the same: experts come in the same order call after
+    call, and where more are needed than fit, dropping the oldest would leave nothing that the next call finds.
     """
 
-    def __init__(
-        self, artefact: BankArtefact, capacity: int | str = "all", *, dtype: torch.dtype = torch.float32
-    ) -> None:
-        wrong = capacity != "all" if isinstance(capacity, str) else capacity < 0
-        if wrong:
-            raise ConfigError(f"S_cache={capacity!r} is not possible: give an integer of at least 0, or all")
-        self.artefact = artefact
-        self.capacity = artefact.n if isinstance(capacity, str) else min(capacity, artefact.n)
-        self.dtype = dtype
-        self.hits = 0
-        self.misses = 0
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._kept: dict[int, Tensor] = {}
 
-    @torch.no_grad()
-    def get(self, row: int) -> Float[Tensor, "r d"]:
-        """M_i in the cache's dtype; the caller must not write into it. Raises IndexError for a row not
-        there.
-        """
-        if not 0 <= row < self.artefact.n:
-            raise IndexError(f"row {row} is not one of the bank's {self.artefact.n} experts")
-        kept = self._kept.get(row)
-        if kept is not None:
-            self.hits += 1
-            self._kept.move_to_end(row)
-            return kept
-        self.misses += 1
-        basis = bases_of(self.artefact, [row], dtype=self.dtype)[0]
-        if self.capacity > 0:
-            if len(self._kept) == self.capacity:
-                self._kept.popitem(last=False)
-            self._kept[row] = basis
-        return basis
+    def take(self, experts: Sequence[int]) -> dict[int, Float[Tensor, "r d"]]:
+        """The bases that are there; they count as used now, and must not be written into."""
+        found = {expert: self._kept.pop(expert) for expert in experts if expert in self._kept}
+        self._kept |= found  # popped and put back, so the least recently used stand first
+        return found
+
+    def make_room(self, count: int, needed: Collection[int]) -> int:
+        """Throw out what is not `needed` until `count` more fit, or nothing is left; how many fit then."""
+        for oldest in [expert for expert in self._kept if expert not in needed]:
+            if len(self._kept) + count <= self.capacity:
+                break
+            del self._kept[oldest]
+        return max(0, min(count, self.capacity - len(self._kept)))
+
+    def keep(self, bases: dict[int, Float[Tensor, "r d"]]) -> None:
+        """Put in what there is room for; before, `make_room` says how many that is."""
+        assert not bases or len(self._kept) + len(bases) <= self.capacity
+        self._kept |= bases
 
     def clear(self) -> None:
         """Forget all bases: after the factors have changed, or to give the memory back."""
         self._kept.clear()
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows that are composed now, least recently used first."""
+    def experts(self) -> tuple[int, ...]:
+        """Whose bases are there, least recently used first."""
         return tuple(self._kept)
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the bases that are composed now."""
+    def nbytes(self) -> int:
+        """Bytes of the bases that are there now."""
         return sum(basis.nbytes for basis in self._kept.values())
-
-    @property
-    def full_cache_bytes(self) -> int:
-        """Bytes of the bases once the cache is full."""
-        return self.capacity * self.artefact.r * self.artefact.d * self.dtype.itemsize
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of what is held besides: adapters, atoms, codes, mean."""
-        return sum(tensor.nbytes for name, tensor in self.artefact.tensors().items() if name != "scale")
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the dense experts in the cache's dtype, for comparison."""
-        return self.artefact.family_parameters * self.dtype.itemsize

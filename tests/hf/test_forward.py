@@ -130,7 +130,7 @@ VARIANTS = {
 def test_forward_equals_the_dense_product(variant: str, tokens: int, capacity: int) -> None:
     module = factored(6, **VARIANTS[variant])
     for one in module.projections.values():
-        one.capacity = min(capacity, len(one.row))
+        one.cache.capacity = min(capacity, len(one.row))
     inputs = call(6, tokens)
     expected = dense_twin(module)(*inputs)
     for _ in range(2):  # with an empty cache, and with a full one
@@ -148,7 +148,7 @@ def test_forward_equals_the_dense_product_for_any_routing(
     # any index at all, twice the same for one token too, and n, which stands for an expert elsewhere
     index = torch.randint(0, n + 1, (tokens, K), generator=generator)
     x, weight = torch.randn(tokens, D, generator=generator), torch.rand(tokens, K, generator=generator)
-    module.globe_up.capacity = min(capacity, len(chosen))
+    module.globe_up.cache.capacity = min(capacity, len(chosen))
     with torch.no_grad():
         torch.testing.assert_close(
             module(x, index, weight), dense_twin(module)(x, index, weight), atol=1e-6, rtol=1e-5
@@ -171,7 +171,7 @@ def test_custom_gating_of_the_dense_module_is_kept() -> None:
 def test_gradients_equal_those_of_the_dense_product(variant: str, tokens: int, capacity: int) -> None:
     module = factored(6, **VARIANTS[variant]).double()
     for one in module.projections.values():
-        one.capacity = min(capacity, len(one.row))
+        one.cache.capacity = min(capacity, len(one.row))
     x, index, weight = (one.double() if one.is_floating_point() else one for one in call(6, tokens))
     with torch.no_grad():
         module(x, index, weight)  # fills the cache, which must not be used below
@@ -192,7 +192,7 @@ def test_frozen_factors_are_cached_and_pass_gradients_to_the_input() -> None:
     x, index, weight = call(6, 8)
     x.requires_grad_()
     (found,) = torch.autograd.grad(module(x, index, weight).square().sum(), x)
-    assert module.globe_up.cached_bytes > 0
+    assert module.globe_up.cache.nbytes > 0
     (expected,) = torch.autograd.grad(dense_twin(module)(x, index, weight).square().sum(), x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -213,7 +213,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @torch.no_grad()
 def test_only_experts_that_got_a_token_are_composed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = factored(11, up=layout(range(11)))
-    module.globe_up.capacity = 0
+    module.globe_up.cache.capacity = 0
     sizes = composed(monkeypatch)
     x, _, weight = call(11, 30)
     module(x, torch.tensor([[2, 9]]).expand(30, K), weight)
@@ -223,13 +223,13 @@ def test_only_experts_that_got_a_token_are_composed(monkeypatch: pytest.MonkeyPa
     assert index.unique().numel() == 11
     module(x, index, weight)
     assert sizes == [COMPOSED_AT_ONCE, 11 - COMPOSED_AT_ONCE]
-    assert module.globe_up.cached_bytes == 0
+    assert module.globe_up.cache.nbytes == 0
 
 
 @torch.no_grad()
 def test_the_cache_keeps_the_most_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
     module = factored(11, up=layout(range(11)))
-    module.globe_up.capacity = 3
+    module.globe_up.cache.capacity = 3
     x, weight = torch.randn(1, D), torch.ones(1, K)
     sizes = composed(monkeypatch)
     for pair, new in (
@@ -244,15 +244,15 @@ def test_the_cache_keeps_the_most_recently_used(monkeypatch: pytest.MonkeyPatch)
         module(x, torch.tensor([pair]), weight)
         assert sizes == new, pair
         # after [5, 0] the least recently used of 0, 1, 2 and 5 is 1: it goes, and has to be made again
-        assert module.globe_up.cached_bytes <= 3 * R * D * 4
-    assert module.globe_up.cached_bytes == 3 * R * D * 4
+        assert module.globe_up.cache.nbytes <= 3 * R * D * 4
+    assert module.globe_up.cache.nbytes == 3 * R * D * 4
 
 
 @torch.no_grad()
 def test_a_cache_smaller_than_a_call_still_serves_part_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Throwing out the least recently used within a call would leave nothing to find: six in, in a circle."""
     module = factored(6, up=layout(range(6)))
-    module.globe_up.capacity = 4
+    module.globe_up.cache.capacity = 4
     inputs = call(6, 30)
     module(*inputs)
     sizes = composed(monkeypatch)
@@ -268,7 +268,7 @@ def test_a_full_cache_composes_every_expert_once(monkeypatch: pytest.MonkeyPatch
     for seed in range(6):
         module(*call(11, 30, seed=seed))
     assert sum(sizes) == 2 * 11
-    assert module.globe_up.cached_bytes == 11 * R * D * 4
+    assert module.globe_up.cache.nbytes == 11 * R * D * 4
 
 
 @pytest.mark.parametrize("change", ["step", "state", "dtype"])
@@ -314,7 +314,7 @@ def test_half_precision_is_as_good_as_its_rounding(dtype: torch.dtype, capacity:
     module = copy.deepcopy(exact).to(dtype)
     exact = copy.deepcopy(module).float()  # the same rounded factors
     for one in module.projections.values():
-        one.capacity = capacity
+        one.cache.capacity = capacity
     x, index, weight = call(6, 5)
     out = module(x.to(dtype), index, weight.to(dtype))
     assert out.dtype == dtype
@@ -351,4 +351,4 @@ def test_a_shared_bank_is_in_no_layer_and_moves_to_the_layers_device() -> None:
     nn.init.normal_(atoms.atoms)
     module = GlobeExperts(PlainExperts(6), {"up": (bank, bank.members[0], atoms)})
     assert not any("bank" in name for name, _ in module.named_parameters())
-    assert module.globe_up._bank().atoms is atoms.atoms
+    assert module.globe_up.bank_here().atoms is atoms.atoms

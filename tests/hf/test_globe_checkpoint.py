@@ -352,7 +352,7 @@ def test_impossible_options_are_refused(tiny: Callable[[str], Path], tmp_path: P
     assert not (tmp_path / "out").exists()
     out = write(run, tmp_path / "out", "S_cache=3")
     model = load(out)
-    assert model.model.layers[0].mlp.experts.globe_up.capacity == 3
+    assert model.model.layers[0].mlp.experts.globe_up.cache.capacity == 3
     with pytest.raises(ConfigError, match="S_cache='some'"):
         load(out, S_cache="some")
     with pytest.raises(CheckpointError, match="neither a checkpoint folder"):

@@ -162,7 +162,7 @@ def product_of_factors(projection: Projection, expert: int) -> Float[Tensor, "p 
     """W' = A phi(sum_j alpha_j B_j) + mean of one expert in float64, from the factors as they are stored."""
     if expert in projection.dense_row:
         return widen(projection.dense[projection.dense_row[expert]]).cpu()
-    layout, bank, row = projection.layout, projection._bank(), projection.row[expert]
+    layout, bank, row = projection.layout, projection.bank_here(), projection.row[expert]
     assert layout is not None
     assert bank is not None
     atoms, left, right = (None if part is None else widen(part) for part in bank)

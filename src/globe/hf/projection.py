@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from globe.am.activation import phi
-from globe.compose import mixed_bases
+from globe.compose import BasisCache, mixed_bases
 from globe.hf.atoms import Atoms, Bank
 from globe.hf.layout import BankLayout, Mean, MemberLayout
 
@@ -60,9 +60,8 @@ class Projection(nn.Module):
         self.dense_row = {e: row for row, e in enumerate(sorted(set(range(experts)) - set(factored)))}
         self.size = size
         self.layout = layout
-        self.capacity = len(factored)
-        """S_cache: how many experts' bases stay composed"""
-        self._cache: dict[int, Tensor] = {}
+        self.cache = BasisCache(len(factored))
+        """Its capacity is S_cache: how many experts' bases stay composed"""
         self._signature: tuple[tuple[int, int], ...] = ()
         shapes: dict[str, tuple[int, ...]] = {}
         if self.dense_row:
@@ -87,7 +86,7 @@ class Projection(nn.Module):
         groups: Sequence[Group],
     ) -> Float[Tensor, "s p"]:
         """W_e x for every pair: `tokens` is sorted by expert as `groups` says, `rows` are x[tokens] per group."""
-        bank = self._bank()
+        bank = self.bank_here()
         each = bank.apply_each(x) if bank is not None and self._through_atoms(x.shape[0], groups) else None
         shift = self._shift(x)
         hit = {group.expert for group in groups}
@@ -109,7 +108,8 @@ class Projection(nn.Module):
                 parts.append(out if shift is None else out + shift[tokens[start:stop]])
         return torch.cat(parts)
 
-    def _bank(self) -> Bank | None:
+    def bank_here(self) -> Bank | None:
+        """The atoms, this projection's own or those it shares, on its device; None if nothing is factored."""
         if self.layout is None:
             return None
         atoms = self._shared[0] or self.bank
@@ -122,7 +122,7 @@ class Projection(nn.Module):
         """
         assert self.layout is not None
         linear = self.layout.lam == 0.0 or self.layout.activation == "identity"
-        return linear and self.capacity == 0 and tokens < len(groups)
+        return linear and self.cache.capacity == 0 and tokens < len(groups)
 
     def _shift(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t q"] | None:
         """What the stored mean adds: (t, p), or (t, 1) for a scalar mean, a multiple of the sum of x."""
@@ -145,35 +145,24 @@ class Projection(nn.Module):
             mixed = bank.mix(self.codes[[self.row[expert] for expert in wanted]])
             activated = phi(mixed, lam=self.layout.lam, activation=self.layout.activation)
             return dict(zip(wanted, activated.unbind(), strict=True))
-        if self.capacity == 0:
+        if self.cache.capacity == 0:
             return dict(zip(wanted, self._compose(wanted, bank).unbind(), strict=True))
         self._drop_stale(factors)
-        found = {expert: self._cache.pop(expert) for expert in wanted if expert in self._cache}
-        self._cache |= found  # popped and put back, so the least recently used stand first
+        found = self.cache.take(wanted)
         absent = [expert for expert in wanted if expert not in found]
-        if absent:
-            found |= self._compose_and_keep(absent, bank, hit)
-        return found
+        return found | self._compose_and_keep(absent, bank, hit) if absent else found
 
     def _compose_and_keep(
         self, experts: Sequence[int], bank: Bank, hit: Collection[int]
     ) -> dict[int, Float[Tensor, "r d"]]:
-        """Bases of experts that the cache lacks; as many are put in as fit beside those of this call.
-
-        A basis that the same call uses is never thrown out: experts come in the same order each time, and
-        where more are hit than fit, throwing out the oldest would leave nothing that the next call finds.
-        """
-        for oldest in [expert for expert in self._cache if expert not in hit]:
-            if len(self._cache) + len(experts) <= self.capacity:
-                break
-            del self._cache[oldest]
-        kept = experts[: max(0, self.capacity - len(self._cache))]
+        """Bases of experts that the cache lacks; as many go into it as it has room for."""
+        kept = experts[: self.cache.make_room(len(experts), hit)]
         no_autocast = torch.autocast(self.codes.device.type, enabled=False)
         # ordinary tensors, whatever mode the call is in, and no views of the block: they outlive it
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
             found = dict(zip(experts, self._compose(experts, bank).unbind(), strict=True))
             found |= {expert: found[expert].clone() for expert in kept}
-        self._cache |= {expert: found[expert] for expert in kept}
+        self.cache.keep({expert: found[expert] for expert in kept})
         return found
 
     def _compose(self, experts: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
@@ -204,7 +193,7 @@ class Projection(nn.Module):
         )
         for expert, row in self.dense_row.items():
             out[expert] = self.dense[row]
-        bank = self._bank()
+        bank = self.bank_here()
         for expert, row in self.row.items():
             assert bank is not None
             assert self.layout is not None
@@ -212,12 +201,8 @@ class Projection(nn.Module):
             out[expert] = weight if self.layout.mean is Mean.none else weight + self.mean.float()
         return out
 
-    @property
-    def cached_bytes(self) -> int:
-        return sum(basis.nbytes for basis in self._cache.values())
-
     def clear_cache(self) -> None:
-        self._cache.clear()
+        self.cache.clear()
         self._signature = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:

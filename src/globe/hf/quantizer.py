@@ -125,5 +125,5 @@ def set_cache(model: nn.Module, S_cache: SCache) -> None:
         if isinstance(module, GlobeExperts):
             for projection in module.projections.values():
                 held = len(projection.row)
-                projection.capacity = held if S_cache == "all" else min(int(S_cache), held)
+                projection.cache.capacity = held if S_cache == "all" else min(int(S_cache), held)
                 projection.clear_cache()
