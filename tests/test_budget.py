@@ -220,9 +220,13 @@ def test_a_run_within_a_budget_is_searched_once_for_all_its_banks(
     assert record["probed"] == "layer004.up"
     printed = capsys.readouterr().out
     assert "sizes within 47.0%" in printed
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    fit = FakeFit()
+    monkeypatch.setattr(globe.learn, "fit_bank", fit)
     run_in(tmp_path, *options)
-    assert searches == [torch.Size([7, 44, 64])]  # the second process read the first one's choice
+    assert fit.fits == 2  # two of the four banks were finished
+    run_in(tmp_path, *options)
+    assert fit.fits == 2
+    assert searches == [torch.Size([7, 44, 64])]  # the second and third process read the first one's choice
     chosen = (record["chosen"]["m"], record["chosen"]["r"], record["chosen"]["atom_rank"])
     for bank in load(folder / "summary.json")["banks"]:
         assert (bank["m"], bank["r"], bank["atom_rank"]) == chosen

@@ -2,10 +2,10 @@
 
     python experiments/demo/demo.py FOLDER [--prompt TEXT] [--tokens 60] [--seed 0]
 
-FOLDER holds `dense/` and `globe/`, written by globe.patch and measured by globe.evaluate. Loads all three models
-with plain AutoModelForCausalLM, checks that the two patched ones say the same, prints what was lost and saved, and
-lets the original and the compressed model continue the same text. They draw with the same seed, so their texts part
-where their distributions do.
+FOLDER holds `run/`, and `dense/` and `globe/` written from it by globe.patch and measured by globe.evaluate. Loads
+all three models with plain AutoModelForCausalLM, checks that the two patched ones say the same, prints what was lost
+and saved, and lets the original and the compressed model continue the same text. They draw with the same seed, so
+their texts part where their distributions do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where dense/ and globe/ are")
+    parser.add_argument("folder", type=Path, help="where run/, dense/ and globe/ are")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=60, help="length of the continuation")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,6 +53,16 @@ def evaluation(folder: Path) -> dict[str, Any]:
         sys.exit(f"{path} is missing: run make demo, or python -m globe.evaluate model={folder}")
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
+
+
+def sizes_of(folder: Path) -> str:
+    """Which sizes the banks of a run have, and how well they fit: one line."""
+    record: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    banks = record["banks"]
+    sizes = {
+        f"m={one['m']} r={one['r']}" + (f" k={one['atom_rank']}" if one["atom_rank"] else "") for one in banks
+    }
+    return f"{len(banks)} banks of {', '.join(sorted(sizes))}; RelFrob {record['relfrob']:.4f} on average"
 
 
 def table(dense: dict[str, Any], compact: dict[str, Any]) -> Table:
@@ -126,6 +136,7 @@ def main() -> None:
     apart = usual_difference(models["dense"], models["globe"], ids)
     moved = usual_difference(models["original"], models["globe"], ids)
     console = Console(width=100)
+    console.print(sizes_of(options.folder / "run"), highlight=False)
     console.print(table(dense, compact))
     console.print(
         f"logits on the prompt, largest difference at the median token: dense to globe {apart:.4f}, original to globe "

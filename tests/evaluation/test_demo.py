@@ -27,6 +27,8 @@ def program(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_demo_loads_both_forms_prints_its_table_and_lets_them_write(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(None)
     run = write_run(tmp_path / "run", [random_bank(checkpoint, [(3, one)], seed=5) for one in ("up", "gate")])
+    banks = [{"m": 4, "r": 28, "atom_rank": None}, {"m": 16, "r": 29, "atom_rank": 5}]
+    write_json(run / "summary.json", {"banks": banks, "relfrob": 0.26371})
     for form in ("dense", "globe"):
         out = tmp_path / form
         patch(parse([f"run={run}", f"out={out}", f"format={form}"]))
@@ -34,6 +36,7 @@ def test_the_demo_loads_both_forms_prints_its_table_and_lets_them_write(tmp_path
         write_json(out / "evaluation.json", result.to_dict())
     done = program(str(tmp_path), "--tokens", "12", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "2 banks of m=16 r=29 k=5, m=4 r=28; RelFrob 0.2637 on average" in done.stdout
     figures = json.loads((tmp_path / "globe" / "evaluation.json").read_text())
     assert f"{figures['perplexity']['perplexity']:.2f}" in done.stdout
     assert f"{figures['sizes']['model_bytes']['after']:,}" in done.stdout
