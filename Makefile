@@ -78,6 +78,16 @@ demo: $(STAMP)  ## Compress the whole embedded model, patch it both ways, measur
 bench: $(STAMP)  ## Measure GloBE against the closed forms at the same kept parameters
 	$(ENV) $(PY) experiments/bench/run.py $(ARGS)
 
+.PHONY: docs
+docs: $(STAMP)  ## Build the site of docs/ in site/ (the first time it installs mkdocs-material)
+	@$(PY) -c 'import material' 2>/dev/null || \
+	  $(PY) -m pip install --quiet --no-input --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
+	$(BIN)/mkdocs build
+
+.PHONY: docs-reference
+docs-reference: $(STAMP)  ## Write docs/configuration.md anew, from the dataclasses and conf/
+	$(ENV) $(PY) experiments/docs/reference.py
+
 # --- checks -------------------------------------------------------------------------------------------------------
 
 .PHONY: test

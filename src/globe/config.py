@@ -249,10 +249,14 @@ class InitConfig:
 
 @dataclass
 class CurveConfig:
+    """How one number goes through a fit."""
+
     kind: Curve = Curve.constant
     """Shape of the way from start to end; constant stays at start."""
     start: float = 0.0
+    """Value at the first step."""
     end: float = 0.0
+    """Value at the last step."""
     warmup: float = 0.0
     """Share of all steps, 0 to 1, spent at `start` before the way begins."""
     hold: float = 0.0
@@ -392,10 +396,13 @@ class WandbConfig:
     mode: WandbMode = WandbMode.disabled
     """disabled never imports wandb; offline writes beside the run, asks for nothing; online needs a key."""
     project: str = "globe"
+    """Project that the runs belong to."""
     entity: str | None = None
+    """Team or user; null is the default of the account."""
     group: str | None = None
     """Null is the sweep's name."""
     tags: list[str] = field(default_factory=list)
+    """Labels of the run, to find it by."""
     log_every: int = 1
     """Steps between two logged points."""
 
@@ -412,7 +419,9 @@ class Config:
     method: Method = Method.globe
     """What approximates the experts: a GloBE bank, or a method it is measured against, with the same budget."""
     seed: int = 0
+    """Decides every random draw, bank by bank: which other banks a run has makes no difference."""
     device: Device = Device.auto
+    """Where fits run; auto is a CUDA device where there is one, else the CPU."""
     dtype: FitDtype = FitDtype.float32
     """Arithmetic of the fit."""
     export_dtype: ExportDtype = ExportDtype.auto
