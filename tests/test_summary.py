@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from globe.charts import BankCharts
 from globe.summary import BankReport, BankRuntime, RunSummary, print_summary, read_summary
 
 REPORT = BankReport(
@@ -38,6 +39,7 @@ REPORT = BankReport(
     atom_usage=(4, 5),
     expert_relfrob=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
     metrics={"mse": 0.09, "code_condition": None},
+    charts=BankCharts((0, 5), (0, 1), ((1.0, 0.0), (0.25, 0.75)), (0, 5), (1, 5), (2.5, 0.1), (2.4, 0.0)),
 )
 RUNTIME = BankRuntime(1.5, 2.0, 0.1, 1.0, 0.2, 13.3, 3.0, 1e6, 200 * 2**20, None)
 
@@ -76,6 +78,15 @@ def test_the_file_gives_the_summary_back(tmp_path: Path) -> None:
     summary = summary_of(REPORT, failed={"layer004.up": "broke"})
     (tmp_path / "summary.json").write_text(json.dumps(summary.to_dict(), allow_nan=False))
     assert read_summary(tmp_path / "summary.json") == summary
+
+
+def test_a_summary_without_charts_is_still_read(tmp_path: Path) -> None:
+    """Those of earlier versions have none, and their artefacts are not to be learned anew for it."""
+    summary = summary_of(REPORT)
+    record = summary.to_dict()
+    del record["banks"][0]["charts"]
+    (tmp_path / "summary.json").write_text(json.dumps(record))
+    assert read_summary(tmp_path / "summary.json") == replace(summary, banks=(replace(REPORT, charts=None),))
 
 
 @pytest.mark.parametrize("change", [{"format_version": 99}, {"banks": [{}]}, {"name": None, "device": 3}])

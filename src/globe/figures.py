@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from globe import metrics
 from globe.am.records import FitResult, StepRecord
+from globe.artefact_record import BankArtefact
+from globe.charts import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
+from globe.compose import rebuild
 from globe.finalise import Finalised
+from globe.normalise import Joined
 
 _SPECTRUM_BUDGET = 2e10
 """Multiply-adds for the spectra behind the effective rank; experts beyond it are left out, evenly."""
 _FEWEST_SPECTRA = 4
+_DRAWN_SPECTRA = 16
+"""Experts, of those at most, whose rebuilt spectra are taken as well."""
+
+
+class Spectra(NamedTuple):
+    """Singular values of some of the experts."""
+
+    rows: tuple[int, ...]
+    values: Float[Tensor, "k q"]
+    """largest first"""
+
+
+def expert_spectra(X: Float[Tensor, "n p d"]) -> Spectra:
+    """The singular values of all normalised experts, or of as many as the budget allows, evenly spaced."""
+    n, p, d = X.shape
+    count = max(int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)), _FEWEST_SPECTRA)
+    rows = spread_out(n, count)
+    return Spectra(tuple(rows), metrics.singular_values(X[rows]))
 
 
 def bank_figures(
-    X: Float[Tensor, "n p d"], result: FitResult, done: Finalised, last: StepRecord | None
+    X: Float[Tensor, "n p d"],
+    spectra: Spectra,
+    result: FitResult,
+    done: Finalised,
+    last: StepRecord | None,
 ) -> dict[str, float | None]:
     """Reconstruction, sparsity and stability of one bank; None stands for a figure that is not finite.
 
     `X` are the normalised experts, `last` the record of the last step (None: a fit without steps).
     Reconstruction is that of the exported factors.
     """
-    figures = _reconstruction(X, result, done) | _sparsity(done) | _stability(result, done)
+    figures = _reconstruction(X, spectra, result, done) | _sparsity(done) | _stability(result, done)
     if last is not None:
         figures |= {
             "temperature": last.temperature,
@@ -42,25 +70,70 @@ def expert_relfrob(done: Finalised) -> tuple[float, ...]:
     return tuple(metrics.relfrob(error[None], norm[None]) for error, norm in pairs)
 
 
-def mean_jaccard(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> float | None:
-    """Jaccard index of the up and gate supports, mean over the layers that have both; None for no layer.
+def jaccard_by_layer(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> dict[int, float]:
+    """Jaccard index of the up and gate supports of every layer that has both, by layer.
 
     The keys are (layer, family). Layers whose two banks differ in shape are left out.
     """
-    values = [
-        metrics.jaccard(up, codes[layer, "gate"])
+    return {
+        layer: metrics.jaccard(up, codes[layer, "gate"])
         for (layer, family), up in codes.items()
         if family == "up" and (layer, "gate") in codes and codes[layer, "gate"].shape == up.shape
-    ]
-    return sum(values) / len(values) if values else None
+    }
 
 
-def _reconstruction(X: Float[Tensor, "n p d"], result: FitResult, done: Finalised) -> dict[str, float]:
-    n, p, d = X.shape
+def jaccard_figures(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> dict[str, float | None]:
+    """The mean over the layers (None for no layer), and the index of each."""
+    values = jaccard_by_layer(codes)
+    mean = sum(values.values()) / len(values) if values else None
+    return {"support_jaccard": mean} | {f"support_jaccard_layer{at:03d}": one for at, one in values.items()}
+
+
+def bank_charts(spectra: Spectra, joined: Joined, artefact: BankArtefact) -> BankCharts:
+    """Code shares and singular spectra of an exported bank, within the bounds of `globe.charts`."""
+    shares = metrics.code_shares(artefact.codes)
+    atoms = largest(shares.sum(dim=0).tolist(), MOST_ATOMS)
+    experts = spread_out(artefact.n, max(1, MOST_CODES // len(atoms)))
+    kept = spread_out(len(spectra.rows), _DRAWN_SPECTRA)
+    rows = [spectra.rows[at] for at in kept]
+    ranks = spread_out(spectra.values.shape[1], MOST_RANKS)
+    rebuilt = torch.stack([_rebuilt_spectrum(joined, artefact, row) for row in rows])
+    return BankCharts(
+        code_experts=tuple(experts),
+        code_atoms=tuple(atoms),
+        code_shares=tuple(
+            tuple(round(float(share), 3) for share in shares[expert, atoms]) for expert in experts
+        ),
+        spectrum_experts=tuple(rows),
+        spectrum_ranks=tuple(rank + 1 for rank in ranks),
+        spectrum_original=_rounded(spectra.values[kept][:, ranks].mean(dim=0)),
+        spectrum_rebuilt=_rounded(rebuilt[:, ranks].mean(dim=0)),
+    )
+
+
+def _rebuilt_spectrum(joined: Joined, artefact: BankArtefact, row: int) -> Float[Tensor, " q"]:
+    """Singular values of one rebuilt expert, in the units of the normalised ones."""
+    expert = rebuild(artefact, [row], dtype=joined.experts.dtype)
+    if joined.mean is not None:
+        member = next(at for at, stop in enumerate(joined.starts[1:]) if row < stop)
+        expert = expert - joined.mean[member]
+    if joined.scale is not None:
+        scale = joined.scale[row]
+        expert = expert / (scale if scale.dim() == 0 else scale.unsqueeze(1))
+    return metrics.singular_values(expert)[0]
+
+
+def _rounded(values: Float[Tensor, " q"]) -> tuple[float, ...]:
+    return tuple(float(f"{float(value):.4g}") for value in values)
+
+
+def _reconstruction(
+    X: Float[Tensor, "n p d"], spectra: Spectra, result: FitResult, done: Finalised
+) -> dict[str, float]:
+    _, p, d = X.shape
     spread = metrics.spread(X)
     per_expert = metrics.explained_variance_per_expert(done.errors, spread)
-    chosen = _spread_out(n, int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)))
-    ranks = metrics.effective_rank(metrics.singular_values(X[chosen])).double()
+    ranks = metrics.effective_rank(spectra.values).double()
     return {
         "mse": metrics.mse(done.errors, p * d),
         "explained_variance": metrics.explained_variance(done.errors, spread),
@@ -70,7 +143,7 @@ def _reconstruction(X: Float[Tensor, "n p d"], result: FitResult, done: Finalise
         "energy_captured": result.energy_captured,
         "effective_rank_mean": float(ranks.mean()),
         "effective_rank_max": float(ranks.max()),
-        "effective_rank_experts": len(chosen),
+        "effective_rank_experts": len(spectra.rows),
     }
 
 
@@ -106,9 +179,3 @@ def _stability(result: FitResult, done: Finalised) -> dict[str, float]:
         "rejected": result.rejected,
         "regularised_solves": result.regularised_solves,
     }
-
-
-def _spread_out(n: int, count: int) -> list[int]:
-    """`count` of n positions, the first and the last among them; at least a few, at most all."""
-    count = min(n, max(count, _FEWEST_SPECTRA))
-    return [position * (n - 1) // max(count - 1, 1) for position in range(count)]

@@ -19,11 +19,12 @@ from globe.am.loop import fit_bank
 from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
 from globe.artefact import BankArtefact, Member, write_artefact
+from globe.charts import BankCharts
 from globe.checkpoint import Checkpoint
 from globe.config import Config
 from globe.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
 from globe.errors import FitError
-from globe.figures import bank_figures, expert_relfrob
+from globe.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra
 from globe.finalise import Finalised, finalise
 from globe.fit_baseline import fit_baseline
 from globe.fit_state import Fitting, read_state, remove_state, write_state
@@ -144,8 +145,10 @@ def _attempt(
         )
     artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
     scheduled = watch.last if bank.baseline is None else None
-    figures = bank_figures(joined.experts, result, done, scheduled) | _of_members(artefact, done)
-    report = _report(run, artefact, bank, result, done, fitting.attempt, figures)
+    spectra = expert_spectra(joined.experts)
+    figures = bank_figures(joined.experts, spectra, result, done, scheduled) | _of_members(artefact, done)
+    charts = bank_charts(spectra, joined, artefact)
+    report = _report(run, artefact, bank, result, done, fitting.attempt, figures, charts)
     artefact = replace(artefact, metrics=report.to_dict())
     runtime = watch.runtime(result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read)
     write_json(run.folder.runtime(key), asdict(runtime))
@@ -271,6 +274,7 @@ def _report(
     done: Finalised,
     attempt: int,
     figures: dict[str, float | None],
+    charts: BankCharts,
 ) -> BankReport:
     sizes, codes = bank.sizes, artefact.codes
     return BankReport(
@@ -300,6 +304,7 @@ def _report(
         metrics=figures,
         method=str(run.config.method),
         atom_rank=sizes.atom_rank,
+        charts=charts,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.figures import mean_jaccard
+from globe.figures import jaccard_figures
 from globe.learn import Learned
 from globe.problem import BankPlan
 from globe.run_folder import BankStatus, RunFolder, State
@@ -40,7 +40,7 @@ class Ledger:
                 self.summary,
                 banks=(*self.summary.banks, report),
                 runtimes=runtimes,
-                metrics={"support_jaccard": mean_jaccard(self._codes)},
+                metrics=jaccard_figures(self._codes),
             )
         )
         figures = (report.relfrob_start, report.relfrob, 100 * report.kept)

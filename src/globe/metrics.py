@@ -172,20 +172,21 @@ def summarise_support(codes: Float[Tensor, "n m"]) -> SupportSummary:
     )
 
 
-def _shares(codes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+def code_shares(codes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """q_ij = alpha_ij / sum_j alpha_ij in float64; zero for an expert without codes."""
     wide = widen(codes)
     return wide / wide.sum(dim=1, keepdim=True).clamp_min(1e-300)
 
 
 def entropy(codes: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
     """-sum_j q_ij log q_ij in nats, q_i = alpha_i / sum alpha_i: 0 for one atom, log m for equal codes."""
-    q = _shares(codes)
+    q = code_shares(codes)
     return -torch.xlogy(q, q).sum(dim=1)
 
 
 def effective_support(codes: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
     """S_eff = 1 / sum_j q_ij^2, q_i = alpha_i / sum alpha_i: k for k equal codes, 0 without codes."""
-    weight = _shares(codes).square().sum(dim=1)
+    weight = code_shares(codes).square().sum(dim=1)
     return torch.where(weight > 0, 1 / weight.clamp_min(1e-300), 0.0)
 
 

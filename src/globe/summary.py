@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from globe.charts import BankCharts
 from globe.run_folder import read_json
 
 FORMAT_VERSION = 1
@@ -60,6 +61,8 @@ class BankReport:
     method: str = "globe"
     atom_rank: int | None = None
     """k of low-rank atoms; None for dense ones"""
+    charts: BankCharts | None = None
+    """what the report draws; None in the summaries of earlier versions, which had none"""
 
     @property
     def kept(self) -> float:
@@ -67,14 +70,17 @@ class BankReport:
         return self.kept_parameters / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
-        lists = {name: list(getattr(self, name)) for name in _LISTS}
-        return asdict(self) | lists | {"kept": self.kept, "support_median": median(self.supports)}
+        own: dict[str, Any] = {name: list(getattr(self, name)) for name in _LISTS}
+        own |= {"charts": None if self.charts is None else self.charts.to_dict()}
+        return asdict(self) | own | {"kept": self.kept, "support_median": median(self.supports)}
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> BankReport:
         """Raises KeyError or TypeError when the record was written by another version."""
-        known = {one.name: record[one.name] for one in fields(BankReport)}
-        return BankReport(**known | {name: tuple(record[name]) for name in _LISTS})
+        known = {one.name: record[one.name] for one in fields(BankReport) if one.name != "charts"}
+        drawn = record.get("charts")
+        charts = None if drawn is None else BankCharts.from_dict(drawn)
+        return BankReport(**known | {name: tuple(record[name]) for name in _LISTS} | {"charts": charts})
 
 
 @dataclass(frozen=True, slots=True)

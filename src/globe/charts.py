@@ -1,0 +1,56 @@
+"""What of a bank can only be drawn, not told in a number: kept in `summary.json`, small whatever the bank's size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+MOST_CODES = 2048
+"""Code shares that are kept of a bank."""
+MOST_ATOMS = 64
+MOST_RANKS = 64
+"""Singular values that are kept of a spectrum."""
+
+
+@dataclass(frozen=True, slots=True)
+class BankCharts:
+    """Code shares and spectra, rounded to what an eye can see."""
+
+    code_experts: tuple[int, ...]
+    """rows of the bank whose codes are kept: all, or evenly spaced ones"""
+    code_atoms: tuple[int, ...]
+    """atoms whose codes are kept, ascending: all, or those with the largest shares over all experts"""
+    code_shares: tuple[tuple[float, ...], ...]
+    """alpha_ij / sum_j alpha_ij of these experts (rows) and atoms (columns); the sum runs over all atoms"""
+    spectrum_experts: tuple[int, ...]
+    """rows of the bank whose singular values are averaged"""
+    spectrum_ranks: tuple[int, ...]
+    """which singular values are kept, from 1"""
+    spectrum_original: tuple[float, ...]
+    """those of the normalised experts, mean over `spectrum_experts`"""
+    spectrum_rebuilt: tuple[float, ...]
+    """the same of the rebuilt experts; what is below 1e-8 of an expert's largest is rounding"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: lists, where the record has tuples."""
+        record = {one.name: list(getattr(self, one.name)) for one in fields(self)}
+        return record | {"code_shares": [list(row) for row in self.code_shares]}
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> BankCharts:
+        """Raises KeyError or TypeError when the record is another one."""
+        known = {one.name: tuple(record[one.name]) for one in fields(BankCharts)}
+        return BankCharts(**known | {"code_shares": tuple(tuple(row) for row in record["code_shares"])})
+
+
+def spread_out(n: int, count: int) -> list[int]:
+    """`count` of n positions (all if there are no more), evenly, the first and the last among them."""
+    count = min(n, count)
+    return [position * (n - 1) // max(count - 1, 1) for position in range(count)]
+
+
+def largest(values: Sequence[float], count: int) -> list[int]:
+    """Positions of the `count` largest values, ascending; of equal ones the first."""
+    order = sorted(range(len(values)), key=lambda at: (-values[at], at))
+    return sorted(order[:count])
