@@ -1,0 +1,90 @@
+"""Pareto fronts, and which runs and banks are worth drawing in detail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from globe.charts import spread_out
+from globe.reporting.labels import group_of
+from globe.reporting.runs import ReportRun
+from globe.summary import BankReport
+
+CURVES = 8
+"""Runs that are told apart in a picture of curves; the others are grey."""
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One bank of one run."""
+
+    run: ReportRun
+    bank: BankReport
+    label: str
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points that no other beats in one coordinate and equals or beats in the other, by the first.
+
+    Both coordinates are better when smaller. Of equal points the first counts.
+    """
+    order = sorted(range(len(points)), key=lambda at: (*points[at], at))
+    best, chosen = float("inf"), []
+    for at in order:
+        if points[at][1] < best:
+            best = points[at][1]
+            chosen.append(at)
+    return chosen
+
+
+def fronts(runs: Sequence[ReportRun]) -> dict[str, list[ReportRun]]:
+    """The front of RelFrob against kept of every group of comparable runs, by the group's name."""
+    groups: dict[str, list[ReportRun]] = {}
+    for run in runs:
+        if run.measured:
+            groups.setdefault(group_of(run), []).append(run)
+    return {
+        name: [members[at] for at in pareto([coordinates(run) for run in members])]
+        for name, members in groups.items()
+    }
+
+
+def coordinates(run: ReportRun) -> tuple[float, float]:
+    """Kept share of the compressed families and RelFrob."""
+    assert run.summary is not None
+    return run.summary.kept, run.summary.relfrob
+
+
+def highlighted(runs: Sequence[ReportRun], count: int) -> list[ReportRun]:
+    """At most `count` runs by which to know a sweep: evenly along the fronts, then those with the least error."""
+    front = [run for members in fronts(runs).values() for run in members]
+    chosen = [front[at] for at in spread_out(len(front), count)]
+    taken = {run.number for run in chosen}
+    rest = sorted(
+        (run for run in runs if run.measured and run.number not in taken),
+        key=lambda run: (coordinates(run)[1], run.number),
+    )
+    return sorted([*chosen, *rest[: count - len(chosen)]], key=lambda run: run.number)
+
+
+def tracks(runs: Sequence[ReportRun], names: Mapping[int, str], count: int) -> list[Track]:
+    """At most `count` banks of the highlighted runs: one each, or several evenly spaced where the runs are few."""
+    chosen = highlighted(runs, count)
+    each = max(1, count // max(1, len(chosen)))
+    alone = len(runs) == 1
+    found = []
+    for run in chosen:
+        every = all_tracks([run], names, alone=alone)
+        found += [every[at] for at in spread_out(len(every), each)]
+    return found
+
+
+def all_tracks(runs: Sequence[ReportRun], names: Mapping[int, str], *, alone: bool) -> list[Track]:
+    """Every bank there is; of a run that is `alone` its own name and number say nothing."""
+    found = []
+    for run in runs:
+        for bank in () if run.summary is None else run.summary.banks:
+            name = names[run.number]
+            own = bank.key if alone else f"{name} {bank.key}" if run.banks_done > 1 else name
+            found.append(Track(run, bank, own))
+    return found

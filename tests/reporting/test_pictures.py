@@ -1,0 +1,191 @@
+"""What the pictures show: the numbers of the runs, on axes that say what and in which unit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from globe.charts import BankCharts
+from globe.reporting import bank_plots, sweep_plots
+from globe.reporting.front import Track, tracks
+from globe.reporting.labels import labels
+from globe.reporting.runs import ReportRun
+from globe.reporting.style import few_markers, series_style
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The axes of the figures that are made, which are not rendered."""
+    from matplotlib.figure import Figure
+
+    kept: list[Any] = []
+
+    def draw(
+        make: Any, *, rows: int = 1, columns: int = 1, width: float = 7, height: float = 3, **shared: Any
+    ) -> bytes:
+        axes = Figure(figsize=(width, height * rows)).subplots(rows, columns, squeeze=False, **shared)
+        make(axes[0, 0].figure, axes)
+        kept.append(axes)
+        return b""
+
+    for module in (sweep_plots, bank_plots):
+        monkeypatch.setattr(module, "draw", draw)
+    yield kept
+    for axes in kept:
+        assert all(plot.get_xlabel() for plot in axes[-1] if plot.has_data())
+
+
+def lines_of(plot: Any) -> dict[str, tuple[list[float], list[float]]]:
+    found = {}
+    for line in plot.lines:
+        xs, ys = (np.asarray(values, dtype=float).tolist() for values in line.get_data())
+        found[str(line.get_label())] = (xs, ys)
+    return found
+
+
+@pytest.fixture
+def measured(runs: tuple[ReportRun, ...]) -> tuple[ReportRun, ...]:
+    return runs[:3]
+
+
+@pytest.fixture
+def all_tracks(measured: tuple[ReportRun, ...]) -> list[Track]:
+    return tracks(measured, labels(measured), 8)
+
+
+def test_the_front_shows_percent_and_joins_what_is_best(
+    drawn: list[Any], measured: tuple[ReportRun, ...]
+) -> None:
+    sweep_plots.error_front(measured)
+    plot = drawn[0][0, 0]
+    points = sorted((100 * run.summary.kept, run.summary.relfrob) for run in measured if run.summary)
+    shown = sorted(
+        point
+        for line in plot.lines
+        if line.get_marker() == "o"
+        for point in zip(*line.get_data(), strict=True)
+    )
+    assert np.allclose(shown, points)
+    (front,) = [line for line in plot.lines if line.get_drawstyle() == "steps-post"]
+    errors = list(front.get_ydata())
+    assert errors == sorted(errors, reverse=True)
+    assert min(errors) == min(y for _, y in points)
+    assert [text.get_text() for text in plot.texts] == ["#1", "#2"]  # 3 is as good as 2, and comes later
+    assert "(%)" in plot.get_xlabel()
+
+
+def test_perplexity_has_its_interval_and_the_original(
+    drawn: list[Any], measured: tuple[ReportRun, ...]
+) -> None:
+    sweep_plots.perplexity_front(measured)
+    plot = drawn[0][0, 0]
+    assert ([90.0, 90.0], [7.5, 8.5]) in [tuple(map(list, line.get_data())) for line in plot.lines]
+    assert list(lines_of(plot)["the original"][1]) == [6.5, 6.5]
+
+
+def test_runs_that_differ_in_support_alone_are_joined(
+    drawn: list[Any], measured: tuple[ReportRun, ...]
+) -> None:
+    sparse = replace(measured[1], summary=_with_supports(measured[1], 2))
+    series = sweep_plots.support_series(
+        (measured[0], sparse, measured[2]), ("bank.m", "codes.target_support")
+    )
+    assert {name: [x for x, _, _ in points] for name, points in series.items()} == {"m=2": [2], "m=3": [2, 3]}
+    sweep_plots.error_by_support(series)
+    assert lines_of(drawn[0][0, 0])["m=3"][0] == [2, 3]
+
+
+def _with_supports(run: ReportRun, size: int) -> Any:
+    assert run.summary is not None
+    banks = tuple(replace(bank, supports=(size,) * bank.n) for bank in run.summary.banks)
+    return replace(run.summary, banks=banks)
+
+
+def test_curves_start_at_the_warm_start_and_the_others_are_grey(
+    drawn: list[Any], measured: tuple[ReportRun, ...], all_tracks: list[Track]
+) -> None:
+    picture = sweep_plots.convergence(measured, all_tracks[:1])
+    found = lines_of(drawn[0][0, 0])
+    xs, ys = found[all_tracks[0].label]
+    assert np.allclose(xs, [0, 0.1, 0.2, 0.3, 0.4])
+    assert np.allclose(ys, [0.9, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    assert sum(line.get_color() == sweep_plots.GREY for line in drawn[0][0, 0].lines) == 2
+    assert "The 2 others are grey" in picture.caption
+
+
+def test_only_schedules_that_move_are_drawn(drawn: list[Any], all_tracks: list[Track]) -> None:
+    assert sweep_plots.trajectories(all_tracks) is None
+    assert sweep_plots.constant_schedules(all_tracks) == ["temperature = 1", "lam = 0", "beta = 1"]
+    assert len(sweep_plots.distinct_schedules(all_tracks, 8)) == 1
+    one = all_tracks[0]
+    trace = replace(one.run.traces[one.bank.key], lam=(0.0, 0.5, None, 1.0))
+    moved = Track(replace(one.run, traces={one.bank.key: trace}), one.bank, one.label)
+    both = sweep_plots.distinct_schedules([*all_tracks, moved], 8)
+    assert len(both) == 2
+    assert sweep_plots.trajectories(both) is not None
+    (axes,) = drawn
+    assert axes.shape == (1, 1)
+    assert axes[0, 0].get_ylabel() == "homotopy lam"
+    ys = lines_of(axes[0, 0])[moved.label][1]
+    assert ys[:2] == [0, 0.5]
+    assert np.isnan(ys[2])
+
+
+def test_codes_usage_and_errors_stand_in_line(drawn: list[Any], all_tracks: list[Track]) -> None:
+    one = all_tracks[0]
+    charts = BankCharts((0, 3), (1,), ((0.25,), (0.75,)), (0,), (1, 5), (2.0, 1.0), (1.9, 1e-9))
+    bank = replace(one.bank, charts=charts, atom_usage=(0, 5), m=2)
+    picture = bank_plots.code_map(Track(one.run, bank, one.label), 1)
+    (above, _), (middle, beside) = drawn[0]
+    assert middle.images[0].get_array().tolist() == [[0.25], [0.75]]
+    assert [bar.get_height() for bar in above.patches] == [5]
+    assert [bar.get_width() for bar in beside.patches] == [bank.expert_relfrob[0], bank.expert_relfrob[3]]
+    assert "2 of 6 experts, evenly spaced; the 1 most used of 2 atoms" in picture.caption
+    assert "1 of the atoms unused" in picture.caption
+    bank_plots.spectra([Track(one.run, bank, one.label)])
+    found = lines_of(drawn[1][0, 0])
+    assert found["original"] == ([1, 5], [2, 1])
+    assert np.isnan(found["rebuilt"][1][1])  # rounding is not drawn
+    assert drawn[1][0, 0].get_yscale() == "log"
+
+
+def test_layers_come_from_banks_or_from_the_members_of_one(measured: tuple[ReportRun, ...]) -> None:
+    run = measured[0]
+    assert run.summary is not None
+    (bank,) = run.summary.banks
+    alone = [
+        replace(bank, key=f"layer{at:03d}.up", relfrob=at / 10, metrics={"effective_rank_mean": 4.0 + at})
+        for at in (5, 3)
+    ]
+    series = bank_plots.layer_series(
+        [replace(run, summary=replace(run.summary, banks=tuple(alone)))], {1: "#1"}
+    )
+    assert series == {"up": {3: (0.3, 7.0), 5: (0.5, 9.0)}}
+    shared = replace(
+        bank, key="layers003-005.gate", metrics={f"relfrob_layer{at:03d}_gate": 0.25 for at in (3, 5)}
+    )
+    series = bank_plots.layer_series([replace(run, summary=replace(run.summary, banks=(shared,)))], {1: "#1"})
+    assert series == {"gate": {3: (0.25, None), 5: (0.25, None)}}
+    assert bank_plots.layer_series(measured, labels(measured)) == {}
+
+
+def test_series_stay_apart_without_colour() -> None:
+    styles = [series_style(index) for index in range(8)]
+    assert len({style["marker"] for style in styles}) == 8
+    assert len({style["color"] for style in styles}) == 8
+    shades = [_luminance(style["color"]) for style in styles]
+    neighbours = [abs(a - b) for a, b in itertools.pairwise(shades)]
+    lines = [str(style["linestyle"]) for style in styles]
+    assert all(gap > 0.05 or lines[at] != lines[at + 1] for at, gap in enumerate(neighbours))
+    starts = {few_markers(index, 80)[0] for index in range(4)}
+    assert len(starts) == 4  # curves that lie on each other all show
+
+
+def _luminance(colour: str) -> float:
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue
