@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,11 @@ class ReportOptions:
             raise ConfigError(f"details={self.details} is not possible: give a number of banks from 0 to 64")
 
 
+def parse(arguments: Sequence[str]) -> ReportOptions:
+    """Checked options of a command line. Raises ConfigError, or OmegaConf's error for a key or value."""
+    return parse_options(ReportOptions, arguments)
+
+
 def report(options: ReportOptions) -> tuple[tuple[ReportRun, ...], Report, Path]:
     """Read the runs, build the report, write it; returns all three. Raises ConfigError with one sentence."""
     if (options.sweep is None) == (options.run is None):
@@ -80,7 +86,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
-    runs, built, out = report(parse_options(ReportOptions, sys.argv[1:]))
+    runs, built, out = report(parse(sys.argv[1:]))
     lacking = sum(run.state != "finished" for run in runs)
     said = f", {lacking} of them not finished" if lacking else ""
     print(

@@ -13,7 +13,7 @@ import globe.learn
 from globe.errors import ConfigError
 from globe.evaluation.bootstrap import Interval
 from globe.evaluation.divergence import Divergence
-from globe.evaluation.perplexity import Perplexity
+from globe.evaluation.perplexity import Perplexity, Rise
 from globe.evaluation.report import Evaluation
 from globe.evaluation.sizes import Change, ModelSizes
 from globe.hf.footprint import Footprint
@@ -70,7 +70,7 @@ def evaluate(folder: Path, *, perplexity: float) -> None:
         settings={"text": "embedded", "counted_tokens": 1234, "window": 256},
         perplexity=own,
         perplexity_original=Perplexity(1.9, 6.5, None, 1.4, 0.5, None),
-        rise=None,
+        rise=Rise(0.1, ratio=perplexity / 6.5, ratio_interval=Interval(1.0, 1.5)),
         divergence=Divergence(0.01, None, 0.9, None),
         activation_errors=(),
         spot_checks=(),

@@ -84,6 +84,14 @@ def test_perplexity_has_its_interval_and_the_original(
 ) -> None:
     sweep_plots.perplexity_front(measured)
     plot = drawn[0][0, 0]
+    found = [tuple(map(list, line.get_data())) for line in plot.lines]
+    assert any(xs == [90.0, 90.0] and np.allclose(ys, [0, 50]) for xs, ys in found)
+    shown = {round(float(y), 6) for line in plot.lines if line.get_marker() == "o" for y in line.get_ydata()}
+    assert shown == {round(100 * (perplexity / 6.5 - 1), 6) for perplexity in (8.0, 7.0)}
+    assert "rise" in plot.get_ylabel()
+    alone = [replace(run, quality=replace(run.quality, rise=None)) for run in measured if run.quality]
+    sweep_plots.perplexity_front(alone)
+    plot = drawn[1][0, 0]
     assert ([90.0, 90.0], [7.5, 8.5]) in [tuple(map(list, line.get_data())) for line in plot.lines]
     assert list(lines_of(plot)["the original"][1]) == [6.5, 6.5]
 

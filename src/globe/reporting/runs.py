@@ -54,6 +54,8 @@ class Quality:
     high: float | None
     original: float | None
     """perplexity of the model before"""
+    rise: tuple[float, float | None, float | None] | None
+    """perplexity over that of the model before, less 1, with the ends of its paired bootstrap interval"""
     kl: float | None
     """KL(original || model) of the next token, nats"""
     kept_model: float | None
@@ -218,12 +220,22 @@ def read_quality(file: Path) -> Quality | None:
             low=None if interval is None else _number(interval[0]),
             high=None if interval is None else _number(interval[1]),
             original=None if before is None else _number(before["perplexity"]),
+            rise=_rise(record["rise"]),
             kl=None if far is None else _number(far["kl"]),
             kept_model=_number(sizes.get("ratio")),
             text=text,
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         return None
+
+
+def _rise(record: dict[str, Any] | None) -> tuple[float, float | None, float | None] | None:
+    """Of one model over another on the same windows, whose interval is far narrower than that of either."""
+    if record is None or (ratio := _number(record["ratio"])) is None:
+        return None
+    low, high = record["ratio_interval"] or (None, None)
+    ends = (_number(low), _number(high))
+    return (ratio - 1, *(None if end is None else end - 1 for end in ends))  # type: ignore[return-value]
 
 
 def _number(value: Any) -> float | None:

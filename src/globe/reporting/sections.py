@@ -136,6 +136,12 @@ def _perplexity(measured: Sequence[ReportRun]) -> Section:
         )
     if len(judged) < len(measured):
         said.append(f"{len(judged)} of {len(measured)} runs have been evaluated.")
+    rises = [run.quality.rise for run in judged if run.quality is not None and run.quality.rise is not None]
+    bounds = [(low, high) for _, low, high in rises if low is not None and high is not None]
+    if bounds and all(low <= 0 <= high for low, high in bounds):
+        said.append(
+            "Every interval holds the original's perplexity: this text does not tell these runs apart."
+        )
     if len(judged) == 1:
         quality = judged[0].quality
         assert quality is not None

@@ -60,46 +60,58 @@ def error_front(runs: Sequence[ReportRun]) -> Picture:
 
 
 def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
-    """Perplexity against the kept share of the whole model, with bootstrap intervals; one series per text."""
+    """What the patched model loses against the kept share of the whole model; one series per text.
+
+    The rise over the original with its paired interval, where every run was measured beside it, or else perplexity.
+    """
     series: dict[str, list[ReportRun]] = {}
     for run in runs:
         assert run.quality is not None
         series.setdefault(run.quality.text, []).append(run)
+    paired = all(run.quality is not None and run.quality.rise is not None for run in runs)
 
     def make(figure: Any, axes: Any) -> None:
         plot = axes[0, 0]
         for index, (text, members) in enumerate(series.items()):
-            points = [(run, *_perplexity_point(run)) for run in members]
+            points = [(run.number, *_perplexity_point(run, paired=paired)) for run in members]
+            best = [points[at] for at in pareto([(x, y) for _, x, y, _, _ in points])]
+            for _, x, _, low, high in points:
+                if low is not None and high is not None:
+                    plot.plot([x, x], [low, high], color=GREY, linewidth=1)
             style = series_style(index) | {"linestyle": "none"}
-            front = pareto([(x, y) for _, x, y in points])
-            best = {points[at][0].number for at in front}
-            for run, x, _ in points:
-                if run.quality is not None and run.quality.low is not None and run.quality.high is not None:
-                    plot.plot([x, x], [run.quality.low, run.quality.high], color=GREY, linewidth=0.8)
-            _points(plot, [(x, y, run.number) for run, x, y in points], best, style, text)
-            _draw_front(plot, [(points[at][0].number, points[at][1], points[at][2]) for at in front])
-            before = {run.quality.original for run in members if run.quality is not None} - {None}
-            for value in before:
-                plot.axhline(value, color="#444444", linestyle=(0, (2, 3)), linewidth=1, label="the original")
+            chosen = {number for number, *_ in best}
+            _points(plot, [(x, y, number) for number, x, y, _, _ in points], chosen, style, text)
+            _draw_front(plot, [(number, x, y) for number, x, y, _, _ in best])
+            originals = {run.quality.original for run in members if run.quality is not None} - {None}
+            for before in {0.0} if paired else originals:
+                plot.axhline(
+                    before, color="#444444", linestyle=(0, (2, 3)), linewidth=1, label="the original"
+                )
         plot.set_xlabel("kept parameters of the whole model (%)")
-        plot.set_ylabel("perplexity per token")
+        plot.set_ylabel("rise of perplexity over the original (%)" if paired else "perplexity per token")
         legend_below(figure, plot, columns=1 if len(series) > 1 else 2)
 
+    what = "Rise of the perplexity of the patched model over the original's" if paired else "Perplexity"
     return Picture(
         "fig-perplexity",
         "Perplexity against size",
-        "Perplexity of the patched model against what the whole model keeps; lower left is better. Grey bars are "
-        "bootstrap intervals of each perplexity; differences between runs on one text are surer than these. The line "
-        "joins the Pareto front.",
+        f"{what} against what the whole model keeps; lower left is better. Grey bars are bootstrap intervals"
+        f"{', paired by windows of the text' if paired else ''}. The line joins the Pareto front.",
         draw(make, height=4.0),
     )
 
 
-def _perplexity_point(run: ReportRun) -> tuple[float, float]:
-    assert run.quality is not None
-    assert run.summary is not None
-    kept = run.quality.kept_model if run.quality.kept_model is not None else run.summary.kept_model()
-    return 100 * kept, run.quality.perplexity
+def _perplexity_point(run: ReportRun, *, paired: bool) -> tuple[float, float, float | None, float | None]:
+    """Kept percent, the figure, and the ends of its interval."""
+    quality, summary = run.quality, run.summary
+    assert quality is not None
+    assert summary is not None
+    kept = 100 * (quality.kept_model if quality.kept_model is not None else summary.kept_model())
+    if not paired or quality.rise is None:
+        return kept, quality.perplexity, quality.low, quality.high
+    rise, low, high = (None if value is None else 100 * value for value in quality.rise)
+    assert rise is not None
+    return kept, rise, low, high
 
 
 def _points(

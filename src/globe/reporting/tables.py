@@ -51,7 +51,7 @@ def run_table(runs: Sequence[ReportRun], varied: Sequence[str]) -> Table:
     headings += ["method"] if methods else []
     headings += ["banks"] if several else []
     headings += ["m", "r", "median support", "kept of family", "kept of model", "RelFrob start", "RelFrob"]
-    headings += ["perplexity", "KL (nats)"] if judged else []
+    headings += ["perplexity", "rise", "KL (nats)"] if judged else []
     unlike = len({run.state for run in chosen}) > 1
     headings += ["steps", "fit (s)", *(["state"] if unlike else [])]
     front = {run.number for members in fronts(runs).values() for run in members}
@@ -80,6 +80,7 @@ def run_table(runs: Sequence[ReportRun], varied: Sequence[str]) -> Table:
             quality = run.quality
             cells += [
                 number(None if quality is None else quality.perplexity, "{:.4f}"),
+                number(None if quality is None or quality.rise is None else quality.rise[0], "{:+.3%}"),
                 number(None if quality is None else quality.kl, "{:.3g}"),
             ]
         times = [runtime.seconds for runtime in summary.runtimes.values()]
@@ -224,6 +225,8 @@ def _line(run: ReportRun, bank: BankReport | None, varied: Sequence[str], front:
     line["run_kept"] = summary.kept if done and summary is not None else None
     line["run_kept_model"] = summary.kept_model() if done and summary is not None else None
     line["run_on_front"] = run.number in front
+    for at, name in enumerate(("perplexity_rise", "perplexity_rise_low", "perplexity_rise_high")):
+        line[name] = None if quality is None or quality.rise is None else quality.rise[at]
     for name in ("perplexity", "low", "high", "original", "kl"):
         column = name if name in ("perplexity", "kl") else f"perplexity_{name}"
         line[column] = None if quality is None else getattr(quality, name)
