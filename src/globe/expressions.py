@@ -18,14 +18,7 @@ def resolve_size(key: str, value: int | str, symbols: Mapping[str, int], limit: 
     text is not understood, when the result is not a whole number (with its neighbours), or when it is not
     in [1, `limit`]; `limit_is` says in words what the limit is.
     """
-    exact = _evaluate(value, symbols)
-    if exact is None:
-        letters = " or ".join(symbols)
-        letter = next(iter(symbols))
-        raise ConfigError(
-            f"{key}={value!r} is not understood: give an integer or an expression in {letters} such as "
-            f"{letter}/4, 3{letter}/4 or {letter}"
-        )
+    exact = exact_size(key, value, symbols)
     shown = f"{key}={value}" if isinstance(value, int) else f"{key}={value!r}, which is {float(exact):g},"
     if exact > limit:
         raise ConfigError(f"{shown} is more than {limit_is}: give at most {limit}")
@@ -39,6 +32,19 @@ def resolve_size(key: str, value: int | str, symbols: Mapping[str, int], limit: 
     if exact < 1:
         raise ConfigError(f"{shown} is too small: give at least 1 and at most {limit}")
     return int(exact)
+
+
+def exact_size(key: str, value: int | str, symbols: Mapping[str, int]) -> Fraction:
+    """What such a text comes to, whole or not. Raises ConfigError naming `key` when it is not understood."""
+    exact = _evaluate(value, symbols)
+    if exact is None:
+        letters = " or ".join(symbols)
+        letter = next(iter(symbols))
+        raise ConfigError(
+            f"{key}={value!r} is not understood: give an integer or an expression in {letters} such as "
+            f"{letter}/4, 3{letter}/4 or {letter}"
+        )
+    return exact
 
 
 def _evaluate(value: int | str, symbols: Mapping[str, int]) -> Fraction | None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.checkpoint.architecture import Architecture, Layout, Slot, load_architecture
+from globe.checkpoint.architecture import FAMILIES, Architecture, Layout, Slot, load_architecture
 from globe.checkpoint.hub import Source, resolve
 from globe.checkpoint.location import Location, count_layers, find_layouts, locate_matrix
 from globe.checkpoint.model_config import read_config, refuse_quantised, size_of
@@ -80,6 +80,10 @@ class Checkpoint:
                 self.reader, self._layout(layer), family, layer, self.config, self.architecture.config
             )
         return self._shapes[layer, family]
+
+    def families(self, layer: int) -> tuple[str, ...]:
+        """Which of gate, up and down the experts of a layer have: some models have no gate."""
+        return tuple(family for family in FAMILIES if self._layout(layer).slot(family) is not None)
 
     def locate(self, layer: int, family: str, expert: int) -> Location:
         """Where the matrix of a routed expert, or of the shared one (-1), is in the files."""

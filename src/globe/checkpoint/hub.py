@@ -44,11 +44,16 @@ def resolve(path: str | None, *, revision: str | None = None, force_download: bo
         return Source(folder, path, None)
     if folder.is_file():
         raise CheckpointError(f"model.path={path!r} is a file: give the folder that holds it")
-    if not _HUB_ID.fullmatch(path) or path.startswith("."):
+    if not is_hub_id(path):
         raise CheckpointError(
             f"model.path={path!r} is neither a folder here nor a hub id (owner/name): correct it"
         )
     return _snapshot(path, revision, force_download)
+
+
+def is_hub_id(path: str) -> bool:
+    """Is this the form of a hub id, and no folder here?"""
+    return bool(_HUB_ID.fullmatch(path)) and not path.startswith(".") and not Path(path).expanduser().exists()
 
 
 def _snapshot(hub_id: str, revision: str | None, force_download: bool) -> Source:
@@ -63,34 +68,44 @@ def _snapshot(hub_id: str, revision: str | None, force_download: bool) -> Source
             allow_patterns=list(ALLOWED),
             ignore_patterns=list(IGNORED),
         )
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"model.path={hub_id!r} is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"model.path={hub_id!r} is neither a folder here nor a model on the hub open to you: correct it"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"model.revision={revision!r} does not exist for {hub_id}: give a branch, tag or commit of it"
-        ) from error
     except errors.LocalEntryNotFoundError as error:
         # Whatever else the hub's cache lacks, the reader itself checks for the tensors.
         found = str(getattr(error, "snapshot_path", ""))
         if not found:
-            raise CheckpointError(
-                f"model.path={hub_id!r} is neither a folder here nor in the hub cache, and the hub is out of "
-                "reach or HF_HUB_OFFLINE is set: download it once while online, or give a folder"
-            ) from error
+            raise explained(error, hub_id, revision) from error
     except Exception as error:  # the HTTP library underneath differs between versions
-        raise CheckpointError(
-            f"model.path={hub_id!r} could not be downloaded ({type(error).__name__}: {_first_line(error)}): "
-            "try again, or give a folder"
-        ) from error
+        raise explained(error, hub_id, revision) from error
     folder = Path(found)
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return Source(folder, hub_id, commit)
+
+
+def explained(error: Exception, hub_id: str, revision: str | None) -> CheckpointError:
+    """The sentence for whatever huggingface_hub raised."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            text = (
+                f"model.path={hub_id!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+            )
+        case errors.RepositoryNotFoundError():
+            text = f"model.path={hub_id!r} is neither a folder here nor a model on the hub open to you: correct it"
+        case errors.RevisionNotFoundError():
+            text = (
+                f"model.revision={revision!r} does not exist for {hub_id}: give a branch, tag or commit of it"
+            )
+        case errors.LocalEntryNotFoundError():
+            text = (
+                f"model.path={hub_id!r} is neither a folder here nor in the hub cache, and the hub is out of "
+                "reach or HF_HUB_OFFLINE is set: download it once while online, or give a folder"
+            )
+        case _:
+            text = (
+                f"model.path={hub_id!r} could not be downloaded ({type(error).__name__}: {_first_line(error)}): "
+                "try again, or give a folder"
+            )
+    return CheckpointError(text)
 
 
 def _first_line(error: Exception) -> str:

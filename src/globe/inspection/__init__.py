@@ -1,0 +1,1 @@
+"""What a checkpoint or a run holds, as plain records and as tables."""
