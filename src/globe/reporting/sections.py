@@ -41,7 +41,7 @@ def build(runs: Sequence[ReportRun], title: str, *, details: int) -> Report:
     measured = [run for run in runs if run.measured]
     sections = [_unfinished(runs)]
     if measured:
-        curves = tracks(measured, names, CURVES)
+        curves = tracks([run for run in measured if run.traces], names, CURVES)  # closed forms have none
         everything = all_tracks(measured, names, alone=len(measured) == 1)
         detailed = tracks(measured, names, details)
         sections += [
