@@ -150,7 +150,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "globe.patch": check_patch,
     "globe.evaluate": check_evaluate,
 }
-HARMLESS = ("source", "cd", "git", "pip", ".venv/bin/pre-commit", "export")
+HARMLESS = ("source", "cd", "cp", "mkdir", "git", "pip", "wandb", ".venv/bin/pre-commit")
 
 
 def check(words: list[str]) -> None:

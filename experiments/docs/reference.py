@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import inspect
 import itertools
 import json
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from globe import config, evaluate, patch
+from globe import config
 from globe.config import Config, CurveConfig, conf_dir
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -39,7 +40,11 @@ takes the name of one of its files, `schedule=linear`, and single options of it 
 runs every combination of comma-separated values. `--cfg job` shows the composed configuration and runs nothing. An
 unknown key, or a value that cannot be, ends in one sentence before anything is read.
 """
+COMMANDS = ("globe.patch", "globe.evaluate", "globe.report", "globe.inspect")
+"""Beside `globe.train`; what each says of itself is its reference."""
 KINDS = {int: "integer", float: "number", str: "text"}
+TEXTS = {"S_cache": "`all`"}
+"""What the text may be where an option takes an integer or a text; elsewhere that is an expression in sizes."""
 
 
 class Option(NamedTuple):
@@ -61,11 +66,12 @@ def meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def values(kind: Any) -> str:
-    """What may be given, in words or as the list of choices."""
+def values(name: str, kind: Any) -> str:
+    """What may be given for an option, in words or as the list of choices."""
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if set(parts) >= {int, str}:
-        return ", ".join(["integer", "expression", *(["`null`"] if type(None) in parts else [])])
+        text = TEXTS.get(name, "expression")
+        return ", ".join(["integer", text, *(["`null`"] if type(None) in parts else [])])
     words = []
     for part in parts:
         if part is type(None):
@@ -100,7 +106,9 @@ def options(kind: type, prefix: str) -> Iterator[Option]:
     for field in fields(kind):
         hint, default = hints[field.name], default_of(field)
         if not is_dataclass(hint):
-            yield Option(prefix + field.name, values(hint), plain(default), said.get(field.name, ""))
+            yield Option(
+                prefix + field.name, values(field.name, hint), plain(default), said.get(field.name, "")
+            )
         elif hint is CurveConfig:
             yield Option(prefix + field.name, "[curve](#curves)", plain(default), said.get(field.name, ""))
 
@@ -177,9 +185,9 @@ def render() -> str:
     parts += [
         files_section(group) for group in ("experiment", "method", "model", "init", "schedule", "wandb")
     ]
-    for module in (patch, evaluate):
-        usage = (module.__doc__ or "").strip()
-        parts.append(f"## {module.__name__}\n\n```text\n{usage}\n```")
+    for name in COMMANDS:
+        usage = (importlib.import_module(name).__doc__ or "").strip()
+        parts.append(f"## {name}\n\n```text\n{usage}\n```")
     return "\n\n".join(parts) + "\n"
 
 
