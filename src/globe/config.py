@@ -350,12 +350,15 @@ class TrainConfig:
     """Seconds after which a fit ends at the next step, per bank; null is no limit."""
     dictionary: Dictionary = Dictionary.gauss_newton
     """Dictionary step."""
-    cg_iterations: int = 20
-    """Conjugate-gradient iterations of a Gauss-Newton step."""
+    cg_iterations: int = 40
+    """Conjugate-gradient iterations of a Gauss-Newton step, at most."""
+    cg_tolerance: float = 0.5
+    """They end after iteration j once it adds no more than cg_tolerance / j to the fall of the quadratic model: few in
+    the first steps, many near a minimum. 0 makes all of them."""
     curvature_dtype: CurvatureDtype = CurvatureDtype.auto
     """Arithmetic inside the conjugate gradients: the fit's own, bfloat16, or bfloat16 where the hardware multiplies
     it faster (auto). Gradients and the decision to take a step are always in the fit's own."""
-    damping: float = 1e-3
+    damping: float = 1e-2
     """First Levenberg-Marquardt damping, relative to the preconditioner's mean diagonal."""
     momentum: float = 0.9
     """Largest Nesterov extrapolation between Gauss-Newton steps; 0 is none."""
@@ -382,7 +385,7 @@ class TrainConfig:
         _check(self.cg_iterations >= 1, "train.cg_iterations", self.cg_iterations, "an integer of at least 1")
         _check(_positive(self.damping), "train.damping", self.damping, "a positive number")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "a number from 0 to below 1")
-        for key in ("lambda_A", "lambda_B", "lambda_T", "checkpoint_every", "tolerance"):
+        for key in ("lambda_A", "lambda_B", "lambda_T", "checkpoint_every", "tolerance", "cg_tolerance"):
             value = getattr(self, key)
             _check(_at_least_zero(value), f"train.{key}", value, "a number of at least 0")
         _check(

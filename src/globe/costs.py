@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from globe.am.chunks import CHUNK_NUMBERS
 from globe.am.records import Sizes
+from globe.config import TrainConfig
 
 REFERENCE_RATE = 2e10
 """Multiply-adds a second of the reference core, in float32: what one thread of a recent x86 server does in this mix."""
@@ -11,7 +12,9 @@ REFERENCE_OVERHEAD = 0.018
 """Seconds a step in the starting of kernels on that core: nearly all there is for experts of 44 x 64."""
 EVALUATIONS = 1.15
 """Of a Gauss-Newton step: one, and another when the extrapolated point is refused."""
-_SKETCH = 24
+USUAL_ITERATIONS = 12
+"""Of conjugate gradients in a step where the truncation test ends them, over the first 60 steps."""
+_SKETCH = 4
 """Columns of the preconditioner's sketch."""
 
 
@@ -44,6 +47,11 @@ def _of_atoms(sizes: Sizes) -> float:
     if k is None:
         return m * r * d * (r + d)
     return m * (4 * r * k * d + r * k * (r + k) + k * d * (k + d))
+
+
+def usual_iterations(train: TrainConfig) -> int:
+    """Of conjugate gradients in an average step: all, or with the truncation test what fits of 60 steps made."""
+    return train.cg_iterations if train.cg_tolerance == 0 else min(train.cg_iterations, USUAL_ITERATIONS)
 
 
 def chunk_of(sizes: Sizes) -> int:

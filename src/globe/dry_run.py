@@ -28,7 +28,7 @@ from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
 from globe.am.tangent import tangent
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config import Activation, Config, Method
-from globe.costs import EVALUATIONS, chunk_of, fit_bytes
+from globe.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
 from globe.device import arithmetic, peak_host_bytes, spare_threads
 from globe.frontier import room_of
 from globe.problem import BankPlan, Outline, outline, plan_bank
@@ -159,7 +159,7 @@ def _timed_step(config: Config, sizes: Sizes, device: torch.device) -> float:
         device,
     )
     coded = 1 / config.codes.every if config.codes.every else 0.0
-    total = prepare + config.train.cg_iterations * product
+    total = prepare + usual_iterations(config.train) * product
     total += (EVALUATIONS + 1 / config.train.evaluate_every + 2 * coded) * evaluated
     if coded:
         total += coded * _time(

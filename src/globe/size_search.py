@@ -20,7 +20,7 @@ from globe.am.loop import fit_bank
 from globe.am.records import Sizes
 from globe.budget import Room, candidates, enlarged, neighbours
 from globe.config import Config, Dictionary
-from globe.costs import reference_seconds, step_work
+from globe.costs import reference_seconds, step_work, usual_iterations
 from globe.errors import FitError
 from globe.problem import BankSize, target_support
 
@@ -146,7 +146,7 @@ def _seconds(room: Room, size: BankSize, config: Config) -> float:
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, atom_rank=size.atom_rank)
     work = step_work(
         sizes,
-        cg_iterations=config.train.cg_iterations,
+        cg_iterations=usual_iterations(config.train),
         joint=config.codes.joint,
         coding_every=config.codes.every,
         evaluate_every=config.train.evaluate_every,

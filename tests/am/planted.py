@@ -78,6 +78,17 @@ def plant(
     return Plant(*(None if t is None else t.to(dtype) for t in (X, bank, codes, left, right)))  # type: ignore[arg-type]
 
 
+_EXACT = {
+    "steps": 12,
+    "patience": 0,
+    "curvature_dtype": CurvatureDtype.same,
+    "lambda_A": 0.0,
+    "cg_iterations": 20,
+    "cg_tolerance": 0.0,
+}
+"""What fits exact problems exactly: no ridge, no early end of a fit or of the conjugate gradients."""
+
+
 def configured(
     *,
     activation: str = "identity",
@@ -98,9 +109,7 @@ def configured(
         init=init or InitConfig(seeding=Seeding.aligned, codes=FirstCodes.nnls),
         codes=CodesConfig(**(codes or {})),
         schedule=ScheduleConfig(**curves),
-        train=TrainConfig(
-            **({"steps": 12, "patience": 0, "curvature_dtype": CurvatureDtype.same, "lambda_A": 0.0} | train)
-        ),
+        train=TrainConfig(**(_EXACT | train)),
     )
 
 

@@ -43,6 +43,7 @@ def cases() -> dict[str, tuple[Config, Sizes]]:
                 steps=STEPS,
                 patience=0,
                 cg_iterations=6,
+                cg_tolerance=0.1,
                 **({"lambda_A": 0.0} | train),  # type: ignore[arg-type]
             ),
         )

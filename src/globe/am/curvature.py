@@ -15,8 +15,8 @@ class Curvature:
     """H move, H = sum_i dY_i^T J [G_i (.) (I - P_i)] J dY_i, with G_i = A_i^T A_i and P_i = Q_i^T Q_i.
 
     Per expert and product 3 r^2 d + 3 m r d multiply-adds, in `dtype`. Copies of the point are made in that dtype once;
-    results and the sum over experts are in the dtype of the fit. Lower precision perturbs only the direction of an
-    inexact step, whose gradient and whose acceptance stay exact.
+    a product comes back in the dtype of the fit. Lower precision perturbs only the direction of an inexact step, whose
+    gradient and whose acceptance stay exact.
     """
 
     def __init__(self, tangent: Tangent, point: Point, *, dtype: torch.dtype) -> None:
@@ -26,29 +26,37 @@ class Curvature:
         self._gram = point.gram.to(dtype)
         self._rows = point.rows.to(dtype)
         self._slope = None if point.slope is None else point.slope.to(dtype)
-        m, r, d = tangent.bank.shape
+        bank = tangent.bank
+        m, r, d = bank.shape
         n = len(point.gram)
         # every chunk adds to all m atoms, which pays only if it holds as many experts
         self._chunks = list(expert_chunks(n, r, d, least=max(4, m)))
         # dB stands above B, so that one product makes both parts of dY
-        self._stack = tangent.bank.new_empty((2 if tangent.joint else 1) * m, r * d, dtype=dtype)
+        self._stack = bank.new_empty((2 if tangent.joint else 1) * m, r * d, dtype=dtype)
         if tangent.joint:
-            self._stack[m:] = tangent.bank.flatten(1)
+            self._stack[m:] = bank.flatten(1)
+        self._weights = torch.cat([self._coordinates] * (2 if tangent.joint else 1), dim=1)
+        self._factors = None
+        if tangent.left is not None and tangent.right is not None:
+            # dU V + U dV as one product: [dU U] [V; dV]
+            left, right = tangent.left.to(dtype), tangent.right.to(dtype)
+            self._factors = torch.cat([left, left], dim=2), torch.cat([right, right], dim=1)
         # memory that is used again: fresh pages for every product cost as much as the product
         widest = max(part.stop - part.start for part in self._chunks)
         self._change = self._stack.new_empty(2, widest, r, d)
-        self._atoms, self._codes = tangent.bank.new_empty(m, r * d), tangent.bank.new_empty(n, m)
+        # in low precision several chunks are summed in the dtype of the fit
+        summed = dtype if len(self._chunks) == 1 else bank.dtype
+        self._atoms, self._codes = bank.new_empty(m, r * d, dtype=summed), bank.new_empty(n, m)
 
     def product(self, move: Move) -> Move:
         """H move, without damping. The result is overwritten by the next product."""
         m, r, d = self._tangent.bank.shape
-        self._stack[:m] = self._tangent.atoms(move).flatten(1)
-        weights = self._coordinates
+        self._atoms_of(move)
         if self._tangent.joint:
-            weights = torch.cat([weights, move[-1].to(self._dtype)], dim=1)
+            self._weights[:, m:] = move[-1]
         for part in self._chunks:
             change, pulled = (buffer[: part.stop - part.start] for buffer in self._change)
-            torch.mm(weights[part], self._stack, out=change.flatten(1))
+            torch.mm(self._weights[part], self._stack, out=change.flatten(1))
             if self._slope is not None:
                 change *= self._slope[part]
             Q = self._rows[part]
@@ -57,7 +65,7 @@ class Curvature:
             if self._slope is not None:
                 pulled *= self._slope[part]
             self._adjoint(pulled.flatten(1), part)
-        return self._tangent.gather(self._atoms.unflatten(1, (r, d)), self._codes)
+        return self._gather(self._atoms.view(m, r, d))
 
     def adjoint(self, force: Float[Tensor, "n r d"]) -> Move:
         """dY^T force: the inner products of a force on every mixed basis with the moves, in the force's dtype."""
@@ -70,16 +78,39 @@ class Curvature:
             torch.mm(flat, bank.flatten(1).T, out=codes[part])
         return self._tangent.gather(atoms.unflatten(1, (r, d)), codes)
 
+    def _atoms_of(self, move: Move) -> None:
+        """Writes the move's change of the atoms into the stack."""
+        m, r, d = self._tangent.bank.shape
+        if self._factors is None:
+            self._stack[:m] = move[0].flatten(1)
+            return
+        left, right = self._factors
+        k = move[0].shape[2]
+        left[:, :, :k], right[:, k:] = move[0], move[1]
+        torch.bmm(left, right, out=self._stack[:m].view(m, r, d))
+
+    def _gather(self, atoms: Float[Tensor, "m r d"]) -> Move:
+        """`Tangent.gather` of a product, whose factors are at hand in its dtype."""
+        if self._factors is None or atoms.dtype != self._dtype:
+            return self._tangent.gather(atoms.to(self._tangent.bank.dtype), self._codes)
+        left, right = self._factors
+        k = left.shape[2] // 2
+        parts = (atoms @ right[:, :k].mT, left[:, :, k:].mT @ atoms)
+        move = tuple(part.to(self._tangent.bank.dtype) for part in parts)
+        if not self._tangent.joint:
+            return move
+        free = self._tangent.free
+        return (*move, self._codes if free is None else self._codes * free)
+
     def _adjoint(self, flat: Float[Tensor, "c rd"], part: slice) -> None:
         """Adds one chunk to the inner products with the atoms, and makes its rows of those with the codes."""
         weights = self._coordinates[part].T
-        if part.start == 0 and self._dtype == self._atoms.dtype:
-            torch.mm(weights, flat, out=self._atoms)
+        if self._dtype != self._atoms.dtype:
+            product = weights @ flat
+            self._atoms.copy_(product) if part.start == 0 else self._atoms.add_(product)
         elif part.start == 0:
-            self._atoms.copy_(weights @ flat)
-        elif self._dtype == self._atoms.dtype:
-            self._atoms.addmm_(weights, flat)
+            torch.mm(weights, flat, out=self._atoms)
         else:
-            self._atoms += weights @ flat
+            self._atoms.addmm_(weights, flat)
         if self._tangent.joint:
             self._codes[part] = flat @ self._stack[len(self._atoms) :].T

@@ -34,14 +34,17 @@ def gauss_newton_direction(
     point: Point,
     *,
     cg_iterations: int,
+    cg_tolerance: float = 0.0,
     damping: float,
     generator: torch.Generator,
     lambda_B: float = 0.0,
     force: Float[Tensor, "n r d"] | None = None,
     curvature_dtype: torch.dtype | None = None,
 ) -> Direction:
-    """The move that `cg_iterations` of conjugate gradients give, in plain atoms (and codes).
+    """The move that at most `cg_iterations` of conjugate gradients give, in plain atoms (and codes).
 
+    cg_tolerance     the truncation test of Nash and Sofer (1990): end after iteration j if the quadratic model fell by
+                     no more than cg_tolerance / j of its whole fall so far; 0 makes all iterations
     damping          of Levenberg and Marquardt, relative to the mean diagonal of the preconditioner's blocks
     lambda_B         relative ridge on the bank itself (not on its change), in the same units
     force            stands in for `point.force`, when the target is blended
@@ -50,7 +53,9 @@ def gauss_newton_direction(
     A zero gradient gives a zero move; so does a direction without positive curvature, at the iteration that finds it.
     """
     solver = precondition(tangent, point, damping=damping, generator=generator)
-    curvature = Curvature(tangent, point, dtype=curvature_dtype or point.force.dtype)
+    dtype = curvature_dtype or point.force.dtype
+    curvature = Curvature(tangent, point, dtype=dtype)
+    solver = solver.to(dtype)
     residual = curvature.adjoint(point.force if force is None else force)
     shift = list(solver.damping)
     if lambda_B > 0:
@@ -66,7 +71,7 @@ def gauss_newton_direction(
     search: Move = tuple(part.clone() for part in solved)
     energy = first = _dot(residual, solved)
     rounding = torch.finfo(point.force.dtype).eps ** 2
-    for _ in range(cg_iterations):
+    for count in range(1, cg_iterations + 1):
         if not energy > rounding * first:
             break
         curved = curvature.product(search)
@@ -75,10 +80,13 @@ def gauss_newton_direction(
         bend = _dot(search, curved)
         if not bend > 0:
             break
-        predicted += energy * energy / bend
+        gain = energy * energy / bend
+        predicted += gain
         for at, along, left, part in zip(step, search, residual, curved, strict=True):
             at.add_(along, alpha=energy / bend)
             left.sub_(part, alpha=energy / bend)
+        if count * gain <= cg_tolerance * predicted:
+            break
         solved = solver.apply(residual)
         energy, before = _dot(residual, solved), energy
         for along, part in zip(search, solved, strict=True):

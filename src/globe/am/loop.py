@@ -54,12 +54,14 @@ class Problem:
             beta=controls.beta,
             activation=self.config.bank.activation,
             cg_iterations=train.cg_iterations,
+            cg_tolerance=train.cg_tolerance,
             momentum=train.momentum,
             joint=self.config.codes.joint,
             lambda_A=train.lambda_A,
             lambda_B=train.lambda_B,
             lambda_T=train.lambda_T,
             curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
+            total=self.total,
         )
 
 

@@ -64,7 +64,11 @@ class Atoms(NamedTuple):
 def low_rank_atoms(
     left: Float[Tensor, "m r k"], right: Float[Tensor, "m k d"], codes: Float[Tensor, "n m"]
 ) -> Atoms:
-    """Atoms B_j = U_j V_j, with the dense product kept beside its factors."""
+    """Atoms B_j = U_j V_j, with the dense product kept beside its factors.
+
+    Contiguous, as they are after a restart: another layout rounds products differently.
+    """
+    left, right = left.contiguous(), right.contiguous()
     return Atoms(left @ right, codes, left, right)
 
 

@@ -48,6 +48,8 @@ def am_step(
     lambda_B: float = 0.0,
     lambda_T: float = 0.0,
     curvature_dtype: torch.dtype | None = None,
+    cg_tolerance: float = 0.0,
+    total: float | None = None,
     warm: Float[Tensor, "n r d"] | None = None,
     spend: bool = False,
 ) -> tuple[AMState, StepFigures]:
@@ -60,14 +62,27 @@ def am_step(
     warm         V_i^T of the experts' truncated SVDs (n, r, d); needed when beta < 1
     generator    draws the sketch of the preconditioner; nothing else here is random
     curvature_dtype  of the products inside the conjugate gradients; None is the dtype of X
+    cg_tolerance when the conjugate gradients end before `cg_iterations`; see `gauss_newton_direction`
     spend        the large tensors of the given state's point are overwritten, and the state is of no more use
+    total        sum_i ||X_i||_F^2 where it is known, which saves its being taken
     lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
 
     Returns the new state, whose objective is not above the old one's for dictionary=gauss_newton as long as lam, beta
     and the support stay as they are and the penalties are zero. Raises FitError when numbers are no longer finite.
     """
     numbers = Numbers(
-        lam, beta, activation, cg_iterations, momentum, joint, lambda_A, lambda_B, lambda_T, curvature_dtype
+        lam=lam,
+        beta=beta,
+        activation=activation,
+        cg_iterations=cg_iterations,
+        cg_tolerance=cg_tolerance,
+        momentum=momentum,
+        joint=joint,
+        lambda_A=lambda_A,
+        lambda_B=lambda_B,
+        lambda_T=lambda_T,
+        curvature_dtype=curvature_dtype,
+        total=total,
     )
     start = time.perf_counter()
     if lam != state.lam:

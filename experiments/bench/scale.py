@@ -1,0 +1,252 @@
+"""How a step's seconds and a fit's memory grow, and how near to the machine's peak it runs: `make bench-scale`.
+
+    python experiments/bench/scale.py                                   # doublings, then the real shapes; half an hour
+    python experiments/bench/scale.py --only doublings
+    python experiments/bench/scale.py --only shapes --shapes 60x1408x2048 --steps 2
+
+Doublings: n, p, d, r and m are doubled twice, one at a time, from a small bank. Exponents are slopes of log (seconds or
+bytes) against log (size); beside them stand those of the counted multiply-adds and of the counted memory
+(`globe.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a shared part,
+made on the spot, with its peak memory above the process after its imports; then the rate of the conjugate-gradient
+loop, in multiply-adds that the method needs, against the fastest large product of the same dtype in the same process.
+Each measurement has a process of its own. Seconds are CPU seconds of one thread, wall-clock with more. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe.am.gauss_newton import gauss_newton_direction
+from globe.am.low_precision import curvature_dtype
+from globe.am.loop import fit_bank
+from globe.am.records import Sizes
+from globe.am.state import AMState, Atoms, start_state
+from globe.am.tangent import tangent
+from globe.config import Config
+from globe.costs import fit_bytes, step_work
+from globe.normalise import normalise
+
+BASE = {"n": 16, "p": 176, "d": 256, "r": 88, "m": 8}
+ITERATIONS = 10
+"""Of conjugate gradients in a step, none left out, so that all steps cost the same."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("doublings", "shapes"))
+    parser.add_argument("--shapes", nargs="+", default=["60x1408x2048", "128x768x2048"])
+    parser.add_argument("--steps", type=int, default=2, help="of the fits of the real shapes")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=12.0, help="GiB that a fit may take")
+    parser.add_argument("--share", type=float, default=0.6, help="of the peak rate that the loop should reach")
+    parser.add_argument("--child", choices=("fit", "rate"), help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="auto", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def clock(threads: int) -> float:
+    return time.process_time() if threads == 1 else time.perf_counter()
+
+
+def trained_like(n: int, p: int, d: int) -> torch.Tensor:
+    """Experts with power-law spectra: a part that four groups share, and one of their own."""
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.arange(1, p + 1).pow(-0.5)[:, None]
+
+    def matrix() -> torch.Tensor:
+        right = decay * torch.randn(p, d, generator=generator)
+        return torch.randn(p, p, generator=generator) @ right
+
+    shared = [matrix() for _ in range(4)]
+    W = torch.empty(n, p, d)
+    for i in range(n):
+        torch.add(matrix(), shared[i % 4], out=W[i])
+    return W.mul_(0.02 / float(W[0].std()))
+
+
+def status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def fixed(steps: int, dtype: str) -> Config:
+    config = Config()
+    config.train.steps, config.train.patience = steps, 0
+    config.train.cg_iterations, config.train.cg_tolerance = ITERATIONS, 0.0
+    config.train.curvature_dtype = dtype
+    return config
+
+
+def child_fit(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
+    """One fit: seconds of a step after the first, bytes above the imports, errors before and after."""
+    idle = status("VmRSS")
+    normalised = normalise(trained_like(sizes.n, sizes.p, sizes.d), centre="scalar", scale="family")
+    X = normalised.experts
+    del normalised
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the fit, not of making the weights
+    stamps: list[float] = []
+    result = fit_bank(
+        X,
+        sizes,
+        fixed(options.steps, options.dtype),
+        generator=torch.Generator().manual_seed(0),
+        on_step=lambda record: stamps.append(clock(options.threads)),
+    )
+    each = min(after - before for before, after in zip(stamps, stamps[1:], strict=False))
+    peak = status("VmHWM") - idle
+    return {"seconds": each, "bytes": peak, "before": result.relfrob_start, "after": result.relfrob}
+
+
+def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
+    """Multiply-adds a second of the conjugate-gradient loop, and of the best large product."""
+    dtype = curvature_dtype(options.dtype, torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
+    X = torch.randn(n, p, d, generator=generator)
+    atoms = Atoms(torch.randn(m, r, d, generator=generator) / 4, torch.rand(n, m, generator=generator) / m)
+    state: AMState = start_state(X, atoms, lam=1.0, activation="silu", lambda_A=1e-4)
+    slopes = tangent(atoms.bank, atoms.codes)
+
+    def seconds(iterations: int) -> float:
+        started = clock(options.threads)
+        gauss_newton_direction(
+            slopes,
+            state.point,
+            cg_iterations=iterations,
+            damping=1e-3,
+            generator=torch.Generator().manual_seed(0),
+            curvature_dtype=dtype,
+        )
+        return clock(options.threads) - started
+
+    left, right = torch.randn(2, 4096, 4096, generator=generator).to(dtype)
+    peaks = []
+    for _ in range(4):
+        started = clock(options.threads)
+        left @ right
+        peaks.append(4096**3 / (clock(options.threads) - started))
+    each = min((seconds(6) - seconds(2)) / 4 for _ in range(2))
+    needed = 3 * n * r * r * d + 4 * n * m * r * d + m * r * d * (r + d)
+    return {"dtype": str(dtype).removeprefix("torch."), "rate": needed / each, "peak": max(peaks), "each": each}
+
+
+def ask(what: str, sizes: Sizes, options: argparse.Namespace, dtype: str, steps: int) -> dict[str, Any]:
+    values = ",".join(str(one) for one in (sizes.n, sizes.p, sizes.d, sizes.m, sizes.r))
+    command = [sys.executable, __file__, "--child", what, "--sizes", values, "--dtype", dtype]
+    command += ["--threads", str(options.threads), "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def slope(sizes: list[int], values: list[float]) -> float:
+    """Of log value against log size, by least squares."""
+    x = [math.log(one) for one in sizes]
+    y = [math.log(one) for one in values]
+    centre = sum(x) / len(x)
+    return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
+
+
+def doublings(options: argparse.Namespace) -> None:
+    print(
+        f"\nDoublings from {', '.join(f'{key}={value}' for key, value in BASE.items())}; float32, "
+        f"{ITERATIONS} iterations a step, dense atoms, SiLU\n\n"
+        "| size | s/step at x1, x2, x4 | exponent | counted | MiB at x1, x2, x4 | exponent | counted |\n"
+        + "|---" * 7
+        + "|"
+    )
+    # all in one order after another, so that a slow minute of the machine falls on every row alike
+    points = {(key, factor): BASE | {key: BASE[key] * factor} for factor in (1, 2, 4) for key in BASE}
+    sizes = {at: Sizes(**point) for at, point in points.items()}
+    found = {at: ask("fit", one, options, "same", 5) for at, one in sizes.items()}
+    for key in BASE:
+        row = [(key, factor) for factor in (1, 2, 4)]
+        lengths = [BASE[key] * factor for factor in (1, 2, 4)]
+        seconds, memory = ([found[at][what] for at in row] for what in ("seconds", "bytes"))
+        work = [step_work(sizes[at], cg_iterations=ITERATIONS) for at in row]
+        counted = [fit_bytes(sizes[at], itemsize=4, source_itemsize=4) for at in row]
+        print(
+            f"| {key} | {', '.join(f'{one:.3f}' for one in seconds)} | {slope(lengths, seconds):.2f} "
+            f"| {slope(lengths, work):.2f} | {', '.join(f'{one / 2**20:.0f}' for one in memory)} "
+            f"| {slope(lengths, memory):.2f} | {slope(lengths, [float(one) for one in counted]):.2f} |",
+            flush=True,
+        )
+
+
+def shapes(options: argparse.Namespace) -> bool:
+    """Both tables; whether memory and rates are within what was asked."""
+    fine = True
+    sizes = [Sizes(n, p, d, n // 4, p // 2) for n, p, d in (map(int, one.split("x")) for one in options.shapes)]
+    print(
+        "\nReal shapes, m = n/4, r = p/2\n\n"
+        "| n x p x d | family, MiB | peak of the fit, GiB | families | counted | s/step | RelFrob, start -> "
+        f"{options.steps} steps |\n" + "|---" * 7 + "|"
+    )
+    for one in sizes:
+        found = ask("fit", one, options, "auto", options.steps)
+        family = one.n * one.p * one.d * 4
+        counted = fit_bytes(one, itemsize=4, source_itemsize=4)
+        fine &= found["bytes"] <= options.limit * 2**30
+        print(
+            f"| {one.n} x {one.p} x {one.d} | {family / 2**20:.0f} | {found['bytes'] / 2**30:.2f} "
+            f"| {found['bytes'] / family:.2f} | {counted / family:.2f} | {found['seconds']:.1f} "
+            f"| {found['before']:.4f} -> {found['after']:.4f} |",
+            flush=True,
+        )
+    print(
+        "\nThe conjugate-gradient loop\n\n| n x p x d | dtype | s/iteration | GFLOP/s | of a 4096^3 product | share |\n"
+        + "|---" * 6
+        + "|"
+    )
+    for one in sizes:
+        for dtype in ("same", "bfloat16"):
+            found = ask("rate", one, options, dtype, 1)
+            share = found["rate"] / found["peak"]
+            fine &= share >= options.share or dtype != "same"
+            print(
+                f"| {one.n} x {one.p} x {one.d} | {found['dtype']} | {found['each']:.2f} "
+                f"| {2 * found['rate'] / 1e9:.0f} | {2 * found['peak'] / 1e9:.0f} | {share:.2f} |",
+                flush=True,
+            )
+    return fine
+
+
+def main() -> int:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        n, p, d, m, r = map(int, options.sizes.split(","))
+        work = child_fit if options.child == "fit" else child_rate
+        with torch.no_grad():
+            print(json.dumps(work(Sizes(n, p, d, m, r), options)))
+        return 0
+    kind = "CPU" if options.threads == 1 else "wall-clock"
+    print(
+        f"{options.threads} thread(s) of {platform.machine()}, PyTorch {torch.__version__}, {kind} seconds, load "
+        f"{os.getloadavg()[0]:.1f} at the start"
+    )
+    if options.only != "shapes":
+        doublings(options)
+    fine = options.only == "doublings" or shapes(options)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
