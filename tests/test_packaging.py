@@ -27,10 +27,20 @@ def test_constraints_without_torch_differ_by_torch_alone() -> None:
     assert exact == without
 
 
-@pytest.mark.parametrize("line", PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
+EXTRAS = PROJECT["optional-dependencies"]
+PINNED = {one for name in ("dev", "joblib", "submitit", "slurm", "optuna", "ray") for one in EXTRAS[name]}
+
+
+@pytest.mark.parametrize("line", sorted({*PROJECT["dependencies"], *PINNED}))
 def test_dependency_is_pinned_inside_its_range(line: str) -> None:
     requirement = Requirement(line)
     assert requirement.specifier.contains(pins("constraints.txt")[canonicalize_name(requirement.name)])
+
+
+def test_the_tests_install_every_plugin_that_they_run() -> None:
+    for extra in ("joblib", "submitit", "optuna"):
+        plugin = next(line for line in EXTRAS[extra] if line.startswith("hydra-"))
+        assert plugin in EXTRAS["dev"]
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

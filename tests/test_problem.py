@@ -58,6 +58,15 @@ def test_every_spelling_of_layers(value: object, layers: tuple[int, ...]) -> Non
     assert parse_layers(value, ALL, 24) == layers
 
 
+def test_groups_of_layers_are_cut_to_those_that_have_experts() -> None:
+    assert parse_layers("early", ALL, 24) == (4, 5, 6, 7, 8)
+    assert parse_layers("middle", ALL, 24) == (12, 13, 14, 15, 16)
+    assert parse_layers("late", ALL, 24) == (20, 21, 22, 23)
+    assert parse_layers(["early", 1], EVERY_SECOND, 6) == (1, 5)
+    with pytest.raises(ConfigError, match="layer=late asks for layer 20, which is not in this model of 6"):
+        parse_layers("late", EVERY_SECOND, 6)
+
+
 def test_all_is_the_moe_layers_only() -> None:
     assert parse_layers("all", DEEP, 24) == DEEP
 

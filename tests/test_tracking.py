@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import inspect
 import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,17 @@ import pytest
 import globe.learn
 from globe import tracking
 from globe.config import WandbConfig, WandbMode
-from globe.tracking import Fanout, Guarded, JsonlSink, RunInfo, Scalar, Sink, WandbSink, open_sinks
+from globe.tracking import (
+    Background,
+    Fanout,
+    Guarded,
+    JsonlSink,
+    RunInfo,
+    Scalar,
+    Sink,
+    WandbSink,
+    open_sinks,
+)
 from run_support import FakeFit, load, run_in
 
 
@@ -55,6 +68,7 @@ class FakeWandb:
         self.logged: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.artifacts: list[FakeWandb.Artifact] = []
 
     def login(self, *, prompt: bool) -> bool:
         assert prompt is False, "a run must never ask for a key"
@@ -62,6 +76,16 @@ class FakeWandb:
 
     def Settings(self, **values: Any) -> dict[str, Any]:
         return values
+
+    class Artifact:
+        def __init__(self, name: str, *, type: str, metadata: dict[str, Any]) -> None:
+            self.name, self.type, self.metadata, self.folder = name, type, metadata, ""
+
+        def add_dir(self, folder: str) -> None:
+            self.folder = folder
+
+    def log_artifact(self, artifact: Artifact) -> None:
+        self.artifacts.append(artifact)
 
     def Histogram(self, values: Any) -> tuple[str, list[int]]:
         return ("histogram", list(values))
@@ -133,8 +157,95 @@ def test_a_sink_that_breaks_is_warned_about_once_and_left_alone(
 
 
 def test_protocol_is_what_the_sinks_have() -> None:
-    for sink in (JsonlSink(Path("x")), WandbSink(WandbConfig()), Guarded(Recorder()), Fanout([]), Recorder()):
+    guarded = Guarded(Recorder())
+    wrapped = (guarded, Background(guarded, patience=1), Fanout([]))
+    for sink in (JsonlSink(Path("x")), WandbSink(WandbConfig()), CsvSink(Path("x")), Recorder(), *wrapped):
         assert isinstance(sink, Sink)
+
+
+class CsvSink:
+    """Another tracker, as it would be added: a table with a column per figure, and the summary beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def open(self, run: RunInfo) -> None:
+        self.title = f"{run.sweep or 'single'}/{run.name} m={run.config['m']} r={run.config['r']}"
+
+    def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
+        self.rows.append({"bank": bank, "step": step} | dict(values))
+
+    def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
+        with self.path.open("w", newline="") as file:
+            file.write(f"# {self.title}: {state}, RelFrob {summary['relfrob']:.3f}\n")
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def test_another_tracker_is_at_most_forty_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(inspect.getsource(CsvSink).splitlines()) <= 40
+    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    table = tmp_path / "table.csv"
+
+    def with_table(config: WandbConfig, metrics: Path, run: RunInfo) -> Fanout:
+        sinks = Fanout([JsonlSink(metrics), Background(Guarded(CsvSink(table)), patience=60)])
+        sinks.open(run)
+        return sinks
+
+    monkeypatch.setattr(globe.train, "open_sinks", with_table)
+    figure, folder = run_in(tmp_path, "train.steps=3", "bank.m=n/4", "bank.r=11")
+    title, *rows = table.read_text().splitlines()
+    assert title == f"# single/{folder.name} m=4 r=11: finished, RelFrob {figure:.3f}"
+    assert [row["step"] for row in csv.DictReader(rows)] == ["1", "2", "3"]
+
+
+# --- slow -----------------------------------------------------------------------------------------------------------
+
+
+class Waiting(Recorder):
+    """A tracker that does nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+
+    def _note(self, name: str, what: Any) -> None:
+        assert self.let_go.wait(60)
+        super()._note(name, what)
+
+
+def test_no_step_waits_for_a_slow_sink_and_it_is_told_everything_in_order(tmp_path: Path) -> None:
+    slow = Waiting()
+    sink = Background(slow, patience=60)
+    sink.open(info(tmp_path))
+    for step in (1, 2, 3):
+        sink.log("layer012.up", step, {"relfrob": 1 / step})
+    assert slow.calls == [], "the sink was not let go, and nothing has waited for it"
+    slow.let_go.set()
+    sink.finish({"banks": []}, state="finished")
+    assert [name for name, _ in slow.calls] == ["open", "log", "log", "log", "finish"]
+    assert [what[1] for name, what in slow.calls if name == "log"] == [1, 2, 3]
+
+
+def test_a_sink_that_hangs_is_given_up_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hanging = Waiting()
+    sink = Background(hanging, patience=0.01, capacity=3)
+    sink.open(info(tmp_path))
+    for step in range(1, 8):
+        sink.log("layer012.up", step, {})
+    sink.finish({"banks": []}, state="finished")
+    assert "the tracker is not done after 0.01 s: the run goes on without it" in caplog.text
+    assert sink.dropped in (4, 5), "three or four of eight calls fit, as the thread took the first or not"
+    assert f"too slow for {sink.dropped} points: metrics.jsonl has them" in caplog.text
+    hanging.let_go.set()
+
+
+def test_a_sink_that_was_never_opened_finishes_at_once(tmp_path: Path) -> None:
+    recorder = Recorder()
+    Background(recorder, patience=60).finish({}, state="failed")
+    assert recorder.calls == []
 
 
 def test_a_tracker_that_breaks_in_the_middle_does_not_change_a_run(
@@ -191,6 +302,37 @@ def test_wandb_gets_group_tags_config_metrics_and_histograms(tmp_path: Path, wan
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_banks_are_logged_as_artefacts_when_asked_for(tmp_path: Path, wandb: FakeWandb) -> None:
+    for asked in (False, True):
+        sinks = open_sinks(
+            WandbConfig(mode=WandbMode.offline, log_artifact=asked, job_type="probe"),
+            tmp_path / "metrics.jsonl",
+            info(tmp_path, "layer001.up+gate"),
+        )
+        sinks.finish({"banks": [{"key": "layer001.up+gate", "m": 3, "relfrob": 0.5}]}, state="finished")
+        assert len(wandb.artifacts) == asked
+    (one,) = wandb.artifacts
+    assert (one.name, one.type) == ("a-run.layer001.up-gate", "bank")
+    assert one.folder == str(tmp_path / "banks" / "layer001.up+gate")
+    assert one.metadata == {"m": 3, "relfrob": 0.5}
+    assert wandb.inits[0]["job_type"] == "probe"
+
+
+def test_a_run_tells_the_keys_that_sweeps_are_read_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb
+) -> None:
+    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    options = ("bank.m=n/4", "bank.r=p/4", "codes.target_support=m/2", "S_cache=5", "train.steps=1")
+    run_in(tmp_path, *options, "wandb=offline")
+    (init,) = wandb.inits
+    assert {key: init["config"][key] for key in ("m", "r", "target_support", "S_cache")} == {
+        "m": 4,
+        "r": 11,
+        "target_support": 2,
+        "S_cache": 5,
+    }
+
+
 def test_several_banks_are_kept_apart(tmp_path: Path, wandb: FakeWandb) -> None:
     sink = WandbSink(WandbConfig(mode=WandbMode.offline, group="mine"))
     sink.open(info(tmp_path, "layer001.up", "layer002.up", sweep="ignored"))
@@ -224,7 +366,8 @@ def test_a_missing_wandb_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    open_sinks(WandbConfig(mode=WandbMode.online), tmp_path / "metrics.jsonl", info(tmp_path))
+    sinks = open_sinks(WandbConfig(mode=WandbMode.online), tmp_path / "metrics.jsonl", info(tmp_path))
+    sinks.finish({"banks": []}, state="finished")
     assert "WandbSink failed to open" in caplog.text
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import Container, DictConfig, OmegaConf
 
 from globe.errors import ConfigError
 from globe.identity import run_name
+from globe.launch import cores, jobs_at_once
 
 
 class Family(StrEnum):
@@ -37,6 +40,9 @@ class Method(StrEnum):
     mobe_corrected = "mobe_corrected"
     slbf = "slbf"
 
+
+OBJECTIVES = ("relfrob", "kept", "kept_model", "seconds")
+"""Figures of a run that a sweeper can minimise."""
 
 ADAM_METHODS = (Method.mobe, Method.mobe_corrected, Method.slbf)
 
@@ -404,12 +410,19 @@ class WandbConfig:
     """Team or user; null is the default of the account."""
     group: str | None = None
     """Null is the sweep's name."""
+    job_type: str = "train"
+    """Under what wandb lists the run within its group."""
     tags: list[str] = field(default_factory=list)
     """Labels of the run, to find it by."""
     log_every: int = 1
     """Steps between two logged points."""
+    log_artifact: bool = False
+    """Also log the finished banks (bank.safetensors and globe.json) as wandb artefacts of type bank."""
+    patience: float = 30.0
+    """Seconds that the end of a run waits for wandb to take what it was told; no step ever waits for it."""
 
     def __post_init__(self) -> None:
+        _check(_positive(self.patience), "wandb.patience", self.patience, "a positive number of seconds")
         _check(self.log_every >= 1, "wandb.log_every", self.log_every, "an integer of at least 1")
 
 
@@ -437,6 +450,12 @@ class Config:
     """Folder that holds the run folders."""
     sweep: str = "sweep"
     """Name of the folder that holds the runs of a multirun."""
+    S_cache: int | str = "all"
+    """Experts per layer and family whose mixed bases stay composed in the patched model: an integer, 0 for none, or
+    all. No part of a fit: runs that differ in it alone share one. `globe.patch` and `globe.evaluate` take it from the
+    run where they are given none."""
+    objectives: list[str] = field(default_factory=lambda: ["relfrob"])
+    """What a run returns to a sweeper that minimises: out of relfrob, kept, kept_model and seconds."""
     overwrite: bool = False
     """Repeat a run that has finished instead of reporting it."""
     dry_run: bool = False
@@ -459,6 +478,11 @@ class Config:
         _check(bool(self.output.strip()), "output", self.output, "the folder that holds the runs")
         one_folder = bool(self.sweep.strip(". ")) and not re.search(r"[/\\]", self.sweep)
         _check(one_folder, "sweep", self.sweep, "a folder name without a slash")
+        cache = self.S_cache
+        possible = cache == "all" if isinstance(cache, str) else cache >= 0
+        _check(possible, "S_cache", cache, "a number of experts of at least 0, or all")
+        known = bool(self.objectives) and set(self.objectives) <= set(OBJECTIVES)
+        _check(known, "objectives", self.objectives, f"one or more of {', '.join(OBJECTIVES)}")
         _check_method(self)
 
 
@@ -510,7 +534,21 @@ def register() -> None:
         ("wandb", WandbConfig),
     ):
         store.store(group=group, name=f"{group}_schema", node=schema)
+    _replace_plugin_configs()
     OmegaConf.register_new_resolver("globe_run_name", _run_name_resolver, replace=True)
+    OmegaConf.register_new_resolver("globe_jobs_at_once", _jobs_resolver, replace=True)
+
+
+def _replace_plugin_configs() -> None:
+    """Let the files of `conf/hydra` stand for what plugins store under the same names.
+
+    Hydra would take the plugin's as their schema, with a deprecation warning, and refuse those with defaults.
+    """
+    Plugins.instance()  # which makes the plugins store theirs, before ours could be replaced in turn
+    stored = ConfigStore.instance().repo.get("hydra", {})
+    with suppress(ConfigError):  # no conf/: said when it is needed
+        for file in Path(conf_dir()).glob("hydra/*/*.yaml"):
+            stored.get(file.parent.name, {}).pop(file.name, None)
 
 
 def conf_dir() -> str:
@@ -551,3 +589,8 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 def _run_name_resolver(*, _root_: Container) -> str:
     return run_name(plain(_root_))
+
+
+def _jobs_resolver(*, _root_: Container) -> int:
+    """Trials that a sweeper should ask for at once: as many as the launcher has going."""
+    return jobs_at_once(OmegaConf.select(_root_, "hydra.launcher"), cores())

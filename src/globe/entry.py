@@ -19,8 +19,10 @@ from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from globe.errors import GlobeError
+from globe.launch import EXTRAS
 
 INTERRUPTED = 130
+_KILLED = ("TerminatedWorkerError", "BrokenProcessPool")
 _DISK = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (
     errno.EACCES,
@@ -68,6 +70,16 @@ def explain(error: BaseException) -> str | None:
             return _of_omegaconf(error, None)
         case OSError():
             return _of_disk(error)
+        case RuntimeError() if missing := re.match(
+            r"Unknown plugin class : 'hydra_plugins\.(\w+)", str(error)
+        ):
+            extra = EXTRAS.get(missing[1])
+            return None if extra is None else _of_plugin(f"the launcher or sweeper {extra}", extra)
+        case RuntimeError() if type(error).__name__ in _KILLED:
+            return (
+                "a worker process was killed, most likely for want of memory: give a smaller hydra.launcher.n_jobs, "
+                "the same command goes on from here"
+            )
         case ValueError() if _raised_in_hydra(error):  # its checks of the command line
             if "Config group override" in str(error):
                 return "a group (method, model, init, schedule, wandb, experiment) takes the name of one of its files"
@@ -94,6 +106,11 @@ def _of_hydra(error: CompactHydraException) -> str:
     if isinstance(cause, OmegaConfBaseException):
         return _of_omegaconf(cause, str(error))
     text = str(error)
+    if missing := re.search(r"Could not find '(hydra/(?:launcher|sweeper)/[^']+)'", text):
+        group, option = re.split(r"/(?=sampler|[^/]+$)", missing[1], maxsplit=1)
+        option = "optuna" if option.startswith("sampler") else option
+        if (extra := option.partition("_")[0]) in EXTRAS.values():
+            return _of_plugin(f"{group}={option}", extra)
     if missing := re.search(r"Could not find '([^']+)'", text):
         listed = re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text)
         names = [name for name in listed[1].split() if not name.endswith("_schema")] if listed else []
@@ -104,6 +121,10 @@ def _of_hydra(error: CompactHydraException) -> str:
         key, _, value = ambiguous[1].partition("=")
         return f"{ambiguous[1]!r} is ambiguous: give {key}=[{value}] for a list, or -m for a sweep"
     return _one_line(text)
+
+
+def _of_plugin(what: str, extra: str) -> str:
+    return f"{what} needs a plugin that is not installed: pip install 'globe-moe[{extra}]'"
 
 
 def _of_omegaconf(error: OmegaConfBaseException, context: str | None) -> str:

@@ -17,5 +17,9 @@ class ArtefactError(GlobeError):
     """A GloBE artefact is missing, truncated, foreign, or of another format version."""
 
 
+class SweepError(GlobeError):
+    """Runs of a sweep failed; the others are done."""
+
+
 class FitError(GlobeError):
     """A fit cannot go on: its numbers are no longer finite, or a solve failed beyond repair."""

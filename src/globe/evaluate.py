@@ -13,7 +13,8 @@ batch=8            windows that go through the models together
 dtype=float32      arithmetic: float32, bfloat16, float16, or auto (as stored)
 device=auto        auto, cpu, cuda or mps
 tokenizer=null     folder of a tokenizer; null is the original's, or else the model's
-S_cache=null       bases that stay composed per layer and family in a factored model; null is as it was saved
+S_cache=null       bases that stay composed per layer and family in a factored model; null is as it was saved, or as
+                   the run says
 activation_windows=16   windows on which the error of each MoE block is measured; 0 is none
 experts=8          experts drawn at random for spot checks; 0 is none
 top_k=8            leading singular vectors that are compared in them

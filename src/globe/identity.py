@@ -18,11 +18,15 @@ DEFAULT_SIZES = {"m": "n/4", "r": "p/2"}
 """What `bank.m` and `bank.r` are where neither they nor `bank.kept` is given."""
 
 _NOT_IDENTITY = {
-    "": ("output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "hydra"),
+    "": (
+        *("output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "hydra"),
+        *("S_cache", "objectives"),
+    ),
     "train": ("checkpoint_every",),
     "model": ("force_download",),
 }
-"""Options that say where a run happens and who watches, by group; all others change its numbers."""
+"""Options that say where a run happens, who watches and how its banks are used, by group; all others change its
+numbers. `S_cache` is in the name of a run all the same: runs that differ in it alone share a fit."""
 
 
 _SIZES = (("m", "m"), ("r", "r"), ("k", "atom_rank"))
@@ -73,5 +77,7 @@ def run_name(config: dict[str, Any]) -> str:
     parts += [f"{letter}{bank[key]}" for letter, key in _SIZES if bank[key] is not None]
     if config["codes"]["target_support"] is not None:
         parts.append(f"s{config['codes']['target_support']}")
+    if config["S_cache"] != "all":
+        parts.append(f"S{config['S_cache']}")
     slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("/", "over")).strip("-") for part in parts)
     return f"{slug[:100]}_{identity(config)}"

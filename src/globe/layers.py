@@ -8,13 +8,17 @@ from typing import Any
 
 from globe.errors import ConfigError
 
+GROUPS = {"early": range(4, 9), "middle": range(12, 17), "late": range(20, 25)}
+"""Layers that have a name, for sweeps over depth. Numbers as they are in a model of 24 layers and more; a group is cut
+to the layers that a model has experts in, unlike a range, which asks for every one of its layers."""
 _RANGE = re.compile(r"(\d+)\s*(?:-|:|\.\.)\s*(\d+)")
 
 
 def parse_layers(value: Any, moe_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """The layers that `layer` asks for, ascending, each once.
 
-    `value` is a number, `all`, a range `4-8`, `4:8` or `4..8` (both ends included), or a list of these;
+    `value` is a number, `all`, a range `4-8`, `4:8` or `4..8` (both ends included), `early`, `middle` or `late` (4-8,
+    12-16, 20-24, cut to the layers that have experts), or a list of these;
     `moe_layers` are the layers that have experts, out of `num_layers`. Raises ConfigError with one sentence
     naming `layer`, the value and what is allowed; a dense layer is refused as such.
     """
@@ -54,6 +58,9 @@ def _expand(value: Any, moe_layers: Sequence[int], num_layers: int) -> list[int]
             text = value.strip()
             if text == "all":
                 return list(moe_layers)
+            if text in GROUPS:
+                # none of them in this model: asked for as a whole, and refused like a range
+                return [layer for layer in GROUPS[text] if layer in moe_layers] or list(GROUPS[text])
             if re.fullmatch(r"-?\d+", text):
                 return [int(text)]
             if re.search(r"[,+]", text):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from globe.figures import jaccard_figures
 from globe.learn import Learned
-from globe.problem import BankPlan
+from globe.problem import BankPlan, cache_bytes
+from globe.reading import DTYPES
 from globe.run_folder import BankStatus, RunFolder, State
 from globe.summary import RunSummary
 
@@ -35,10 +36,13 @@ class Ledger:
         runtimes = self.summary.runtimes
         if learned.runtime is not None:
             runtimes = runtimes | {bank.key: learned.runtime}
+        S_cache, itemsize = self.summary.S_cache, DTYPES[report.export_dtype].itemsize
+        cached = {bank.key: cache_bytes(bank, S_cache, itemsize)}
         self._write(
             replace(
                 self.summary,
                 banks=(*self.summary.banks, report),
+                cache_bytes=self.summary.cache_bytes | cached,
                 runtimes=runtimes,
                 metrics=jaccard_figures(self._codes),
             )

@@ -8,7 +8,8 @@ format=dense       reconstructed matrices under the upstream names: loads in any
 format=globe       factors only: loads in transformers once globe is imported
 model.path=PATH    checkpoint folder or hub id; by default the one the run was learned from
 model.revision=R   revision of a hub id
-S_cache=all        format=globe: experts per layer and family whose bases stay composed once loaded; 0 is none
+S_cache=null       format=globe: experts per layer and family whose bases stay composed once loaded, 0 for none, or
+                   all; null is what the run says
 overwrite=false    true replaces an earlier result of this command
 """
 
@@ -26,7 +27,7 @@ from globe.command_line import parse_options
 from globe.entry import start
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
-from globe.hf.run_banks import open_run, open_source
+from globe.hf.run_banks import open_run, open_source, recorded_cache
 from globe.run_folder import RunFolder, State
 
 
@@ -49,7 +50,7 @@ class PatchOptions:
     out: str = MISSING
     format: Format = Format.dense
     model: SourceOptions = field(default_factory=SourceOptions)
-    S_cache: int | str = "all"
+    S_cache: int | str | None = None
     overwrite: bool = False
 
 
@@ -66,7 +67,7 @@ def patch(options: PatchOptions) -> dict[str, Any]:
         case Format.dense:
             return write_dense(banks, checkpoint, options.out, overwrite=options.overwrite)
         case Format.globe:
-            cache = options.S_cache
+            cache = recorded_cache(options.run) if options.S_cache is None else options.S_cache
             return write_globe(banks, checkpoint, options.out, S_cache=cache, overwrite=options.overwrite)
 
 

@@ -127,6 +127,12 @@ class BankPlan:
         return self.kept_parameters / self.parameters
 
 
+def cache_bytes(bank: BankPlan, S_cache: int | str, itemsize: int) -> int:
+    """Bytes of the mixed bases (r x d) that stay composed once every member's cache is full, at `itemsize` a number."""
+    held = sum(count if S_cache == "all" else min(int(S_cache), count) for count in bank.outline.counts)
+    return held * bank.sizes.r * bank.sizes.d * itemsize
+
+
 def outline(config: Config, checkpoint: Source) -> tuple[Outline, ...]:
     """The banks of a run in the order they are learned: layer by layer, up before gate.
 

@@ -99,7 +99,9 @@ class RunFolder:
         except BaseException as error:
             if self.status is None or self.status.state is not State.finished:
                 sentence = explain(error) or f"{type(error).__name__}: {error}"
-                stopped = isinstance(error, KeyboardInterrupt)
+                stopped = isinstance(
+                    error, KeyboardInterrupt | SystemExit
+                )  # a scheduler's signal ends with it
                 with suppress(OSError):  # the disk may be what is wrong
                     self.end(State.interrupted if stopped else State.failed, None if stopped else sentence)
             raise

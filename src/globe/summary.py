@@ -120,6 +120,10 @@ class RunSummary:
     seconds: float = 0.0
     metrics: dict[str, float | None] = field(default_factory=dict)
     """figures of more than one bank"""
+    S_cache: int | str = "all"
+    """experts per layer and family whose bases stay composed in the patched model"""
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    """of each bank's composed bases at this S_cache, in the exported dtype"""
 
     @property
     def relfrob(self) -> float:
@@ -166,6 +170,8 @@ class RunSummary:
             "seconds": self.seconds,
             "device": self.device,
             "metrics": self.metrics,
+            "S_cache": self.S_cache,
+            "cache_bytes": self.cache_bytes,
             "failed": self.failed,
             "banks": banks,
         }

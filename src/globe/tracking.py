@@ -1,6 +1,7 @@
 """Who watches a run: `metrics.jsonl` always, wandb when asked for. The only importer of wandb.
 
-A sink is three methods. Another tracker is one more class here, and one more line in `open_sinks`.
+A sink is three methods. Another tracker is one more class here, and one more line in `open_sinks`. A tracker is worked
+by a thread of its own (`Background`) and may fail (`Guarded`): no step waits for it, and no run ends with it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import queue
+import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,8 @@ class RunInfo:
     name: str
     folder: Path
     config: dict[str, Any]
-    """The composed configuration, plain and nested, and the resolved sizes under `sizes`."""
+    """The composed configuration, plain and nested; the resolved sizes of each bank under `sizes`; and the keys that
+    sweeps are read by, `m`, `r` and `target_support` as numbers (lists where banks differ) beside `S_cache`."""
     banks: tuple[str, ...]
     sweep: str | None
     """Name of the sweep the run belongs to; None for a run on its own."""
@@ -73,6 +78,7 @@ class WandbSink:
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
         self.run: Any = None
+        self.info: RunInfo | None = None
         self.prefix: dict[str, str] = {}
 
     def open(self, run: RunInfo) -> None:
@@ -89,7 +95,7 @@ class WandbSink:
                 raise
             _log.warning("wandb is out of reach (%s): this run stays offline in %s", _line(error), run.folder)
             self.run = self._init(run, "offline")
-        several = len(run.banks) > 1
+        self.info, several = run, len(run.banks) > 1
         self.prefix = {bank: f"{bank}/" if several else "" for bank in run.banks}
         for prefix in self.prefix.values():
             self.run.define_metric(f"{prefix}step", hidden=True)
@@ -104,7 +110,7 @@ class WandbSink:
             project=self.config.project,
             entity=self.config.entity,
             group=self.config.group or run.sweep,
-            job_type="train",
+            job_type=self.config.job_type,
             tags=self.config.tags,
             name=run.name,
             config=run.config,
@@ -124,6 +130,8 @@ class WandbSink:
     def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
         import wandb
 
+        if self.run is None:  # never opened
+            return
         histograms = {}
         for bank in summary["banks"]:
             prefix = self.prefix.get(bank["key"], "")
@@ -137,7 +145,21 @@ class WandbSink:
         self.run.summary.update(
             {f"run/{key}": value for key, value in summary.items() if isinstance(value, float | int | str)}
         )
+        if self.config.log_artifact:
+            for bank in summary["banks"]:
+                self._log_artifact(bank)
         self.run.finish(exit_code=0 if state == "finished" else 1)
+
+    def _log_artifact(self, bank: Mapping[str, Any]) -> None:
+        import wandb
+
+        assert self.info is not None
+        # wandb allows letters, digits and three signs in a name, 128 of them
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.info.name[-80:]}.{bank['key']}")[:128]
+        figures = {key: bank[key] for key in ("relfrob", "kept", "m", "r") if key in bank}
+        artifact = wandb.Artifact(name, type="bank", metadata=figures)
+        artifact.add_dir(str(self.info.folder / "banks" / bank["key"]))
+        self.run.log_artifact(artifact)
 
 
 class Guarded:
@@ -167,6 +189,53 @@ class Guarded:
             _log.warning("%s failed to %s (%s): the run goes on without it", name, method, _line(error))
 
 
+class Background:
+    """A sink that a thread of its own works: a call costs the fit the time of putting it into a queue.
+
+    What does not fit into the queue (`capacity` calls) is dropped and counted. `finish` waits `patience` seconds for
+    what is left; then the sink is given up, with a warning. Give it a sink that does not raise (`Guarded`).
+    """
+
+    def __init__(self, sink: Sink, *, patience: float, capacity: int = 10_000) -> None:
+        self.sink, self.patience = sink, patience
+        self.dropped = 0
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...], dict[str, Any]]] = queue.Queue(capacity)
+        # a daemon, so that a sink that hangs does not keep the process
+        self._thread = threading.Thread(target=self._work, daemon=True, name="globe-tracking")
+
+    def open(self, run: RunInfo) -> None:
+        self._thread.start()
+        self._put("open", run)
+
+    def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
+        self._put("log", bank, step, values)
+
+    def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
+        if not self._thread.is_alive():  # it was never opened
+            return
+        try:
+            self._calls.put(("finish", (summary,), {"state": state}), timeout=self.patience)
+            self._thread.join(self.patience)
+        except queue.Full:
+            pass
+        if self._thread.is_alive():
+            _log.warning("the tracker is not done after %g s: the run goes on without it", self.patience)
+        if self.dropped:
+            _log.warning("the tracker was too slow for %d points: metrics.jsonl has them", self.dropped)
+
+    def _put(self, method: str, *args: Any) -> None:
+        try:
+            self._calls.put_nowait((method, args, {}))
+        except queue.Full:
+            self.dropped += 1
+
+    def _work(self) -> None:
+        method = ""
+        while method != "finish":
+            method, args, kwargs = self._calls.get()
+            getattr(self.sink, method)(*args, **kwargs)
+
+
 class Fanout:
     """Several sinks as one."""
 
@@ -190,7 +259,7 @@ def open_sinks(config: WandbConfig, metrics: Path, run: RunInfo) -> Fanout:
     """The sinks of a run, open. Only the file beside the run may raise (OSError: the disk is full)."""
     sinks: list[Sink] = [JsonlSink(metrics)]
     if config.mode is not WandbMode.disabled:
-        sinks.append(Guarded(WandbSink(config)))
+        sinks.append(Background(Guarded(WandbSink(config)), patience=config.patience))
     together = Fanout(sinks)
     together.open(run)
     return together

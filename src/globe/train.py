@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +21,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import Container, OmegaConf
 
-from globe import entry
+from globe import entry, sweep
 from globe.artefact import is_intact
 from globe.checkpoint import open_checkpoint
 from globe.config import Config, Method, conf_dir, config_dict, plain, register, to_config
@@ -28,6 +29,7 @@ from globe.device import arithmetic, spare_threads
 from globe.dry_run import dry_run
 from globe.errors import CheckpointError, FitError
 from globe.frontier import choose_sizes
+from globe.identity import identity
 from globe.learn import Run, learn_bank
 from globe.ledger import Ledger
 from globe.problem import BankPlan, outline, plan
@@ -36,6 +38,7 @@ from globe.provenance import stamp
 from globe.run_folder import RunFolder, State
 from globe.summary import RunSummary, print_summary, read_summary
 from globe.tracking import RunInfo, open_sinks
+from globe.twins import adopt
 
 register()
 _log = logging.getLogger("globe.train")
@@ -43,16 +46,27 @@ _failure: Exception | None = None
 """Of the only job of a process that does a single run: `main` reports it, Hydra need not know."""
 
 
-def run(node: Container, path: Path, *, sweep: str | None = None) -> float:
-    """One run, from its composed configuration to RelFrob (the mean over its banks), in its folder.
+def run(node: Container, path: Path, *, sweep_name: str | None = None) -> float | tuple[float, ...]:
+    """One run in its folder, from its composed configuration to its `objectives`: RelFrob, the mean over its banks.
 
-    A finished run is only reported, unless `overwrite=true`. Raises GlobeError or OSError with the run's status
+    A finished run is only reported, unless `overwrite=true`; the banks of one that differs in `S_cache` alone are
+    taken. In a sweep a run waits for another that does the same fit. Raises GlobeError or OSError with the run's status
     set to `failed`, KeyboardInterrupt with `interrupted`. A dry run only prints, and leaves the folder's status alone.
     """
     if OmegaConf.select(node, "dry_run"):
         dry_run(to_config(node))
         return math.nan
-    folder = RunFolder(path)
+    fit = identity(plain(node))
+    with nullcontext() if sweep_name is None else sweep.one_at_a_time(path.parent, fit):
+        summary, objectives = _run(node, RunFolder(path), fit, sweep_name)
+    record = summary.to_dict()
+    figures = tuple(math.nan if record[name] is None else float(record[name]) for name in objectives)
+    return figures[0] if len(figures) == 1 else figures
+
+
+def _run(
+    node: Container, folder: RunFolder, fit: str, sweep_name: str | None
+) -> tuple[RunSummary, Sequence[str]]:
     with folder.held(), folder.recorded(entry.explain):
         config = to_config(node)
         summary = None if config.overwrite else finished_summary(folder, config)
@@ -60,14 +74,16 @@ def run(node: Container, path: Path, *, sweep: str | None = None) -> float:
             if config.overwrite:
                 folder.clear()
             folder.begin(plain(node))
-            summary = train(config, folder, sweep=sweep)
+            if not config.overwrite:
+                adopt(folder, fit)
+            summary = train(config, folder, sweep_name=sweep_name)
         print_summary(summary, folder.path)
         if summary.failed:
             raise FitError(summary.failure)
-    return summary.relfrob
+    return summary, config.objectives
 
 
-def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> RunSummary:
+def train(config: Config, folder: RunFolder, *, sweep_name: str | None = None) -> RunSummary:
     """Learn all banks that are not learned yet. A bank that fails is reported, and the others go on.
 
     Raises ConfigError or CheckpointError when nothing can be begun, ArtefactError or OSError when results
@@ -91,8 +107,9 @@ def train(config: Config, folder: RunFolder, *, sweep: str | None = None) -> Run
             stamp=stamp(config.model.path),
             total_parameters=checkpoint.total_parameters,
             device=str(device),
+            S_cache=config.S_cache,
         )
-        with _watched(config, folder, banks, ledger, sweep) as progress:
+        with _watched(config, folder, banks, ledger, sweep_name) as progress:
             job = Run(config, checkpoint, folder, device, progress.step)
             for bank in banks:
                 progress.begin(bank.key)
@@ -113,11 +130,12 @@ def _warn_of_growth(banks: Sequence[BankPlan]) -> None:
 
 @contextmanager
 def _watched(
-    config: Config, folder: RunFolder, banks: Sequence[BankPlan], ledger: Ledger, sweep: str | None
+    config: Config, folder: RunFolder, banks: Sequence[BankPlan], ledger: Ledger, sweep_name: str | None
 ) -> Iterator[Progress]:
     """The progress bar and the sinks of a run, which are told how it ended."""
     options = config_dict(config) | {"sizes": {bank.key: asdict(bank.sizes) for bank in banks}}
-    info = RunInfo(folder.path.name, folder.path, options, tuple(bank.key for bank in banks), sweep)
+    options |= {key: _shared(banks, key) for key in ("m", "r", "target_support")}
+    info = RunInfo(folder.path.name, folder.path, options, tuple(bank.key for bank in banks), sweep_name)
     sinks = open_sinks(config.wandb, folder.metrics_file, info)
     state = State.failed
     try:
@@ -131,12 +149,18 @@ def _watched(
         sinks.finish(ledger.summary.to_dict(), state=str(state))
 
 
+def _shared(banks: Sequence[BankPlan], size: str) -> Any:
+    """A size that all banks have, or the different ones in the order of the banks."""
+    values = list(dict.fromkeys(getattr(bank.sizes, size) for bank in banks))
+    return values[0] if len(values) == 1 else values
+
+
 def finished_summary(folder: RunFolder, config: Config) -> RunSummary | None:
     """The summary of a run that is finished, whose artefacts are whole and whose checkpoint is as it was."""
     if folder.status is None or folder.status.state is not State.finished:
         return None
     summary = read_summary(folder.summary_file)
-    if summary is None or summary.stamp != stamp(config.model.path):
+    if summary is None or summary.stamp != stamp(config.model.path) or summary.S_cache != config.S_cache:
         return None
     if not all(is_intact(folder.bank(bank.key)) for bank in summary.banks):
         return None
@@ -144,19 +168,22 @@ def finished_summary(folder: RunFolder, config: Config) -> RunSummary | None:
     return summary
 
 
-def _job(node: Container) -> float:
+def _job(node: Container) -> float | tuple[float, ...]:
     """What Hydra calls, once or for every run of a sweep."""
     global _failure
     settings = HydraConfig.get()
-    sweep = settings.mode is RunMode.MULTIRUN
+    path = Path(settings.runtime.output_dir)
+    multirun = settings.mode is RunMode.MULTIRUN
     try:
-        return run(
-            node, Path(settings.runtime.output_dir), sweep=Path(settings.sweep.dir).name if sweep else None
-        )
+        if not multirun:
+            return run(node, path)
+        device = str(OmegaConf.select(node, "device"))
+        with sweep.share_of_machine(settings.launcher, OmegaConf.select(settings, "job.num"), device):
+            return run(node, path, sweep_name=Path(settings.sweep.dir).name)
     except Exception as error:
         if (sentence := entry.explain(error)) is None:
             raise
-        if sweep:  # the other jobs go on, and this one's sentence should not wait for the last
+        if multirun:  # the other jobs go on, and this one's sentence should not wait for the last
             _log.error("%s", sentence)
             raise CompactHydraException(sentence) from error
         _failure = error
@@ -167,7 +194,8 @@ def main() -> None:
     """`python -m globe.train`, without the command line's program name."""
 
     def app() -> None:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_job)()
+        with sweep.outcome():
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_job)()
         if _failure is not None:
             raise _failure
 

@@ -40,7 +40,7 @@ def test_options_are_read_into_their_types() -> None:
     assert (plain.format, plain.model.path, plain.S_cache, plain.overwrite) == (
         Format.dense,
         None,
-        "all",
+        None,
         False,
     )
 

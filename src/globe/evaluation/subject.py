@@ -60,7 +60,7 @@ class Subject:
         if self.run is None:
             return load(self.folder, S_cache=S_cache, **kwargs).to(device)
         model = load(self.folder, **kwargs)
-        return patch_model(model, self.run, S_cache="all" if S_cache is None else S_cache).to(device)
+        return patch_model(model, self.run, S_cache=S_cache).to(device)
 
 
 def open_subject(model: str, against: str) -> tuple[Subject, Subject | None]:

@@ -15,7 +15,7 @@ from globe.checkpoint.location import locate_matrix
 from globe.compose import rebuild
 from globe.errors import ArtefactError
 from globe.hf.experts import GlobeExperts
-from globe.hf.run_banks import BankEntry, open_run
+from globe.hf.run_banks import BankEntry, open_run, recorded_cache
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS, bank_values, check_fit, fill, member_values, swap_in
 
@@ -24,7 +24,7 @@ def patch_model(
     model: Any,
     run: str | Path,
     *,
-    S_cache: int | str = "all",
+    S_cache: int | str | None = None,
     dtype: torch.dtype | None = None,
     dense: bool = False,
 ) -> Any:
@@ -32,9 +32,9 @@ def patch_model(
 
     The experts that a bank serves become factored: W_e x = A_e M_e x + mean x, in `dtype` (None: the model's
     own) on the device of the weights they replace. `S_cache` is the number of experts whose bases stay
-    composed per layer and family: 0 composes at each call, "all" keeps every one. With `dense` the
-    reconstructions are written into the dense weights instead. `save_pretrained` then writes a compact
-    checkpoint (with `dense`, an ordinary one).
+    composed per layer and family: 0 composes at each call, "all" keeps every one, None is what the run says.
+    With `dense` the reconstructions are written into the dense weights instead. `save_pretrained` then writes a
+    compact checkpoint (with `dense`, an ordinary one).
 
     The weights of a model in memory can't be compared with those a bank was learned from; its architecture
     and sizes are. Raises ArtefactError or CheckpointError if a bank does not fit, or the experts can't run
@@ -55,7 +55,8 @@ def patch_model(
         for entry in entries:
             _write_dense(model, names, entry)
         return model
-    return _swap(model, entries, S_cache=S_cache, dtype=dtype)
+    cache = recorded_cache(run) if S_cache is None else S_cache
+    return _swap(model, entries, S_cache=cache, dtype=dtype)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from globe.checkpoint.hub import EMBEDDED_ID
 from globe.compose import rebuild
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf.layout import BankLayout, layout_of
+from globe.run_folder import RunFolder
+from globe.summary import read_summary
 
 SOURCE_HASH = "sha256"
 """Key of an artefact's `source` that holds the hash of the tensors the bank was learned from."""
@@ -81,6 +83,14 @@ def _entry(folder: Path) -> BankEntry:
         kept_parameters=artefact.kept_parameters,
         family_parameters=artefact.family_parameters,
     )
+
+
+def recorded_cache(folder: str | Path) -> int | str:
+    """`S_cache` of the run in a folder, or that the one bank in it belongs to; "all" where none is recorded."""
+    root = Path(folder).expanduser()
+    run = root.parent.parent if (root / RECORD_FILE).is_file() else root
+    summary = read_summary(RunFolder(run).summary_file)
+    return "all" if summary is None else summary.S_cache
 
 
 def open_source(

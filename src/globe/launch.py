@@ -1,0 +1,71 @@
+"""How the runs of a sweep share a machine: jobs at once, threads and device of each. Pure functions; no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+_GPUS, _ALL = "GLOBE_VISIBLE_GPUS", "all"
+EXTRAS = {
+    "hydra_joblib_launcher": "joblib",
+    "globe_launcher": "submitit",
+    "hydra_submitit_launcher": "submitit",
+    "hydra_ray_launcher": "ray",
+    "hydra_optuna_sweeper": "optuna",
+}
+"""Module of each Hydra plugin that `conf/hydra` names, and the extra that installs it."""
+
+
+def cores() -> int:
+    """Cores that this process may use, which a scheduler or `taskset` may have cut down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def jobs_at_once(launcher: Mapping[str, Any], available: int) -> int:
+    """Runs that a launcher has going at once on a machine of `available` cores.
+
+    `n_jobs` counts as in joblib: -1 is one per core, -2 one fewer, never less than one. A launcher without it
+    runs one after another (basic), or asks a cluster for as many machines as it likes (slurm, ray).
+    """
+    asked = launcher.get("n_jobs")
+    if asked is None:
+        return 1
+    return max(1, available + 1 + int(asked) if int(asked) < 0 else int(asked))
+
+
+def threads_per_job(launcher: Mapping[str, Any], available: int) -> int | None:
+    """Threads of one run, so that the runs at once do not fight for cores; None leaves it to PyTorch.
+
+    A share of the cores where runs share a machine, what was reserved (`cpus_per_task`, `ray.remote.num_cpus`, or
+    ray's one) where a cluster hands out cores, and nothing to say where runs follow each other.
+    """
+    if launcher.get("n_jobs") is not None:
+        return max(1, available // jobs_at_once(launcher, available))
+    if launcher.get("cpus_per_task") is not None:
+        return int(launcher["cpus_per_task"])
+    if "ray" in launcher:
+        remote = launcher["ray"].get("remote") or {}
+        return max(1, int(remote.get("num_cpus") or 1))
+    return None
+
+
+def device_of_job(number: int, devices: int, *, at_once: int) -> int | None:
+    """Index of the GPU of the run `number`, in turn; None where there is no choice: one GPU, or one run at once."""
+    return number % devices if devices > 1 and at_once > 1 else None
+
+
+def remember_gpus(environment: MutableMapping[str, str]) -> None:
+    """Note the GPUs that are visible here, for processes that a launcher hides them from."""
+    environment[_GPUS] = environment.get("CUDA_VISIBLE_DEVICES", _ALL)
+
+
+def recall_gpus(environment: MutableMapping[str, str]) -> None:
+    """Make visible what `remember_gpus` noted, before CUDA starts."""
+    noted = environment.pop(_GPUS, None)
+    if noted == _ALL:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    elif noted is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = noted

@@ -1,0 +1,1 @@
+"""Hydra's launchers that `conf/hydra/launcher` names beside those of other packages."""
