@@ -98,7 +98,7 @@ def test_a_job_takes_its_share_and_gives_it_back(monkeypatch: pytest.MonkeyPatch
             )
         with sweep.share_of_machine(OmegaConf.create({"n_jobs": 4}), 3, "cpu"):
             pass
-        with sweep.share_of_machine(OmegaConf.create({}), None, "auto"):
+        with sweep.share_of_machine(OmegaConf.create({}), 0, "auto"):
             assert torch.get_num_threads() == 6
     finally:
         torch.set_num_threads(before)

@@ -92,7 +92,7 @@ def _statuses(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def share_of_machine(launcher: Container, number: int | None, device: str) -> Iterator[None]:
+def share_of_machine(launcher: Container, number: int, device: str) -> Iterator[None]:
     """Threads and GPU of one job of a sweep, put back at its end (a worker does several jobs).
 
     `threads` of the configuration has the last word. The GPU is the current one of CUDA, which `device=cuda` means.
@@ -102,7 +102,7 @@ def share_of_machine(launcher: Container, number: int | None, device: str) -> It
     threads, before = threads_per_job(options, available), torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(min(threads, before))
-    if device != "cpu" and number is not None:
+    if device != "cpu":
         at_once = jobs_at_once(options, available)
         index = device_of_job(number, torch.cuda.device_count(), at_once=at_once)
         if index is not None:

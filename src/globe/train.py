@@ -178,7 +178,7 @@ def _job(node: Container) -> float | tuple[float, ...]:
         if not multirun:
             return run(node, path)
         device = str(OmegaConf.select(node, "device"))
-        with sweep.share_of_machine(settings.launcher, OmegaConf.select(settings, "job.num"), device):
+        with sweep.share_of_machine(settings.launcher, settings.job.num, device):
             return run(node, path, sweep_name=Path(settings.sweep.dir).name)
     except Exception as error:
         if (sentence := entry.explain(error)) is None:
