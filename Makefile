@@ -88,6 +88,15 @@ docs: $(STAMP)  ## Build the site of docs/ in site/ (the first time it installs 
 docs-reference: $(STAMP)  ## Write docs/configuration.md anew, from the dataclasses and conf/
 	$(ENV) $(PY) experiments/docs/reference.py
 
+.PHONY: bench-fit
+bench-fit: $(STAMP)  ## Error by time of GloBE and of every baseline on four trained layers; hours, resumable
+	@mkdir -p outputs
+	$(ENV) $(PY) experiments/bench/fit.py --json outputs/bench-fit.json $(ARGS)
+
+.PHONY: bench-scale
+bench-scale: $(STAMP)  ## Seconds and memory against every size, and the share of the machine's peak at real shapes
+	$(ENV) $(PY) experiments/bench/scale.py --threads $(or $(OMP_NUM_THREADS),1) $(ARGS)
+
 # --- checks -------------------------------------------------------------------------------------------------------
 
 .PHONY: test

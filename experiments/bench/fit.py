@@ -32,6 +32,7 @@ from torch import Tensor
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
 from globe.baselines import ADAM_METHODS, Method, run_baseline
+from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.checkpoint import open_checkpoint
 from globe.config import Activation, Config, CurveConfig
 from globe.errors import GlobeError
@@ -71,13 +72,13 @@ def arguments() -> argparse.Namespace:
 
 
 def sizes_for(name: str, X: Tensor, options: argparse.Namespace) -> Sizes:
-    """(m, r) as given, or m = n low-rank atoms with the same r within the same budget."""
+    """(m, r) as given, or m = n low-rank atoms with the same r within the same budget, as SLBF has them."""
     n, p, d = X.shape
     sizes = Sizes(n, p, d, options.m, options.r)
     if "low-rank" not in name:
         return sizes
-    left = sizes.parameters - n * p * options.r - n * n
-    return Sizes(n, p, d, n, options.r, atom_rank=left // (n * (options.r + d)))
+    own = baseline_sizes("slbf", n=n, p=p, d=d, budget=sizes.parameters, r=options.r)
+    return Sizes(n, p, d, own.m, own.r, atom_rank=own.atom_rank)
 
 
 def fit_ours(name: str, X: Tensor, options: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +88,10 @@ def fit_ours(name: str, X: Tensor, options: argparse.Namespace) -> dict[str, Any
     config.bank.activation = Activation.tanh if "tanh" in name else Activation.silu
     config.schedule.lam = CurveConfig(start=float(not linear), end=float(not linear))
     sizes = sizes_for(name, X, options)
+    kept = sizes.kept
+    if sizes.atom_rank is not None:
+        # k x k numbers of an atom are gauge, an identity in the tightest form: counted as for SLBF
+        kept -= sizes.m * sizes.atom_rank**2 / X.numel()
     records: list[StepRecord] = []
     fit_bank(
         X,
@@ -97,7 +102,7 @@ def fit_ours(name: str, X: Tensor, options: argparse.Namespace) -> dict[str, Any
         clock=time.process_time,
     )
     return {
-        "kept": sizes.kept,
+        "kept": kept,
         "sizes": f"m={sizes.m} r={sizes.r}" + (f" k={sizes.atom_rank}" if sizes.atom_rank else ""),
         "history": [(record.seconds, record.relfrob) for record in records],
         "rises": sum(b.objective > a.objective for a, b in pairwise(records)),

@@ -51,7 +51,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of the fits of the real shapes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=12.0, help="GiB that a fit may take")
-    parser.add_argument("--share", type=float, default=0.6, help="of the peak rate that the loop should reach")
+    parser.add_argument(
+        "--share", type=float, default=0.6, help="of the peak rate that the loop should reach"
+    )
     parser.add_argument("--child", choices=("fit", "rate"), help=argparse.SUPPRESS)
     parser.add_argument("--sizes", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="auto", help=argparse.SUPPRESS)
@@ -142,7 +144,12 @@ def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
         peaks.append(4096**3 / (clock(options.threads) - started))
     each = min((seconds(6) - seconds(2)) / 4 for _ in range(2))
     needed = 3 * n * r * r * d + 4 * n * m * r * d + m * r * d * (r + d)
-    return {"dtype": str(dtype).removeprefix("torch."), "rate": needed / each, "peak": max(peaks), "each": each}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "rate": needed / each,
+        "peak": max(peaks),
+        "each": each,
+    }
 
 
 def ask(what: str, sizes: Sizes, options: argparse.Namespace, dtype: str, steps: int) -> dict[str, Any]:
@@ -193,7 +200,9 @@ def doublings(options: argparse.Namespace) -> None:
 def shapes(options: argparse.Namespace) -> bool:
     """Both tables; whether memory and rates are within what was asked."""
     fine = True
-    sizes = [Sizes(n, p, d, n // 4, p // 2) for n, p, d in (map(int, one.split("x")) for one in options.shapes)]
+    sizes = [
+        Sizes(n, p, d, n // 4, p // 2) for n, p, d in (map(int, one.split("x")) for one in options.shapes)
+    ]
     print(
         "\nReal shapes, m = n/4, r = p/2\n\n"
         "| n x p x d | family, MiB | peak of the fit, GiB | families | counted | s/step | RelFrob, start -> "
