@@ -5,9 +5,9 @@
 Every cell of the table is a run of globe.train over up and gate of all layers (`method=METHOD bank.kept=KEPT`), whose
 banks are then put dense into a copy of the model in memory. Cells are kept in --out, as are their runs: a second call
 with the same options does only what is missing, in the middle of a fit if it was cut off there. Seconds are of the
-clock and for each matrix; the closed forms take what they need. GloBE has the sizes that MoBE has at that share,
-unless --globe-sizes gives others: atoms m, rows r and, for low-rank atoms, their rank. Its form can be chosen with
---globe, all methods' options with --set, both as for globe.train:
+clock and for each matrix; the closed forms take what they need. GloBE searches its sizes within the budget
+(`bank.kept`, once per share), unless --globe-sizes gives them: atoms m, rows r and, for low-rank atoms, their rank. Its
+form can be chosen with --globe, all methods' options with --set, both as for globe.train:
 
     python experiments/bench/perplexity.py --globe bank.activation=tanh --globe-sizes 0.47=60,88,17 0.35=12,64
 """
@@ -148,8 +148,8 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfi
         *options.set,
         *(options.globe if method == "globe" else []),
     ]
-    if method == "globe":
-        named = zip(("m", "r", "atom_rank"), globe_sizes(options, kept), strict=False)
+    if method == "globe" and (given := globe_sizes(options, kept)) is not None:
+        named = zip(("m", "r", "atom_rank"), given, strict=False)
         overrides += [f"bank.{name}={size}" for name, size in named]
     else:
         overrides.append(f"bank.kept={kept:g}")
@@ -157,19 +157,13 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfi
         return compose("config", overrides=overrides)
 
 
-def globe_sizes(options: argparse.Namespace, kept: float) -> tuple[int, ...]:
-    """m, r and perhaps k as --globe-sizes says, or those of MoBE, which keeps as many numbers for the same sizes."""
+def globe_sizes(options: argparse.Namespace, kept: float) -> tuple[int, ...] | None:
+    """m, r and perhaps k as --globe-sizes says; None leaves them to the search."""
     for given in options.globe_sizes:
         share, _, sizes = given.partition("=")
         if float(share) == kept:
             return tuple(int(size) for size in sizes.split(","))
-    config = to_config(composed(options, "mobe", kept))
-    found = {(bank.sizes.m, bank.sizes.r) for bank in plan(config, open_checkpoint(options.checkpoint))}
-    if len(found) > 1:
-        raise ConfigError(
-            f"the layers of {options.checkpoint} differ in size: select equal ones with --layers"
-        )
-    return found.pop()
+    return None
 
 
 def cell_file(options: argparse.Namespace, method: str, kept: float) -> Path:
@@ -190,7 +184,8 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     settings = bench.settings | {"run": mark}
     if (cell := finished(options, method, kept, settings)) is not None:
         return cell
-    for bank in plan(to_config(node), open_checkpoint(options.checkpoint)):
+    searched = method == "globe" and globe_sizes(options, kept) is None
+    for bank in () if searched else plan(to_config(node), open_checkpoint(options.checkpoint)):
         if bank.kept > kept:
             raise ConfigError(
                 f"{method} would keep {bank.kept:.4f} of {bank.key}, more than the {kept:g} of the other methods: give "

@@ -4,12 +4,13 @@
     python experiments/bench/scale.py --only doublings
     python experiments/bench/scale.py --only shapes --shapes 60x1408x2048 --steps 2
 
-Doublings: n, p, d, r and m are doubled twice, one at a time, from a small bank. Exponents are slopes of log (seconds or
-bytes) against log (size); beside them stand those of the counted multiply-adds and of the counted memory
-(`globe.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a shared part,
-made on the spot, with its peak memory above the process after its imports; then the rate of the conjugate-gradient
-loop, in multiply-adds that the method needs, against the fastest large product of the same dtype in the same process.
-Each measurement has a process of its own. Seconds are CPU seconds of one thread, wall-clock with more. Linux only.
+Doublings: n, p, d, r and m are doubled twice, one at a time, from a small bank. Exponents are slopes of log (seconds
+or bytes) against log (size); beside them stand those of the counted multiply-adds and of the counted memory
+(`globe.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a shared
+part, made on the spot, with its peak memory above the process after its imports; then the rate of the
+conjugate-gradient loop, in multiply-adds that the method needs, against the fastest large product of the same dtype in
+the same process. Each measurement has a process of its own. Seconds are CPU seconds of one thread, wall-clock with
+more. Linux only.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ import platform
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from globe.am.gauss_newton import gauss_newton_direction
-from globe.am.low_precision import curvature_dtype
 from globe.am.loop import fit_bank
+from globe.am.low_precision import curvature_dtype
 from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, start_state
 from globe.am.tangent import tangent
@@ -109,7 +111,7 @@ def child_fit(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
         generator=torch.Generator().manual_seed(0),
         on_step=lambda record: stamps.append(clock(options.threads)),
     )
-    each = min(after - before for before, after in zip(stamps, stamps[1:], strict=False))
+    each = min(after - before for before, after in pairwise(stamps))
     peak = status("VmHWM") - idle
     return {"seconds": each, "bytes": peak, "before": result.relfrob_start, "after": result.relfrob}
 
