@@ -20,7 +20,9 @@ from globe import entry
 from globe.train import run
 from run_support import FakeFit, composed, lines, load
 
-KILL_RESUME = Path(__file__).parents[1] / "experiments" / "bench" / "kill_resume.py"
+BENCH = Path(__file__).parents[1] / "experiments" / "bench"
+KILL_RESUME = BENCH / "kill_resume.py"
+SWEEP_KILL = BENCH / "sweep_kill.py"
 _OPERATIONS = ("replace", "rename", "unlink", "fsync")
 
 
@@ -147,3 +149,14 @@ def test_kill_9_at_random_moments_of_a_real_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PASS: 3 of 3 kills" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_kill_9_at_random_moments_of_a_sweep(tmp_path: Path, launcher: str) -> None:
+    options = ("--seeds", "1", "--kills", "2", "--launcher", launcher)
+    done = subprocess.run(
+        [sys.executable, str(SWEEP_KILL), *options], cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS: 3 runs, 2 kills" in done.stdout

@@ -1,14 +1,14 @@
 """Kill -9 a sweep at random moments, again and again: does it end complete, with each run counted once?
 
     python experiments/bench/sweep_kill.py                                  # 12 runs, 5 kills, one run after another
-    python experiments/bench/sweep_kill.py --launcher joblib
+    python experiments/bench/sweep_kill.py --launcher joblib                # two at once
     python experiments/bench/sweep_kill.py --seeds 1 --kills 2 --steps 4    # 3 runs
 
 One sweep (bank.m = n/8, n/4, n/2 times seeds, on the embedded model) is left alone. A second one is started in a fresh
-folder, and its whole process group is killed with SIGKILL after a random share of the CPU seconds that the sweep takes;
-the same command then goes on, is killed again, and so on. In the end the command is left to finish. Moments are drawn
-from the time between the first fit and what a resumed sweep can hold, so that none falls behind its end; a kill that
-comes too late all the same is said and fails.
+folder, and its whole process group is killed with SIGKILL at a random moment; the same command then goes on, is killed
+again, and so on. In the end the command is left to finish. Every attempt works on fits for a random part, up to twice
+an even one, of the CPU seconds that the fits of the undisturbed sweep took, so that the kills are spread over the
+sweep; a kill that comes too late all the same is said and fails.
 
 It passes when the last command ends with exit code 0; the sweep has exactly the folders of the undisturbed one; each
 run is `finished`, has the same bytes in `bank.safetensors` and `globe.json`, each step once and the same figures (times
@@ -39,7 +39,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=4, help="times three sizes make the runs")
-    parser.add_argument("--steps", type=int, default=20, help="of a fit; a checkpoint is written after each")
+    parser.add_argument("--steps", type=int, default=40, help="of a fit; a checkpoint is written after each")
     parser.add_argument("--launcher", default="basic", help="basic, joblib or submitit_local")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
@@ -48,18 +48,19 @@ def main() -> int:
         *("-m", "bank.m=n/8,n/4,n/2", f"seed={seeds}", f"train.steps={options.steps}", "sweep=runs"),
         *("train.patience=0", "train.checkpoint_every=0", f"hydra/launcher={options.launcher}"),
     ]
+    if options.launcher != "basic":
+        command.append("hydra.launcher.n_jobs=2")
     with tempfile.TemporaryDirectory(prefix="globe-sweep-kill-") as root:
         whole, broken = Path(root) / "whole", Path(root) / "broken"
         startup, seconds = undisturbed(command, whole)
         generator = random.Random(options.seed)
         rows = []
         for number in range(1, options.kills + 1):
-            # an even share of the fits for each attempt, from the start of the process or a little into them
-            share = generator.uniform(0.1, 1.0) * (seconds - startup) / (options.kills + 1)
-            early = killed_at(command, broken, startup + share)
+            share = generator.uniform(0.0, 2.0) * (seconds - startup) / (options.kills + 1)
+            early = killed_after(command, broken, share)
             rows.append(early)
             print(
-                f"kill {number} at {startup + share:.1f} CPU s: {census(broken)}{'' if early else ', TOO LATE'}"
+                f"kill {number} after {share:.2f} CPU s of fits: {census(broken)}{'' if early else ', TOO LATE'}"
             )
         process, log = start(command, broken)
         code = process.wait()
@@ -105,15 +106,23 @@ def undisturbed(command: list[str], folder: Path) -> tuple[float, float]:
     return startup, used
 
 
-def killed_at(command: list[str], folder: Path, seconds: float) -> bool:
-    """Was the group killed before the command was done?"""
+def killed_after(command: list[str], folder: Path, seconds: float) -> bool:
+    """Kill the group that long after the first fit that it does anything to. Was that before the command was done?"""
+    before = progress(folder)
     process, _ = start(command, folder)
-    await_moment(process, lambda: group_seconds(process.pid) >= seconds)
+    await_moment(process, lambda: progress(folder) != before)
+    begun = group_seconds(process.pid)
+    await_moment(process, lambda: group_seconds(process.pid) >= begun + seconds)
     early = process.poll() is None
     if early:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return early
+
+
+def progress(folder: Path) -> list[tuple[str, int]]:
+    """The runs' status files and when they were written; a run that is only reported writes none."""
+    return sorted((file.parent.name, file.stat().st_mtime_ns) for file in folder.glob("runs/*/status.json"))
 
 
 def group_seconds(group: int) -> float:
