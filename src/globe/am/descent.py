@@ -27,7 +27,7 @@ and exact problems are solved exactly. At an error of 0.34, floors of 1e-3, 1e-2
 _FINE = 3e-4
 """A step that promises less than this share of the objective, or that is refused, is the last in low precision. Kept
 to the end, bfloat16 products stalled a linear fit at 0.3544 that reaches 0.3532 in the same 48 steps of 20 iterations
-without them; with the truncation test 3e-4 costs no error at equal steps, and steps are a fifth faster than with 3e-3."""
+without them; with the truncation test 3e-4 costs no error at equal steps, a fifth faster than with 3e-3."""
 
 
 class Numbers(NamedTuple):
