@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,43 @@ def test_no_step_waits_for_a_slow_sink_and_it_is_told_everything_in_order(tmp_pa
     sink.finish({"banks": []}, state="finished")
     assert [name for name, _ in slow.calls] == ["open", "log", "log", "log", "finish"]
     assert [what[1] for name, what in slow.calls if name == "log"] == [1, 2, 3]
+
+
+class Busy(Recorder):
+    """A tracker that takes processor time for every point, and notes when it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: list[float] = []
+
+    def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
+        self.moments.append(time.thread_time())
+        while time.thread_time() < self.moments[-1] + 0.01:
+            pass
+        super().log(bank, step, values)
+
+
+def test_a_sink_that_takes_processor_time_rests_while_the_fit_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    busy = Busy()
+    sink = Background(busy, patience=60)
+
+    class Ending(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            rests.append(timeout)
+            return super().wait(0)
+
+    monkeypatch.setattr(sink, "_ending", Ending())
+    for step in (1, 2, 3):
+        sink.log("layer012.up", step, {})
+    sink.open(info(tmp_path))
+    sink.finish({"banks": []}, state="finished")
+    long = [rest for rest in rests if rest >= 0.49]  # 49 times a hundredth of a second
+    assert len(long) >= 3
+    assert [name for name, _ in busy.calls] == ["log", "log", "log", "open", "finish"]
 
 
 def test_a_sink_that_hangs_is_given_up_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

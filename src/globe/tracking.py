@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import queue
 import re
 import threading
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from globe.config import WandbConfig, WandbMode
 
 Scalar = float | int | bool | str | None
 
+_SHARE = 0.02
+"""Of the processor time of one core, what a tracker may take while a fit runs."""
+_IDLE = 0.5
+"""Seconds between two looks for something to tell."""
 _log = logging.getLogger(__name__)
 
 
@@ -190,50 +195,56 @@ class Guarded:
 
 
 class Background:
-    """A sink that a thread of its own works: a call costs the fit the time of putting it into a queue.
+    """A sink that a thread of its own works: a call costs the fit the time of putting it into a list.
 
-    What does not fit into the queue (`capacity` calls) is dropped and counted. `finish` waits `patience` seconds for
-    what is left; then the sink is given up, with a warning. Give it a sink that does not raise (`Guarded`).
+    Python runs one thread at a time, so the sink is paced as well: between two calls of `log` its thread rests until
+    the processor time of the last one is a fiftieth of all. What is left when the run ends is told without a rest, and
+    `finish` waits `patience` seconds for it before the sink is given up, with a warning. Of more than `capacity` calls
+    that wait, further ones are dropped and counted. Give it a sink that does not raise (`Guarded`).
     """
 
-    def __init__(self, sink: Sink, *, patience: float, capacity: int = 10_000) -> None:
-        self.sink, self.patience = sink, patience
+    def __init__(self, sink: Sink, *, patience: float, capacity: int = 100_000) -> None:
+        self.sink, self.patience, self.capacity = sink, patience, capacity
         self.dropped = 0
-        self._calls: queue.Queue[tuple[str, tuple[Any, ...], dict[str, Any]]] = queue.Queue(capacity)
+        self._calls: deque[tuple[str, tuple[Any, ...], dict[str, Any]]] = deque()
+        self._ending = threading.Event()
         # a daemon, so that a sink that hangs does not keep the process
         self._thread = threading.Thread(target=self._work, daemon=True, name="globe-tracking")
 
     def open(self, run: RunInfo) -> None:
+        self._calls.append(("open", (run,), {}))
         self._thread.start()
-        self._put("open", run)
 
     def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
-        self._put("log", bank, step, values)
+        if (
+            len(self._calls) < self.capacity
+        ):  # it wakes nobody: a switch of threads may cost a turn on a busy core
+            self._calls.append(("log", (bank, step, values), {}))
+        else:
+            self.dropped += 1
 
     def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
         if not self._thread.is_alive():  # it was never opened
             return
-        try:
-            self._calls.put(("finish", (summary,), {"state": state}), timeout=self.patience)
-            self._thread.join(self.patience)
-        except queue.Full:
-            pass
+        self._calls.append(("finish", (summary,), {"state": state}))
+        self._ending.set()
+        self._thread.join(self.patience)
         if self._thread.is_alive():
             _log.warning("the tracker is not done after %g s: the run goes on without it", self.patience)
         if self.dropped:
             _log.warning("the tracker was too slow for %d points: metrics.jsonl has them", self.dropped)
 
-    def _put(self, method: str, *args: Any) -> None:
-        try:
-            self._calls.put_nowait((method, args, {}))
-        except queue.Full:
-            self.dropped += 1
-
     def _work(self) -> None:
         method = ""
         while method != "finish":
-            method, args, kwargs = self._calls.get()
+            if not self._calls:
+                self._ending.wait(_IDLE)
+                continue
+            method, args, kwargs = self._calls.popleft()
+            clock = time.thread_time()
             getattr(self.sink, method)(*args, **kwargs)
+            if method == "log":
+                self._ending.wait((1 / _SHARE - 1) * (time.thread_time() - clock))
 
 
 class Fanout:
