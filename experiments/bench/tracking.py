@@ -4,7 +4,8 @@
     python experiments/bench/tracking.py --steps 20 --rounds 1
 
 The same fit (embedded model, layer 12, up, one thread) is run in one process with each kind of tracker in turn, round
-after round, so that a machine that is busy for a while is busy for all of them. Three figures for each:
+after round, so that a machine that is busy for a while is busy for all of them. A round before the others, which imports
+wandb and starts its process, is not counted, nor is the first third of each run, while its tracker opens. Figures:
 
 - held up: median seconds that the fit's own thread spends handing its figures over, as a share of the median step. A
   tracker that made steps wait would show here.
@@ -62,6 +63,10 @@ class Timed:
         self.seconds.append(after - clock)
         self.moments.append(after)
 
+    def drop(self, first: int) -> None:
+        for records in (self.seconds, self.cpu, self.moments, self.cpu_moments):
+            del records[:first]
+
     def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
         clock = time.perf_counter()
         self.sinks.finish(summary, state=state)
@@ -106,9 +111,13 @@ def main() -> int:
 
     watches: dict[str, list[Timed]] = {name: [] for name in NAMES}
     with tempfile.TemporaryDirectory(prefix="globe-tracking-") as root:
-        for number in range(options.rounds):
+        for number in range(options.rounds + 1):
             for name in NAMES:
                 watches[name].append(one_run(name, Path(root) / f"{number}-{name}", options))
+    for name in NAMES:
+        del watches[name][0]  # imports of wandb, and the start of its process, once and not by step
+        for watch in watches[name]:
+            watch.drop(options.steps // 3)  # while the tracker opens
     without = statistics.median(durations(watches["disabled"]))
     return report({name: figures(watches[name], without) for name in NAMES}, options)
 
