@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from globe.config import Config, Device, FitDtype
-from globe.device import arithmetic, bank_seed, peak_device_bytes, peak_host_bytes, pick_device
+from globe.device import (
+    arithmetic,
+    bank_seed,
+    keep_less_memory,
+    peak_device_bytes,
+    peak_host_bytes,
+    pick_device,
+)
 from globe.errors import ConfigError
 
 
@@ -61,3 +73,20 @@ def test_peak_memory_is_in_bytes() -> None:
     peak = peak_host_bytes()
     assert peak is None or 10 * 2**20 < peak < 2**40
     assert peak_device_bytes(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_large_blocks_go_back_when_they_are_freed() -> None:
+    """A block that was freed once does not make glibc keep the next ones of its size."""
+    keep_less_memory()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    block = torch.ones(7_000_000)
+    del block
+    before = resident()
+    blocks = [torch.ones(6_000_000) for _ in range(3)]
+    assert resident() - before > 60e6
+    del blocks[0]  # the later ones lie above it, were it in the heap
+    assert resident() - before < 60e6

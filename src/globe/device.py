@@ -58,6 +58,10 @@ def arithmetic(config: Config) -> Iterator[torch.device]:
             torch.use_deterministic_algorithms(deterministic)
 
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Options of `mallopt`, from malloc.h."""
+_LARGE_BLOCK = 1 << 24
+
 SMALL_BANK = 1_000_000
 """Numbers in a bank's experts below which one thread is used: handing such small products to a second thread gains
 nothing on idle cores, and on busy ones the threads wait for each other (a fit of the embedded model: 4 s, or 75 s)."""
@@ -80,6 +84,19 @@ def bank_seed(seed: int, key: str, attempt: int = 0) -> int:
     """
     digest = hashlib.sha256(f"{seed}/{key}/{attempt}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
+
+
+def keep_less_memory() -> None:
+    """Have the allocator (glibc) return large blocks when they are freed: 0.5 GB less at the peak of a large fit.
+
+    For the life of the process. glibc would take the largest block that was ever freed, up to 32 MB, as one to keep;
+    here a block of 16 MB gets pages of its own, and no more than that stays free at the end of the heap.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+                mallopt(option, _LARGE_BLOCK)
 
 
 def give_back_memory() -> None:

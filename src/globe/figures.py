@@ -38,7 +38,8 @@ def expert_spectra(X: Float[Tensor, "n p d"]) -> Spectra:
     n, p, d = X.shape
     count = max(int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)), _FEWEST_SPECTRA)
     rows = spread_out(n, count)
-    return Spectra(tuple(rows), metrics.singular_values(X[rows]))
+    # one by one: a copy of so many experts would be large
+    return Spectra(tuple(rows), torch.cat([metrics.singular_values(X[row, None]) for row in rows]))
 
 
 def bank_figures(

@@ -65,12 +65,13 @@ def finalise(
     X = joined.experts
     kept = prune_codes(factors.codes, prune)
     exported = _round_atoms(factors._replace(codes=kept), export_dtype)
-    adapters = factors.adapters
-    if refit is not None:
-        adapters = X.new_empty(adapters.shape)
-        for rows in _chunks(X):
-            adapters[rows] = refit(X[rows], _bases(exported, rows, lam, activation).to(X))
-    exported = exported._replace(adapters=fold_scale(adapters, joined.scale).to(export_dtype))
+    adapters = X.new_empty(factors.adapters.shape, dtype=export_dtype)
+    for rows in _chunks(X):
+        own = factors.adapters[rows]
+        if refit is not None:
+            own = refit(X[rows], _bases(exported, rows, lam, activation).to(X))
+        adapters[rows] = fold_scale(own, None if joined.scale is None else joined.scale[rows])
+    exported = exported._replace(adapters=adapters)
     mean = joined.mean
     if mean is not None and mean.dim() == 3:
         mean = mean.to(export_dtype)

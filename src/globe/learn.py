@@ -177,6 +177,7 @@ def _fit_globe(
         on_step=watch.step,
         on_checkpoint=watch.checkpoint,
     )
+    give_back_memory()  # of the steps
     done = finalise(
         result.factors,
         read.joined,

@@ -25,7 +25,7 @@ from globe import entry, sweep
 from globe.artefact import is_intact
 from globe.checkpoint import open_checkpoint
 from globe.config import Config, Method, conf_dir, config_dict, plain, register, to_config
-from globe.device import arithmetic, spare_threads
+from globe.device import arithmetic, keep_less_memory, spare_threads
 from globe.dry_run import dry_run
 from globe.errors import CheckpointError, FitError
 from globe.frontier import choose_sizes
@@ -199,6 +199,7 @@ def main() -> None:
         if _failure is not None:
             raise _failure
 
+    keep_less_memory()
     entry.start(app)
 
 

@@ -347,3 +347,30 @@ def test_extrapolation_goes_beyond_the_step_by_its_weight() -> None:
         weights.add(weight)
         state = new
     assert {0.25, 0.4, 0.5} <= weights
+
+
+@pytest.mark.parametrize("inner", [torch.float32, torch.bfloat16])
+def test_a_spent_point_gives_the_same_move_and_its_memory_back(
+    inner: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("globe.am.objective._WORTH_RELEASING", 1)
+    one = case()
+    X = one.X.float()
+    atoms = Atoms(one.atoms.bank.float(), one.atoms.codes.float())
+    moves = []
+    for spend in (False, True):
+        at = evaluate(X, atoms.bank, atoms.codes, lam=1.0, activation="tanh")
+        found = gauss_newton_direction(
+            tangent(atoms.bank, atoms.codes),
+            at,
+            cg_iterations=5,
+            damping=1e-3,
+            generator=sketcher(),
+            curvature_dtype=inner,
+            spend=spend,
+        )
+        moves.append(found.move)
+        copied = () if inner == torch.float32 else (at.rows, at.slope, at.gram)
+        left = [part.untyped_storage().nbytes() for part in (at.force, at.adapters, *copied)]
+        assert all((size == 0) == spend for size in left)
+    assert all(torch.equal(one, other) for one, other in zip(*moves, strict=True))

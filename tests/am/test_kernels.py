@@ -12,7 +12,7 @@ from torch import Tensor
 
 from globe.am.activation import phi, phi_prime
 from globe.am.mod import linearised_targets, mod_step, rescale_gauge
-from globe.am.objective import evaluate, mix
+from globe.am.objective import adapters_at, evaluate, mix, release
 from globe.am.refit import damped_cholesky, refit
 from globe.am.targets import aligned_warm_start, blend, weight_aware_targets
 from globe.errors import FitError
@@ -248,3 +248,23 @@ def test_errors_are_of_the_residual_and_not_of_cancelling_norms() -> None:
         *(t.double() for t in (problem.X, problem.bank, problem.codes)), lam=0.0, activation="identity"
     )
     assert found.objective == pytest.approx(wanted.objective, rel=2e-2)
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_released_memory_is_taken_again_with_the_same_bits(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("globe.am.objective._WORTH_RELEASING", 1)
+    X, bank, codes = bank_and_codes()
+    options = {"lam": 1.0, "activation": activation, "lambda_A": 1e-3}
+    wanted, spent = evaluate(X, bank, codes, **options), evaluate(X, bank + 1, codes, **options)
+    release(spent.gram, spent.rows, spent.slope)
+    assert spent.rows.untyped_storage().nbytes() == 0
+    found = evaluate(X, bank, codes, **options, into=spent)
+    assert found.rows is spent.rows
+    for name in ("gram", "rows", "slope", "force", "errors"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert (one is other is None) or torch.equal(one, other), name
+    assert found.objective == wanted.objective
+    assert found.adapters is None
+    assert torch.equal(adapters_at(X, bank, codes, **options), wanted.adapters)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.chunks import expert_chunks
-from globe.am.objective import Point
+from globe.am.objective import Point, release
 from globe.am.tangent import Move, Tangent
 
 
@@ -16,16 +16,16 @@ class Curvature:
 
     Per expert and product 3 r^2 d + 3 m r d multiply-adds, in `dtype`. Copies of the point are made in that dtype once;
     a product comes back in the dtype of the fit. Lower precision perturbs only the direction of an inexact step, whose
-    gradient and whose acceptance stay exact.
+    gradient and whose acceptance stay exact. With `spend` the point's own tensors are released as they are copied.
     """
 
-    def __init__(self, tangent: Tangent, point: Point, *, dtype: torch.dtype) -> None:
+    def __init__(self, tangent: Tangent, point: Point, *, dtype: torch.dtype, spend: bool = False) -> None:
         self._tangent = tangent
         self._dtype = dtype
         self._coordinates = tangent.coordinates.to(dtype)
-        self._gram = point.gram.to(dtype)
-        self._rows = point.rows.to(dtype)
-        self._slope = None if point.slope is None else point.slope.to(dtype)
+        self._gram = _copy(point.gram, dtype, spend)
+        self._rows = _copy(point.rows, dtype, spend)
+        self._slope = None if point.slope is None else _copy(point.slope, dtype, spend)
         bank = tangent.bank
         m, r, d = bank.shape
         n = len(point.gram)
@@ -114,3 +114,11 @@ class Curvature:
             self._atoms.addmm_(weights, flat)
         if self._tangent.joint:
             self._codes[part] = flat @ self._stack[len(self._atoms) :].T
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype, spend: bool) -> Tensor:
+    """The tensor in `dtype`, itself if it has that already."""
+    copied = tensor.to(dtype)
+    if spend and copied is not tensor:
+        release(tensor)
+    return copied

@@ -12,7 +12,7 @@ from globe.am.activation import phi
 from globe.am.chunks import expert_chunks
 from globe.am.gauss_newton import gauss_newton_direction
 from globe.am.mod import linearised_targets, mod_step, rescale_gauge
-from globe.am.objective import Point, evaluate, mix
+from globe.am.objective import Point, adapters_at, evaluate, mix
 from globe.am.state import AMState, Atoms
 from globe.am.tangent import tangent
 from globe.am.targets import aligned_warm_start, blend, weight_aware_targets
@@ -57,6 +57,13 @@ class Numbers(NamedTuple):
             lambda_A=self.lambda_A,
             into=into,
         )
+
+    def adapters(self, X: Float[Tensor, "n p d"], state: AMState) -> Float[Tensor, "n p r"]:
+        """Of the state's point, or made anew where it goes without."""
+        if state.point.adapters is not None:
+            return state.point.adapters
+        bank, codes = state.atoms.bank, state.atoms.codes
+        return adapters_at(X, bank, codes, lam=state.lam, activation=self.activation, lambda_A=self.lambda_A)
 
     def energy(self, X: Float[Tensor, "n p d"]) -> float:
         total = float(squared_norms(X).sum()) if self.total is None else self.total
@@ -107,6 +114,7 @@ def gauss_newton_step(
         lambda_B=numbers.lambda_B,
         force=None if pull is None else _blended_force(state, pull, numbers),
         curvature_dtype=None if state.fine else numbers.curvature_dtype,
+        spend=spend and pull is None,
     )
     if direction.predicted < _FINE * state.objective:
         state = state._replace(fine=True)
@@ -115,8 +123,9 @@ def gauss_newton_step(
     into = state.point if spend else None
     relaxed = max(_LEAST, _OF_ERROR * state.objective / numbers.energy(X), state.damping / _DOWN)
     if pull is not None:
-        error = _blended_error(X, state, state.atoms, pull, numbers)
-        if _blended_error(X, state, plain, pull, numbers) < error:
+        adapters = numbers.adapters(X, state)
+        error = _blended_error(X, adapters, state.atoms, pull, numbers)
+        if _blended_error(X, adapters, plain, pull, numbers) < error:
             point = numbers.evaluate(X, plain, into)
             return state._replace(
                 atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed
@@ -156,13 +165,13 @@ def _blended_force(state: AMState, pull: Float[Tensor, "n r d"], numbers: Number
 
 def _blended_error(
     X: Float[Tensor, "n p d"],
-    state: AMState,
+    A: Float[Tensor, "n p r"],
     atoms: Atoms,
     pull: Float[Tensor, "n r d"],
     numbers: Numbers,
 ) -> float:
-    """sum_i ||X~_i - A_i M_i||^2 at the adapters of `state`, for the blended target X~ of `_blended_force`."""
-    A, total = state.point.adapters, 0.0
+    """sum_i ||X~_i - A_i M_i||^2 at adapters A, for the blended target X~ of `_blended_force`."""
+    total = 0.0
     for part in expert_chunks(*X.shape):
         M = phi(mix(atoms.codes[part], atoms.bank), lam=numbers.lam, activation=numbers.activation)
         wanted = torch.lerp(A[part] @ pull[part], X[part], numbers.beta)
@@ -181,7 +190,7 @@ def mod_dictionary_step(
     assert state.atoms.left is None, "MOD needs dense atoms"
     Y = mix(state.atoms.codes, state.atoms.bank)
     M = phi(Y, lam=numbers.lam, activation=numbers.activation)
-    target = weight_aware_targets(X, state.point.adapters, lambda_T=numbers.lambda_T)
+    target = weight_aware_targets(X, numbers.adapters(X, state), lambda_T=numbers.lambda_T)
     pull = None if numbers.beta == 1 or warm is None else aligned_warm_start(warm, M)
     target = linearised_targets(Y, M, state.point.slope, blend(numbers.beta, target, pull))
     bank = mod_step(target, state.atoms.codes, state.atoms.bank, lambda_B=numbers.lambda_B)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.curvature import Curvature
-from globe.am.objective import Point
+from globe.am.objective import Point, release
 from globe.am.preconditioner import precondition
 from globe.am.tangent import Move, Tangent
 
@@ -40,6 +40,7 @@ def gauss_newton_direction(
     lambda_B: float = 0.0,
     force: Float[Tensor, "n r d"] | None = None,
     curvature_dtype: torch.dtype | None = None,
+    spend: bool = False,
 ) -> Direction:
     """The move that at most `cg_iterations` of conjugate gradients give, in plain atoms (and codes).
 
@@ -49,14 +50,17 @@ def gauss_newton_direction(
     lambda_B         relative ridge on the bank itself (not on its change), in the same units
     force            stands in for `point.force`, when the target is blended
     curvature_dtype  of the products with the curvature; None is the dtype of the fit
+    spend            the point's large tensors are released once they are of no more use here
 
     A zero gradient gives a zero move; so does a direction without positive curvature, at the iteration that finds it.
     """
     solver = precondition(tangent, point, damping=damping, generator=generator)
     dtype = curvature_dtype or point.force.dtype
-    curvature = Curvature(tangent, point, dtype=dtype)
+    curvature = Curvature(tangent, point, dtype=dtype, spend=spend)
     solver = solver.to(dtype)
     residual = curvature.adjoint(point.force if force is None else force)
+    if spend:
+        release(point.force, point.adapters)
     shift = list(solver.damping)
     if lambda_B > 0:
         ridge = lambda_B / damping * solver.damping[0]
@@ -67,9 +71,8 @@ def gauss_newton_direction(
         shift[0] += ridge
     predicted = 0.0
     step: Move = tuple(torch.zeros_like(part) for part in residual)
-    solved = solver.apply(residual)
-    search: Move = tuple(part.clone() for part in solved)
-    energy = first = _dot(residual, solved)
+    search = solver.apply(residual)
+    energy = first = _dot(residual, search)
     rounding = torch.finfo(point.force.dtype).eps ** 2
     for count in range(1, cg_iterations + 1):
         if not energy > rounding * first:
@@ -91,6 +94,7 @@ def gauss_newton_direction(
         energy, before = _dot(residual, solved), energy
         for along, part in zip(search, solved, strict=True):
             along.mul_(energy / before).add_(part)
+        del solved, part  # as large as a bank
     return Direction(tangent.leave_coordinates(step), predicted)
 
 

@@ -15,7 +15,7 @@ from globe.am.coding import support_of_median
 from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
 from globe.am.descent import Numbers
 from globe.am.low_precision import curvature_dtype
-from globe.am.objective import objective_at
+from globe.am.objective import objective_at, release
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.resume import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
@@ -305,9 +305,11 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
     if problem.sizes.target_support is not None and not progress.frozen:
         state = cut_support(problem, state, controls)
     atoms = state.atoms
+    release(state.point.rows, state.point.slope, state.point.force, state.point.gram)
+    adapters = problem.numbers(controls).adapters(problem.X, state)
     captured = energy_of_rank(problem.X, problem.sizes.r)
     return FitResult(
-        factors=Factors(atoms.bank, atoms.codes, state.point.adapters, atoms.left, atoms.right),
+        factors=Factors(atoms.bank, atoms.codes, adapters, atoms.left, atoms.right),
         lam=state.lam,
         stop=stop,
         steps=progress.step,

@@ -14,13 +14,18 @@ from globe.am.chunks import expert_chunks
 from globe.am.refit import Refit, refit
 
 
+_WORTH_RELEASING = 1 << 24
+"""Bytes from which on the pages of a tensor are its own: `globe.device.keep_less_memory`."""
+
+
 class Point(NamedTuple):
     """Bank and codes with their best adapters, and the first-order picture there.
 
     With A_i eliminated (variable projection), the gradient of f with respect to Y_i is -2 force_i.
     """
 
-    adapters: Float[Tensor, "n p r"]
+    adapters: Float[Tensor, "n p r"] | None
+    """None in a fit's points, which need them only at the end: `adapters_at`"""
     gram: Float[Tensor, "n r r"]
     """A_i^T A_i"""
     rows: Float[Tensor, "n r d"]
@@ -56,16 +61,20 @@ def evaluate(
 
     Runs in chunks of experts: beyond the result, only temporaries of one chunk exist. The objective is taken from
     the residual, never from a difference of squared norms, and summed in float64. `into` is a point of the same sizes
-    that is of no more use: its large tensors are overwritten and become the result's. Raises FitError when the
+    that is of no more use: its large tensors are overwritten and become the result's, which goes without adapters.
+    Raises FitError when the
     objective is not finite.
     """
     n, p, d = X.shape
     r = bank.shape[1]
+    adapters: Tensor | None = None
     if into is None:
         adapters, gram = X.new_empty(n, p, r), X.new_empty(n, r, r)
         rows, force, slope = X.new_empty(n, r, d), X.new_empty(n, r, d), None
     else:
-        adapters, gram, rows, force, slope = into.adapters, into.gram, into.rows, into.force, into.slope
+        release(into.adapters)
+        gram, rows, force, slope = into.gram, into.rows, into.force, into.slope
+        _take_again(gram, rows, force, slope)
     if lam == 0.0 or activation == "identity":
         slope = None
     elif slope is None:
@@ -74,7 +83,9 @@ def evaluate(
     regularised = 0
     for part, Y, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A):
         errors[part] = torch.linalg.vector_norm(residual, dim=(1, 2)) ** 2
-        adapters[part], rows[part] = fit.adapters, fit.rows
+        rows[part] = fit.rows
+        if adapters is not None:
+            adapters[part] = fit.adapters
         torch.bmm(fit.adapters.mT, fit.adapters, out=gram[part])
         torch.bmm(fit.adapters.mT, residual, out=force[part])
         if slope is not None:
@@ -82,7 +93,9 @@ def evaluate(
             assert J is not None
             slope[part] = J
             force[part] *= J
+            del J
         regularised += fit.regularised
+        del Y, fit, residual  # before the next chunk makes its own
     return Point(adapters, gram, rows, slope, force, errors, _sum(errors), regularised)
 
 
@@ -100,6 +113,40 @@ def objective_at(
     return _sum(torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits]))
 
 
+def adapters_at(
+    X: Float[Tensor, "n p d"],
+    bank: Float[Tensor, "m r d"],
+    codes: Float[Tensor, "n m"],
+    *,
+    lam: float,
+    activation: str,
+    lambda_A: float = 0.0,
+) -> Float[Tensor, "n p r"]:
+    """The adapters of `evaluate` alone, with the same bits."""
+    adapters = X.new_empty(*X.shape[:2], bank.shape[1])
+    for part, _, fit, _ in _refits(X, bank, codes, lam, activation, lambda_A):
+        adapters[part] = fit.adapters
+    return adapters
+
+
+def release(*tensors: Tensor | None) -> None:
+    """Free the memory of large tensors whose numbers are spent, whoever still refers to them.
+
+    `evaluate` takes it again. Small ones are left: an allocator keeps what they give back.
+    """
+    for tensor in tensors:
+        if tensor is None or tensor.device.type not in ("cpu", "cuda"):
+            continue
+        if tensor.untyped_storage().nbytes() >= _WORTH_RELEASING:
+            tensor.untyped_storage().resize_(0)
+
+
+def _take_again(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.untyped_storage().nbytes() == 0:
+            tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
+
+
 def _refits(
     X: Float[Tensor, "n p d"],
     bank: Float[Tensor, "m r d"],
@@ -114,7 +161,10 @@ def _refits(
         Y = mix(codes[part], bank)
         M = phi(Y, lam=lam, activation=activation)
         fit = refit(X[part], M, lambda_A=lambda_A)
-        yield part, Y, fit, torch.baddbmm(X[part], fit.adapters, M, alpha=-1)
+        residual = torch.baddbmm(X[part], fit.adapters, M, alpha=-1)
+        del M
+        yield part, Y, fit, residual
+        del Y, fit, residual  # before the next chunk's are made
 
 
 def _sum(errors: Float[Tensor, " n"]) -> float:

@@ -89,7 +89,7 @@ def precondition(
     """
     weights = point.gram
     if point.slope is not None:
-        weights = weights * (point.slope * point.slope).mean(dim=(1, 2))[:, None, None]
+        weights = weights * _mean_squares(point.slope)[:, None, None]
     m, r = tangent.bank.shape[:2]
     blocks = ((tangent.coordinates**2).T @ weights.flatten(1)).view(m, r, r)
     typical = float(blocks.diagonal(dim1=1, dim2=2).mean())
@@ -112,6 +112,10 @@ def precondition(
         codes = _inverse(gram + (own + ridge)[:, None, None] * eye, absolute=0.0)
         scales = (*scales, ridge)
     return Preconditioner(bank, left, right, codes, columns, scales)
+
+
+def _mean_squares(slope: Float[Tensor, "n r d"]) -> Float[Tensor, " n"]:
+    return torch.cat([(slope[part] * slope[part]).mean(dim=(1, 2)) for part in expert_chunks(*slope.shape)])
 
 
 def _low_rank_blocks(
