@@ -76,21 +76,22 @@ def fit_bytes(
     """The most that reading, fitting and exporting one bank hold at once, beside the program itself.
 
     Throughout: the normalised experts. While reading: those of one member in the checkpoint's dtype too, and all twice
-    where several members are joined. In a step: adapters, their Gram matrices and the orthonormal rows, slopes and
-    forces of every expert; the bank as it is and as it was, the moves of the conjugate gradients, and a chunk's
-    temporaries.
+    where several members are joined. At a point: the adapters' Gram matrices and the orthonormal rows, slopes and
+    forces of every expert; the bank as it is and as it was; at the first point the adapters too, at later ones two candidates
+    of the bank, and a chunk's temporaries. In the conjugate gradients: the same without the forces, the moves, the
+    inverses. Counted in the dtype of the fit: gradients in bfloat16 take less.
     """
     n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
     k = sizes.atom_rank
     experts, bank = n * p * d, m * r * d
     reading = (1 + (members > 1)) * experts * itemsize
     reading += experts // members * source_itemsize if members == 1 else 0
-    point = n * p * r + n * r * r + (3 if curved else 2) * n * r * d
+    point = n * r * r + (3 if curved else 2) * n * r * d
     move = bank if k is None else m * k * (r + d)
     chunk = chunk_of(sizes)
-    products = (2 if joint else 1) * bank + bank + 5 * move + 2 * chunk * r * d + chunk * r * r
+    products = (2 if joint else 1) * bank + bank + 4 * move + 2 * chunk * r * d + chunk * r * r
     solver = 3 * m * r * r + (n * r * r if curved else 0) + 3 * d * d
     banks = 2 * bank + (0 if k is None else 2 * move)
     refits = min(n, max(4, CHUNK_NUMBERS // (max(r, p) * d))) * (4 * r * d + 2 * p * d + 3 * r * r)
-    step = experts + point + banks + max(products + solver, 2 * move + refits)
+    step = experts + point + banks + max(products + solver - n * r * d, 2 * move + refits, n * p * r + refits)
     return max(reading + 3 * p * d * 8, step * itemsize)

@@ -13,7 +13,6 @@ from globe.am.activation import phi, phi_prime
 from globe.am.chunks import expert_chunks
 from globe.am.refit import Refit, refit
 
-
 _WORTH_RELEASING = 1 << 24
 """Bytes from which on the pages of a tensor are its own: `globe.device.keep_less_memory`."""
 
