@@ -60,20 +60,18 @@ def evaluate(
 
     Runs in chunks of experts: beyond the result, only temporaries of one chunk exist. The objective is taken from
     the residual, never from a difference of squared norms, and summed in float64. `into` is a point of the same sizes
-    that is of no more use: its large tensors are overwritten and become the result's, which goes without adapters.
-    Raises FitError when the
+    that is of no more use: its large tensors are overwritten and become the result's; if it goes without adapters,
+    so does the result. Raises FitError when the
     objective is not finite.
     """
     n, p, d = X.shape
     r = bank.shape[1]
-    adapters: Tensor | None = None
     if into is None:
-        adapters, gram = X.new_empty(n, p, r), X.new_empty(n, r, r)
-        rows, force, slope = X.new_empty(n, r, d), X.new_empty(n, r, d), None
+        adapters: Tensor | None = X.new_empty(n, p, r)
+        gram, rows, force, slope = X.new_empty(n, r, r), X.new_empty(n, r, d), X.new_empty(n, r, d), None
     else:
-        release(into.adapters)
-        gram, rows, force, slope = into.gram, into.rows, into.force, into.slope
-        _take_again(gram, rows, force, slope)
+        adapters, gram, rows, force, slope = into.adapters, into.gram, into.rows, into.force, into.slope
+        _take_again(adapters, gram, rows, force, slope)
     if lam == 0.0 or activation == "identity":
         slope = None
     elif slope is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from globe.am.coding import entmax_support, propose_codes
 from globe.am.descent import Numbers, gauss_newton_step, mod_dictionary_step
+from globe.am.objective import release
 from globe.am.state import AMState, Constraint, start_state
 
 
@@ -63,7 +64,8 @@ def am_step(
     generator    draws the sketch of the preconditioner; nothing else here is random
     curvature_dtype  of the products inside the conjugate gradients; None is the dtype of X
     cg_tolerance when the conjugate gradients end before `cg_iterations`; see `gauss_newton_direction`
-    spend        the large tensors of the given state's point are overwritten, and the state is of no more use
+    spend        the large tensors of the given state's point are overwritten, and the state is of no more use; the
+                 new one's point may go without adapters
     total        sum_i ||X_i||_F^2 where it is known, which saves its being taken
     lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
 
@@ -85,6 +87,9 @@ def am_step(
         total=total,
     )
     start = time.perf_counter()
+    if spend and dictionary == "gauss_newton" and beta == 1:
+        release(state.point.adapters)  # nothing below needs them
+        state = state._replace(point=state.point._replace(adapters=None))
     if lam != state.lam:
         state = start_state(
             X,
