@@ -5,7 +5,7 @@
 
 The same fit (embedded model, layer 12, up, one thread) is run in one process with each kind of tracker in turn, round
 after round, so that a machine that is busy for a while is busy for all of them. A round before the others, which
-imports wandb and starts its process, is not counted, nor is the first third of each run, while its tracker opens. Figures:
+imports wandb and starts its process, is not counted, nor is the first third of each run, while its tracker opens.
 
 - held up: median seconds that the fit's own thread spends handing its figures over, as a share of the median step. A
   tracker that made steps wait would show here.
