@@ -36,10 +36,12 @@ class Curvature:
         if tangent.joint:
             self._stack[m:] = bank.flatten(1)
         self._weights = torch.cat([self._coordinates] * (2 if tangent.joint else 1), dim=1)
+        self._low = tangent
         self._factors = None
         if tangent.left is not None and tangent.right is not None:
-            # dU V + U dV as one product: [dU U] [V; dV]
             left, right = tangent.left.to(dtype), tangent.right.to(dtype)
+            self._low = tangent._replace(left=left, right=right)
+            # dU V + U dV as one product: [dU U] [V; dV]
             self._factors = torch.cat([left, left], dim=2), torch.cat([right, right], dim=1)
         # memory that is used again: fresh pages for every product cost as much as the product
         widest = max(part.stop - part.start for part in self._chunks)
@@ -90,17 +92,9 @@ class Curvature:
         torch.bmm(left, right, out=self._stack[:m].view(m, r, d))
 
     def _gather(self, atoms: Float[Tensor, "m r d"]) -> Move:
-        """`Tangent.gather` of a product, whose factors are at hand in its dtype."""
-        if self._factors is None or atoms.dtype != self._dtype:
-            return self._tangent.gather(atoms.to(self._tangent.bank.dtype), self._codes)
-        left, right = self._factors
-        k = left.shape[2] // 2
-        parts = (atoms @ right[:, :k].mT, left[:, :, k:].mT @ atoms)
-        move = tuple(part.to(self._tangent.bank.dtype) for part in parts)
-        if not self._tangent.joint:
-            return move
-        free = self._tangent.free
-        return (*move, self._codes if free is None else self._codes * free)
+        """The product as a move in the dtype of the fit, by the factors that are at hand in that of `atoms`."""
+        tangent = self._low if atoms.dtype == self._dtype else self._tangent
+        return tuple(part.to(self._tangent.bank.dtype) for part in tangent.gather(atoms, self._codes))
 
     def _adjoint(self, flat: Float[Tensor, "c rd"], part: slice) -> None:
         """Adds one chunk to the inner products with the atoms, and makes its rows of those with the codes."""

@@ -61,8 +61,7 @@ def evaluate(
     Runs in chunks of experts: beyond the result, only temporaries of one chunk exist. The objective is taken from
     the residual, never from a difference of squared norms, and summed in float64. `into` is a point of the same sizes
     that is of no more use: its large tensors are overwritten and become the result's; if it goes without adapters,
-    so does the result. Raises FitError when the
-    objective is not finite.
+    so does the result. Raises FitError when the objective is not finite.
     """
     n, p, d = X.shape
     r = bank.shape[1]

@@ -36,12 +36,6 @@ class Tangent(NamedTuple):
     joint: bool
     """whether the codes move"""
 
-    def atoms(self, move: Move) -> Float[Tensor, "m r d"]:
-        """The bank's part of a move as a change of atoms, in `coordinates`."""
-        if self.left is None or self.right is None:
-            return move[0]
-        return torch.baddbmm(move[0] @ self.right, self.left, move[1])
-
     def gather(self, atoms: Float[Tensor, "m r d"], codes: Float[Tensor, "n m"]) -> Move:
         """The adjoint of dY as a move, from its inner products with the atoms (`coordinates`^T dY) and the codes."""
         move: Move = (atoms,)
