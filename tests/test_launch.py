@@ -52,8 +52,11 @@ def test_runs_at_once_never_take_more_threads_than_there_are_cores(n_jobs: int, 
         ({"n_jobs": 5}, 5, 2),
         ({"n_jobs": 40}, 40, 1),
         ({"cpus_per_task": 4}, 1, 4),
-        ({"ray": {"init": {}, "remote": {"num_cpus": 3}}}, 1, 3),
-        ({"ray": {"init": {}, "remote": None}}, 1, 1),
+        ({"ray": {"init": {}, "remote": {"num_cpus": 3}}}, 4, 3),
+        ({"ray": {"init": {"num_cpus": 7}, "remote": {"num_cpus": 3}}}, 2, 3),
+        ({"ray": {"init": {"num_cpus": 1}, "remote": {"num_cpus": 3}}}, 1, 3),
+        ({"ray": {"init": None, "remote": None}}, 12, 1),
+        ({"ray": {"init": {"address": "auto"}, "remote": {"num_cpus": 3}}}, 1, 3),
     ],
 )
 def test_jobs_and_threads_on_twelve_cores(
@@ -119,10 +122,10 @@ def test_cores_are_those_that_may_be_used() -> None:
 @pytest.mark.parametrize("extra", sorted(set(EXTRAS.values())))
 def test_a_plugin_that_is_missing_is_one_sentence_that_names_its_extra(extra: str) -> None:
     plugin = next(module for module, name in EXTRAS.items() if name == extra)
-    sentence = explain(RuntimeError(f"Unknown plugin class : 'hydra_plugins.{plugin}.x.Y'"))
+    sentence = explain(RuntimeError(f"Unknown plugin class : 'hydra_plugins.{plugin}.Y'"))
     assert sentence is not None
     assert sentence.endswith(f"needs a plugin that is not installed: pip install 'globe-moe[{extra}]'")
-    assert explain(RuntimeError("Unknown plugin class : 'hydra_plugins.elsewhere.Y'")) is None
+    assert explain(RuntimeError("Unknown plugin class : 'hydra_plugins.elsewhere.x.Y'")) is None
 
 
 def test_without_plugins_the_typed_command_says_which_extra_to_install(tmp_path: Path) -> None:
@@ -151,6 +154,14 @@ for option in ("hydra/launcher=joblib", "hydra/launcher=submitit_slurm", "hydra/
         f"'globe-moe[{extra}]'" for extra in ("joblib", "submitit", "ray", "optuna")
     ]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_extra_of_every_launcher_is_known(name: str) -> None:
+    target = OmegaConf.load(Path(conf_dir()) / "hydra" / "launcher" / f"{name}.yaml")._target_
+    package, _, module = target.rpartition(".")[0].partition(".")
+    assert package == "hydra_plugins"
+    assert EXTRAS[module] == name.partition("_")[0]
 
 
 def test_a_worker_that_was_killed_is_one_sentence() -> None:

@@ -38,8 +38,8 @@ def test_dependency_is_pinned_inside_its_range(line: str) -> None:
 
 
 def test_the_tests_install_every_plugin_that_they_run() -> None:
-    for extra in ("joblib", "submitit", "optuna"):
-        plugin = next(line for line in EXTRAS[extra] if line.startswith("hydra-"))
+    for extra in ("joblib", "submitit", "optuna", "ray"):
+        plugin = next(line for line in EXTRAS[extra] if line.startswith(("hydra-", "ray")))
         assert plugin in EXTRAS["dev"]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +68,55 @@ def test_submitit_does_every_run_in_a_process_of_its_own(tmp_path: Path) -> None
     logs = [file.read_text() for file in (folder / ".submitit").glob("*/*_log.out")]
     assert len(logs) == 2
     assert sum("RelFrob" in text for text in logs) == 1
+
+
+_KILLED = """
+import os, signal, sys
+import globe.learn
+from globe.train import main
+fit = globe.learn.fit_bank
+def fit_or_die(experts, sizes, config, **options):
+    if config.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fit(experts, sizes, config, **options)
+globe.learn.fit_bank = fit_or_die
+main()
+"""
+
+
+def test_a_run_that_is_killed_is_one_failed_run_and_goes_on_later(tmp_path: Path) -> None:
+    options = [
+        *SMALL,
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "seed=0,1,2,3",
+        "sweep=s",
+        "train.steps=1",
+    ]
+    command = [sys.executable, "-c", _KILLED, "-m", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert "ended without a result (its process was killed" in done.stderr.splitlines()[-1]
+    folder = tmp_path / "outputs" / "s"
+    assert sorted(states(folder).values()) == ["finished"] * 3 + ["running"]
+    again = program(*options, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("this run is finished already") == 3
+    assert list(states(folder).values()) == ["finished"] * 4
+
+
+def test_ray_does_every_run_of_the_ablation_in_two_workers(tmp_path: Path) -> None:
+    grid = ("S_cache=all", "bank.r=5,7", "codes.target_support=m/4,m/2", "train.steps=1")
+    options = ("experiment=ablation", "hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2", *grid)
+    command = [sys.executable, "-m", "globe.train", "-m", "model.max_experts=4", "bank.m=2", *options]
+    environment = os.environ | {"HOME": str(tmp_path)}  # where Ray keeps a token
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stdout
+    assert "2 runs of outputs/ablation failed, such as " in done.stderr.splitlines()[-1]
+    assert WHY in done.stderr
+    assert sorted(states(tmp_path / "outputs" / "ablation").values()) == ["failed"] * 2 + ["finished"] * 2
+    assert len(set(re.findall(r"\(_do pid=(\d+)\)", done.stdout + done.stderr))) == 2
 
 
 def test_the_slurm_launcher_composes_and_writes_a_job_for_sbatch(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@
     python experiments/bench/sweep_kill.py --seeds 1 --kills 2 --steps 4    # 3 runs
 
 One sweep (bank.m = n/8, n/4, n/2 times seeds, on the embedded model) is left alone. A second one is started in a fresh
-folder, and its whole process group is killed with SIGKILL at a random moment; the same command then goes on, is killed
-again, and so on. In the end the command is left to finish. Every attempt works on fits for a random part, up to twice
-an even one, of the CPU seconds that the fits of the undisturbed sweep took, so that the kills are spread over the
-sweep; a kill that comes too late all the same is said and fails.
+folder, and its whole process group is killed with SIGKILL; the same command then goes on, is killed again, and so on.
+In the end the command is left to finish. The moments are drawn over the sweep, as numbers of steps in its metrics.jsonl
+files and a random part of a step after them, so that they do not depend on how busy the machine is. A kill that comes
+too late all the same is said and fails.
 
 It passes when the last command ends with exit code 0; the sweep has exactly the folders of the undisturbed one; each
 run is `finished`, has the same bytes in `bank.safetensors` and `globe.json`, each step once and the same figures (times
@@ -30,7 +30,8 @@ from pathlib import Path
 
 from kill_resume import await_moment, files, load, steps, untimed
 
-_TICK = 0.01
+_LAST = 0.9
+"""Part of the sweep by which the last kill has come: what follows takes longer than to notice the moment."""
 
 
 def main() -> int:
@@ -52,27 +53,25 @@ def main() -> int:
         command.append("hydra.launcher.n_jobs=2")
     with tempfile.TemporaryDirectory(prefix="globe-sweep-kill-") as root:
         whole, broken = Path(root) / "whole", Path(root) / "broken"
-        startup, seconds = undisturbed(command, whole)
+        total, seconds = undisturbed(command, whole)
         generator = random.Random(options.seed)
-        rows = []
-        for number in range(1, options.kills + 1):
-            share = generator.uniform(0.0, 2.0) * (seconds - startup) / (options.kills + 1)
-            early = killed_after(command, broken, share)
-            rows.append(early)
-            print(
-                f"kill {number} after {share:.2f} CPU s of fits: {census(broken)}{'' if early else ', TOO LATE'}"
-            )
+        late = 0
+        for number, share in enumerate(moments(generator, options.kills), 1):
+            early = killed_at(command, broken, share * total, generator.uniform(0.0, seconds / total))
+            late += not early
+            when = "" if early else ", TOO LATE"
+            print(f"kill {number} after {recorded(broken)} of {total} steps: {census(broken)}{when}")
         process, log = start(command, broken)
         code = process.wait()
         print(f"left alone: exit code {code}, {census(broken)}")
         wrong = compare(broken / "runs", whole / "runs") if code == 0 else [log.read_text()[-500:]]
-    wrong += ["a kill came too late"] * rows.count(False)
+    wrong += ["a kill came too late"] * late
     for one in wrong:
         print(f"  {one}")
     runs = 3 * options.seeds
     print(
         f"{'FAIL' if wrong else 'PASS'}: {runs} runs, {options.kills} kills, {options.launcher} launcher; undisturbed "
-        f"{seconds:.1f} CPU s, {startup:.1f} of them before the first fit"
+        f"{seconds:.1f} s from the first step to the last"
     )
     return 1 if wrong else 0
 
@@ -93,26 +92,26 @@ def start(command: list[str], folder: Path) -> tuple[subprocess.Popen[bytes], Pa
     return process, log
 
 
-def undisturbed(command: list[str], folder: Path) -> tuple[float, float]:
-    """CPU seconds of the group until the first fit, and in all."""
+def undisturbed(command: list[str], folder: Path) -> tuple[int, float]:
+    """Steps of the sweep, and the seconds from the first to the end."""
     process, log = start(command, folder)
-    await_moment(process, lambda: any(folder.glob("runs/*/status.json")))
-    startup = used = group_seconds(process.pid)
-    while process.poll() is None:
-        used = max(used, group_seconds(process.pid))
-        time.sleep(_TICK)
-    if process.returncode != 0:
+    await_moment(process, lambda: recorded(folder) > 0)
+    clock = time.perf_counter()
+    if process.wait() != 0:
         sys.exit(f"the undisturbed sweep failed:\n{log.read_text()}")
-    return startup, used
+    return recorded(folder), time.perf_counter() - clock
 
 
-def killed_after(command: list[str], folder: Path, seconds: float) -> bool:
-    """Kill the group that long after the first fit that it does anything to. Was that before the command was done?"""
-    before = progress(folder)
+def moments(generator: random.Random, kills: int) -> list[float]:
+    """Parts of a sweep, ascending: a random one in each of as many equal parts, short of the end."""
+    return [_LAST * (number + generator.random()) / kills for number in range(kills)]
+
+
+def killed_at(command: list[str], folder: Path, steps: float, seconds: float) -> bool:
+    """Kill the group that long after so many steps are recorded. Was that before the command was done?"""
     process, _ = start(command, folder)
-    await_moment(process, lambda: progress(folder) != before)
-    begun = group_seconds(process.pid)
-    await_moment(process, lambda: group_seconds(process.pid) >= begun + seconds)
+    await_moment(process, lambda: recorded(folder) >= steps)
+    time.sleep(seconds)
     early = process.poll() is None
     if early:
         os.killpg(process.pid, signal.SIGKILL)
@@ -120,22 +119,9 @@ def killed_after(command: list[str], folder: Path, seconds: float) -> bool:
     return early
 
 
-def progress(folder: Path) -> list[tuple[str, int]]:
-    """The runs' status files and when they were written; a run that is only reported writes none."""
-    return sorted((file.parent.name, file.stat().st_mtime_ns) for file in folder.glob("runs/*/status.json"))
-
-
-def group_seconds(group: int) -> float:
-    """CPU seconds of all processes of a group that are alive."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[2]) == group:
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def recorded(folder: Path) -> int:
+    """Steps in the metrics of all runs."""
+    return sum(file.read_bytes().count(b"\n") for file in folder.glob("runs/*/metrics.jsonl"))
 
 
 def census(folder: Path) -> str:

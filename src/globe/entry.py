@@ -71,7 +71,7 @@ def explain(error: BaseException) -> str | None:
         case OSError():
             return _of_disk(error)
         case RuntimeError() if missing := re.match(
-            r"Unknown plugin class : 'hydra_plugins\.(\w+)", str(error)
+            r"Unknown plugin class : 'hydra_plugins\.(\w+\.\w+)", str(error)
         ):
             extra = EXTRAS.get(missing[1])
             return None if extra is None else _of_plugin(f"the launcher or sweeper {extra}", extra)

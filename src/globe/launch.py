@@ -8,13 +8,13 @@ from typing import Any
 
 _GPUS, _ALL = "GLOBE_VISIBLE_GPUS", "all"
 EXTRAS = {
-    "hydra_joblib_launcher": "joblib",
-    "globe_launcher": "submitit",
-    "hydra_submitit_launcher": "submitit",
-    "hydra_ray_launcher": "ray",
-    "hydra_optuna_sweeper": "optuna",
+    "globe_launcher.forking_joblib": "joblib",
+    "globe_launcher.bounded_local": "submitit",
+    "hydra_submitit_launcher.submitit_launcher": "submitit",
+    "globe_launcher.ray_tasks": "ray",
+    "hydra_optuna_sweeper.optuna_sweeper": "optuna",
 }
-"""Module of each Hydra plugin that `conf/hydra` names, and the extra that installs it."""
+"""Module of each plugin of Hydra that `conf/hydra` names, and the extra that installs it or what it needs."""
 
 
 def cores() -> int:
@@ -27,10 +27,12 @@ def cores() -> int:
 def jobs_at_once(launcher: Mapping[str, Any], available: int) -> int:
     """Runs that a launcher has going at once on a machine of `available` cores.
 
-    `n_jobs` counts as in joblib: -1 is one per core, -2 one fewer, never less than one. A launcher without it
-    runs one after another (basic), or asks a cluster for as many machines as it likes (slurm, ray).
+    `n_jobs` counts as in joblib: -1 is one per core, -2 one fewer, never less than one. A Ray of this machine fills
+    its cores. Without either, runs go one after another (basic), or a cluster decides (slurm, a Ray that is joined).
     """
     asked = launcher.get("n_jobs")
+    if "ray" in launcher and not (init := launcher["ray"].get("init") or {}).get("address"):
+        return max(1, int(init.get("num_cpus") or available) // _reserved(launcher))
     if asked is None:
         return 1
     return max(1, available + 1 + int(asked) if int(asked) < 0 else int(asked))
@@ -47,9 +49,14 @@ def threads_per_job(launcher: Mapping[str, Any], available: int) -> int | None:
     if launcher.get("cpus_per_task") is not None:
         return int(launcher["cpus_per_task"])
     if "ray" in launcher:
-        remote = launcher["ray"].get("remote") or {}
-        return max(1, int(remote.get("num_cpus") or 1))
+        return _reserved(launcher)
     return None
+
+
+def _reserved(launcher: Mapping[str, Any]) -> int:
+    """Cores that a task of Ray reserves, as its launcher is told; Ray's own default is one."""
+    remote = launcher["ray"].get("remote") or {}
+    return max(1, int(remote.get("num_cpus") or 1))
 
 
 def device_of_job(number: int, devices: int, *, at_once: int) -> int | None:

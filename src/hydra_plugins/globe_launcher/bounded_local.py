@@ -6,17 +6,15 @@ there are, and gives up on the sweep when one process dies.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException
+from hydra.core.utils import JobReturn
 
-_log = logging.getLogger(__name__)
+from hydra_plugins.globe_launcher.results import reason_of, without_result
 
 if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher
@@ -44,11 +42,4 @@ if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
             try:
                 return super().launch([overrides], number)[0]
             except Exception as error:  # the process died; of many kinds, and the other runs go on
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                _log.error("run %d ended without a result: %s", number, reason)
-                result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-                result.return_value = CompactHydraException(
-                    f"run {number} ({' '.join(overrides)}) ended without a result ({reason}): the same command "
-                    "goes on from there"
-                )
-                return result
+                return without_result(number, overrides, reason_of(error))

@@ -1,0 +1,94 @@
+"""Calls in forked processes: what comes back, and what becomes of one that is killed, slow, or left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from globe import forks
+from globe.forks import Forks, can_fork
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="joblib's own processes are used elsewhere"),
+    # Python 3.12 warns of every fork beside threads, such as those of pytest-xdist
+    pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
+]
+
+
+def gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_call_sees_what_is_here_changes_nothing_of_it_and_hands_its_result_back() -> None:
+    seen = [3]
+
+    def job() -> tuple[int, list[int]]:
+        seen.append(5)
+        return os.getpid(), seen
+
+    process, result = Forks().call(job)
+    assert process != os.getpid()
+    assert (result, seen) == ([3, 5], [3])
+    assert gone(process)
+
+
+def test_an_error_of_a_call_is_raised_here() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Forks().call(lambda: 1 / 0)
+
+
+def test_a_killed_call_is_an_end_without_a_result_and_spares_the_one_beside_it() -> None:
+    calls, ends = Forks(), []
+
+    def killed() -> None:
+        try:
+            calls.call(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        except EOFError:
+            ends.append("killed")
+
+    beside = threading.Thread(target=killed)
+    beside.start()
+    assert calls.call(lambda: "whole") == "whole"
+    beside.join(60)
+    assert ends == ["killed"]
+
+
+def test_a_call_that_takes_too_long_is_killed() -> None:
+    with pytest.raises(TimeoutError):
+        Forks().call(lambda: time.sleep(600), timeout=0.1)
+
+
+def test_at_the_end_what_is_left_is_killed_and_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "_PATIENCE", 0.01)
+    calls, ends = Forks(), []
+
+    def left() -> None:
+        try:
+            calls.call(lambda: time.sleep(600))
+        except EOFError:
+            ends.append("killed")
+
+    beside = threading.Thread(target=left)
+    beside.start()
+    while not calls._alive:
+        time.sleep(0.01)
+    calls.end()
+    beside.join(60)
+    assert ends == ["killed"]
+    with pytest.raises(EOFError):
+        calls.call(lambda: None)
+
+
+def test_a_process_that_uses_cuda_does_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_fork()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    assert not can_fork()
