@@ -55,6 +55,8 @@ def bank_figures(
     Reconstruction is that of the exported factors.
     """
     figures = _reconstruction(X, spectra, result, done) | _sparsity(done) | _stability(result, done)
+    if done.relfrob_metric is not None:
+        figures["relfrob_metric"] = done.relfrob_metric
     if last is not None:
         figures |= {
             "temperature": last.temperature,

@@ -13,6 +13,7 @@ from globe.am.records import Factors
 from globe.am.temperature import prune as prune_codes
 from globe.compose import mixed_bases
 from globe.errors import FitError
+from globe.input_metric import InputMetric
 from globe.metrics import CHUNK, pruned_share, relfrob, squared_norms
 from globe.normalise import Joined, Normalised, fold_scale, join
 
@@ -37,6 +38,8 @@ class Finalised(NamedTuple):
     """sqrt(sum errors / sum norms): the headline figure"""
     pruned: float
     """share of the positive codes that the prune set to zero"""
+    relfrob_metric: float | None = None
+    """the same figure with errors and norms in the metric, where there is one"""
 
 
 def finalise(
@@ -48,13 +51,15 @@ def finalise(
     export_dtype: torch.dtype,
     prune: float,
     refit: Refit | None = None,
+    metric: InputMetric | None = None,
 ) -> Finalised:
     """Prune, round bank and codes, refit the adapters to the rounded bases, fold the scale, round, measure.
 
     With low-rank atoms their two halves are what is exported; `factors.bank` is then their product again.
 
     `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
-    rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are.
+    rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are. With a
+    metric L the refit is that of X L to M L, whatever the activation.
 
     The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
     experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
@@ -69,14 +74,14 @@ def finalise(
     for rows in _chunks(X):
         own = factors.adapters[rows]
         if refit is not None:
-            own = refit(X[rows], _bases(exported, rows, lam, activation).to(X))
+            own = refit(*_seen(metric, X[rows], _bases(exported, rows, lam, activation).to(X)))
         adapters[rows] = fold_scale(own, None if joined.scale is None else joined.scale[rows])
     exported = exported._replace(adapters=adapters)
     mean = joined.mean
     if mean is not None and mean.dim() == 3:
         mean = mean.to(export_dtype)
     _check(exported, kept, mean, export_dtype)
-    errors = _exported_errors(exported, joined, mean, lam, activation)
+    errors, seen = _exported_errors(exported, joined, mean, lam, activation, metric)
     norms = squared_norms(X)
     return Finalised(
         exported,
@@ -86,6 +91,7 @@ def finalise(
         norms,
         relfrob(errors, norms),
         pruned_share(factors.codes, exported.codes),
+        None if metric is None else relfrob(seen, metric.norms(X)),
     )
 
 
@@ -124,11 +130,21 @@ def _check(exported: Factors, kept: Float[Tensor, "n m"], mean: Tensor | None, d
         raise FitError(f"codes of {int(lost.sum())} experts vanish in export_dtype={name}: {remedy}")
 
 
+def _seen(metric: InputMetric | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if metric is None else tuple(one @ metric.forward for one in tensors)
+
+
 def _exported_errors(
-    exported: Factors, joined: Joined, mean: Tensor | None, lam: float, activation: str
-) -> Float[Tensor, " n"]:
+    exported: Factors,
+    joined: Joined,
+    mean: Tensor | None,
+    lam: float,
+    activation: str,
+    metric: InputMetric | None,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Squared errors of the experts, plain and in the metric."""
     X, scale = joined.experts, joined.scale
-    parts = []
+    parts, seen = [], []
     for rows in _chunks(X):
         M = _bases(exported, rows, lam, activation).to(X)
         inverse = None if scale is None else 1 / scale[rows]
@@ -136,8 +152,10 @@ def _exported_errors(
         if mean is not None and joined.mean is not None and mean.dim() == 3:
             shift = (mean.to(X) - joined.mean)[_members(joined, rows)]
             approximation += fold_scale(shift, inverse)
-        parts.append(squared_norms(X[rows] - approximation))
-    return torch.cat(parts)
+        left = X[rows] - approximation
+        parts.append(squared_norms(left))
+        seen.append(parts[-1] if metric is None else metric.norms(left))
+    return torch.cat(parts), torch.cat(seen)
 
 
 def _chunks(X: Float[Tensor, "n p d"]) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from globe.am.records import Factors, FitResult, StepRecord, StopReason
 from globe.baselines import BaselinePoint, BaselineResult, BaselineSizes, run_baseline
 from globe.config import ADAM_METHODS, Config, Method
 from globe.finalise import Finalised, finalise
+from globe.input_metric import metric_of
 from globe.metrics import relfrob, squared_norms
 from globe.normalise import Joined
 from globe.warm_start import truncated_svd
@@ -41,6 +43,9 @@ def fit_baseline(
         if trained:
             on_step(_record(point, sizes.m, total))
 
+    metric = metric_of(config, X)
+    if metric is not None:
+        metric.enter(X)
     baseline = run_baseline(
         str(config.method),
         X,
@@ -54,8 +59,12 @@ def fit_baseline(
         generator=generator,
         on_step=watch,
     )
-    result = _as_fit(baseline, X, total)
-    own = joined if baseline.mean is None else less_mean(joined, baseline.mean)
+    result, mean = _as_fit(baseline, X, total), baseline.mean
+    if metric is not None:
+        metric.leave(X)
+        result = replace(result, factors=metric.of_model(result.factors))
+        mean = None if mean is None else mean @ metric.back
+    own = joined if mean is None else less_mean(joined, mean)
     done = finalise(
         result.factors,
         own,
@@ -63,9 +72,14 @@ def fit_baseline(
         activation=baseline.activation,
         export_dtype=export_dtype,
         prune=0.0,
+        metric=metric,
     )
     # what is left beside a method's own mean expert is still measured against all of the experts
-    return result, done._replace(norms=norms, relfrob=relfrob(done.errors, norms)), baseline.activation
+    done = done._replace(norms=norms, relfrob=relfrob(done.errors, norms))
+    if metric is not None and mean is not None and done.relfrob_metric is not None:
+        share = float(metric.norms(own.experts).sum() / metric.norms(X).sum())
+        done = done._replace(relfrob_metric=done.relfrob_metric * share**0.5)
+    return result, done, baseline.activation
 
 
 def less_mean(joined: Joined, mean: Float[Tensor, "p d"]) -> Joined:

@@ -21,13 +21,14 @@ from globe.am.refit import refit
 from globe.artefact import BankArtefact, Member, write_artefact
 from globe.charts import BankCharts
 from globe.checkpoint import Checkpoint
-from globe.config import Config
+from globe.config import Config, is_linear
 from globe.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
 from globe.errors import FitError
 from globe.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra
 from globe.finalise import Finalised, finalise
 from globe.fit_baseline import fit_baseline
 from globe.fit_state import Fitting, read_state, remove_state, write_state
+from globe.input_metric import metric_of
 from globe.metrics import atom_usage, relfrob, support_sizes
 from globe.normalise import Joined
 from globe.problem import BankPlan
@@ -167,8 +168,13 @@ def _fit_globe(
     watch: _Watch,
 ) -> tuple[FitResult, Finalised, str]:
     config, activation = run.config, str(run.config.bank.activation)
+    X = read.joined.experts
+    metric = metric_of(config, X)
+    inside = metric is not None and is_linear(config)
+    if metric is not None and inside:
+        metric.enter(X)
     result = fit_bank(
-        read.joined.experts,
+        X,
         bank.sizes,
         config,
         generator=generator,
@@ -178,6 +184,9 @@ def _fit_globe(
         on_checkpoint=watch.checkpoint,
     )
     give_back_memory()  # of the steps
+    if metric is not None and inside:
+        metric.leave(X)
+        result = replace(result, factors=metric.of_model(result.factors))
     done = finalise(
         result.factors,
         read.joined,
@@ -186,6 +195,7 @@ def _fit_globe(
         export_dtype=read.export_dtype,
         prune=config.codes.prune,
         refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
+        metric=metric,
     )
     return result, done, activation
 

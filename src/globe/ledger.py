@@ -48,8 +48,12 @@ class Ledger:
             )
         )
         figures = (report.relfrob_start, report.relfrob, 100 * report.kept)
+        seen = report.metrics.get("relfrob_metric")
+        also = "" if seen is None else f" ({seen:.4f} in the metric)"
         what = f"{report.steps} steps, {report.stop}" if learned.fitted else "complete already"
-        _log.info("%s: RelFrob %.4f -> %.4f, %.1f %% kept; %s", bank.key, *figures, what)
+        _log.info(
+            "%s: RelFrob %.4f -> %.4f%s, %.1f %% kept; %s", bank.key, *figures[:2], also, figures[2], what
+        )
 
     def fail(self, bank: BankPlan, error: Exception) -> None:
         _log.error("%s failed: %s", bank.key, error)

@@ -35,9 +35,9 @@ class BankReport:
     kept_parameters: int
     """adapters, atoms, codes and the stored means; k (r + d) for a low-rank atom. Baselines in their tightest form"""
     relfrob_start: float
-    """after the warm start, before the first step"""
+    """after the warm start, before the first step; in the metric of the fit (`normalise.metric`)"""
     relfrob_fit: float
-    """of the fitted factors, before pruning and export"""
+    """of the fitted factors, before pruning and export; in the metric of the fit"""
     relfrob: float
     """of the artefact: after pruning, in the exported dtype"""
     export_dtype: str
