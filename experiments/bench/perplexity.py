@@ -5,7 +5,7 @@
 Every cell of the table is a run of globe.train over up and gate of all layers (`method=METHOD bank.kept=KEPT`), whose
 banks are then put dense into a copy of the model in memory. Cells are kept in --out, as are their runs: a second call
 with the same options does only what is missing, in the middle of a fit if it was cut off there. Seconds are of the
-clock and for each matrix; the closed forms take what they need. GloBE searches its sizes within the budget
+processor and for each matrix, so that other work on the machine changes nothing; the closed forms take what they need. GloBE searches its sizes within the budget
 (`bank.kept`, once per share), unless --globe-sizes gives them: atoms m, rows r and, for low-rank atoms, their rank. Its
 form can be chosen with --globe, all methods' options with --set, both as for globe.train:
 
@@ -15,6 +15,7 @@ form can be chosen with --globe, all methods' options with --set, both as for gl
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -29,6 +30,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+import globe.fit_baseline
+import globe.learn
 import globe.train
 from globe.checkpoint import open_checkpoint
 from globe.config import conf_dir, plain, to_config
@@ -258,6 +261,10 @@ def _shown(cells: Cells, method: str, share: float, methods: Sequence[str], figu
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
+    # limits in seconds of the processor
+    clocked = functools.partial(functools.partial, clock=time.process_time)
+    globe.learn.fit_bank = clocked(globe.learn.fit_bank)  # type: ignore[assignment]
+    globe.fit_baseline.run_baseline = clocked(globe.fit_baseline.run_baseline)  # type: ignore[assignment]
     cells: Cells = {}
     if options.table:
         for method in options.methods:
