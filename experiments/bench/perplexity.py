@@ -5,9 +5,10 @@
 Every cell of the table is a run of globe.train over up and gate of all layers (`method=METHOD bank.kept=KEPT`), whose
 banks are then put dense into a copy of the model in memory. Cells are kept in --out, as are their runs: a second call
 with the same options does only what is missing, in the middle of a fit if it was cut off there. Seconds are of the
-processor and for each matrix, so that other work on the machine changes nothing; the closed forms take what they need. GloBE searches its sizes within the budget
-(`bank.kept`, once per share), unless --globe-sizes gives them: atoms m, rows r and, for low-rank atoms, their rank. Its
-form can be chosen with --globe, all methods' options with --set, both as for globe.train:
+processor and for each matrix, so that other work on the machine changes nothing; the closed forms take what they need.
+GloBE searches its sizes within the budget (`bank.kept`, once per share), unless --globe-sizes gives them: atoms m, rows
+r and, for low-rank atoms, their rank. Its form can be chosen with --globe, all methods' options with --set, both as for
+globe.train:
 
     python experiments/bench/perplexity.py --globe bank.activation=tanh --globe-sizes 0.47=60,88,17 0.35=12,64
 """
