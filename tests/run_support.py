@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.refit import refit
 from globe.config import Config, conf_dir, plain, register
@@ -89,6 +90,7 @@ class FakeFit:
         resume: FitState | None = None,
         on_step: Callable[[StepRecord], None],
         on_checkpoint: Callable[[FitState], None],
+        ranks: Ranks = ALONE,
     ) -> FitResult:
         number = self.fits
         self.keys.append(tuple(experts.shape))

@@ -11,7 +11,14 @@ from globe.am.records import Factors, FitResult, StopReason
 from globe.artefact_record import BankArtefact, Member
 from globe.charts import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
 from globe.compose import mixed_bases
-from globe.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra, jaccard_figures
+from globe.figures import (
+    bank_charts,
+    bank_figures,
+    expert_relfrob,
+    expert_spectra,
+    expert_spread,
+    jaccard_figures,
+)
 from globe.finalise import Finalised, finalise
 from globe.metrics import squared_norms
 from globe.normalise import Joined, join, normalise
@@ -54,7 +61,7 @@ def planted() -> tuple[torch.Tensor, FitResult, Finalised]:
 
 def test_figures_agree_with_slow_formulas(planted: tuple[torch.Tensor, FitResult, Finalised]) -> None:
     X, result, done = planted
-    figures = bank_figures(X, expert_spectra(X), result, done, step_record(4))
+    figures = bank_figures(expert_spread(X), expert_spectra(X), result, done, step_record(4))
     codes = done.factors.codes.double()
     supports = [sum(float(code) > 0 for code in row) for row in codes]
     assert supports == [1, 2, 3, 3, 3, 3]
@@ -78,7 +85,7 @@ def test_without_a_step_there_is_no_schedule_to_report(
     planted: tuple[torch.Tensor, FitResult, Finalised],
 ) -> None:
     X, result, done = planted
-    assert "temperature" not in bank_figures(X, expert_spectra(X), result, done, None)
+    assert "temperature" not in bank_figures(expert_spread(X), expert_spectra(X), result, done, None)
 
 
 def test_an_infinite_figure_is_none(planted: tuple[torch.Tensor, FitResult, Finalised]) -> None:
@@ -86,7 +93,7 @@ def test_an_infinite_figure_is_none(planted: tuple[torch.Tensor, FitResult, Fina
     unused = done.factors.codes.clone()
     unused[:, 2] = 0  # an atom nobody uses: the codes have no full rank
     done = done._replace(factors=done.factors._replace(codes=unused))
-    assert bank_figures(X, expert_spectra(X), result, done, None)["code_condition"] is None
+    assert bank_figures(expert_spread(X), expert_spectra(X), result, done, None)["code_condition"] is None
 
 
 def test_error_of_each_expert(planted: tuple[torch.Tensor, FitResult, Finalised]) -> None:

@@ -35,8 +35,11 @@ _REFUSED = (
 )
 
 
-def start(main: Callable[[], Any]) -> None:
-    """Run a `hydra.main` function as a program. Leaves with SystemExit unless all went well."""
+def start(main: Callable[[], Any], *, silent: bool = False) -> None:
+    """Run a `hydra.main` function as a program. Leaves with SystemExit unless all went well.
+
+    `silent` leaves sentences to another process that has the same ones to say.
+    """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra prints several lines per error and exits by itself; with this set it hands the error to us
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -44,13 +47,14 @@ def start(main: Callable[[], Any]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        _say("interrupted: the same command goes on from here")
+        say("interrupted: the same command goes on from here")
         sys.exit(INTERRUPTED)
     except Exception as error:
         sentence = explain(error)
         if sentence is None or wants_traceback:
             raise
-        _say(sentence)
+        if not silent:
+            say(sentence)
         sys.exit(1)
     finally:
         if not wants_traceback:
@@ -179,5 +183,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """One line to the person at the terminal."""
     sys.stderr.write(f"{sentence}\n")

@@ -11,12 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe import metrics
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import FitResult, StepRecord
 from globe.artefact_record import BankArtefact
 from globe.charts import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
 from globe.compose import rebuild
 from globe.finalise import Finalised
 from globe.normalise import Joined
+from globe.precision import widen
 
 _SPECTRUM_BUDGET = 2e10
 """Multiply-adds for the spectra behind the effective rank; experts beyond it are left out, evenly."""
@@ -33,17 +35,27 @@ class Spectra(NamedTuple):
     """largest first"""
 
 
-def expert_spectra(X: Float[Tensor, "n p d"]) -> Spectra:
-    """The singular values of all normalised experts, or of as many as the budget allows, evenly spaced."""
-    n, p, d = X.shape
+def expert_spread(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> metrics.Spread:
+    """`metrics.spread` of the experts of all ranks."""
+    own = metrics.spread(X)
+    return metrics.Spread(ranks.gather(own.sums), ranks.gather(own.squares), own.entries)
+
+
+def expert_spectra(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> Spectra:
+    """The singular values of all ranks' normalised experts, or of as many as the budget allows, evenly spaced."""
+    n, p, d = ranks.count(X.shape[0]), *X.shape[1:]
     count = max(int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)), _FEWEST_SPECTRA)
     rows = spread_out(n, count)
-    # one by one: a copy of so many experts would be large
-    return Spectra(tuple(rows), torch.cat([metrics.singular_values(X[row, None]) for row in rows]))
+    first = ranks.rows.start or 0
+    values = widen(X.new_zeros(len(rows), min(p, d)))
+    for at, row in enumerate(rows):  # one by one: a copy of so many experts would be large
+        if 0 <= row - first < len(X):
+            values[at] = metrics.singular_values(X[row - first, None])[0]
+    return Spectra(tuple(rows), ranks.sum(values))
 
 
 def bank_figures(
-    X: Float[Tensor, "n p d"],
+    spread: metrics.Spread,
     spectra: Spectra,
     result: FitResult,
     done: Finalised,
@@ -51,10 +63,10 @@ def bank_figures(
 ) -> dict[str, float | None]:
     """Reconstruction, sparsity and stability of one bank; None stands for a figure that is not finite.
 
-    `X` are the normalised experts, `last` the record of the last step (None: a fit without steps).
+    `spread` is that of the normalised experts, `last` the record of the last step (None: a fit without steps).
     Reconstruction is that of the exported factors.
     """
-    figures = _reconstruction(X, spectra, result, done) | _sparsity(done) | _stability(result, done)
+    figures = _reconstruction(spread, spectra, result, done) | _sparsity(done) | _stability(result, done)
     if done.relfrob_metric is not None:
         figures["relfrob_metric"] = done.relfrob_metric
     if last is not None:
@@ -131,14 +143,12 @@ def _rounded(values: Float[Tensor, " q"]) -> tuple[float, ...]:
 
 
 def _reconstruction(
-    X: Float[Tensor, "n p d"], spectra: Spectra, result: FitResult, done: Finalised
+    spread: metrics.Spread, spectra: Spectra, result: FitResult, done: Finalised
 ) -> dict[str, float]:
-    _, p, d = X.shape
-    spread = metrics.spread(X)
     per_expert = metrics.explained_variance_per_expert(done.errors, spread)
     ranks = metrics.effective_rank(spectra.values).double()
     return {
-        "mse": metrics.mse(done.errors, p * d),
+        "mse": metrics.mse(done.errors, spread.entries),
         "explained_variance": metrics.explained_variance(done.errors, spread),
         "explained_variance_expert_min": float(per_expert.min()),
         "explained_variance_expert_mean": float(per_expert.mean()),

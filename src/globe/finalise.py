@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Factors
 from globe.am.temperature import prune as prune_codes
 from globe.compose import mixed_bases
@@ -52,6 +53,7 @@ def finalise(
     prune: float,
     refit: Refit | None = None,
     metric: InputMetric | None = None,
+    ranks: Ranks = ALONE,
 ) -> Finalised:
     """Prune, round bank and codes, refit the adapters to the rounded bases, fold the scale, round, measure.
 
@@ -63,6 +65,9 @@ def finalise(
 
     The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
     experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
+
+    With several `ranks`, factors and experts are this one's and the result is that of all, but for the adapters, which
+    are all on rank 0 alone.
 
     Raises FitError when `export_dtype` can't hold the factors: overflow, or an expert whose codes all vanish.
     """
@@ -82,16 +87,17 @@ def finalise(
         mean = mean.to(export_dtype)
     _check(exported, kept, mean, export_dtype)
     errors, seen = _exported_errors(exported, joined, mean, lam, activation, metric)
-    norms = squared_norms(X)
+    errors, norms = ranks.gather(errors), ranks.gather(squared_norms(X))
+    codes, adapters = ranks.gather(exported.codes), ranks.collect(exported.adapters)
     return Finalised(
-        exported,
+        exported._replace(codes=codes, adapters=adapters),
         mean,
-        joined.scale,
+        None if joined.scale is None else ranks.gather(joined.scale),
         errors,
         norms,
         relfrob(errors, norms),
-        pruned_share(factors.codes, exported.codes),
-        None if metric is None else relfrob(seen, metric.norms(X)),
+        pruned_share(ranks.gather(factors.codes), codes),
+        None if metric is None else relfrob(ranks.gather(seen), ranks.gather(metric.norms(X))),
     )
 
 

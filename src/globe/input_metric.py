@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.chunks import expert_chunks
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Factors
 from globe.config import Config, Metric
 from globe.metrics import squared_norms
@@ -48,8 +49,8 @@ class InputMetric(NamedTuple):
         return factors._replace(bank=bank, right=right)
 
 
-def second_moment_metric(X: Float[Tensor, "n p d"]) -> InputMetric:
-    """The metric C = sum_i X_i^T X_i + floor, scaled so that ||X L|| = ||X||, from normalised experts.
+def second_moment_metric(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> InputMetric:
+    """The metric C = sum_i X_i^T X_i + floor, scaled so that ||X L|| = ||X||, from normalised experts of all ranks.
 
     Directions without any energy keep 1e-3 of the mean eigenvalue. Zero experts give the plain metric. In float64
     where the device has it, whatever the dtype of X.
@@ -60,6 +61,7 @@ def second_moment_metric(X: Float[Tensor, "n p d"]) -> InputMetric:
     for part in expert_chunks(*X.shape):
         rows = X[part].flatten(0, 1)
         C += (rows.T @ rows).to(wide)
+    C = ranks.sum(C)
     mean = float(C.diagonal().mean())
     if mean <= 0:
         eye = torch.eye(d, dtype=X.dtype, device=X.device)
@@ -70,7 +72,7 @@ def second_moment_metric(X: Float[Tensor, "n p d"]) -> InputMetric:
     # of an energy of d in all, sum_c values_c root_c^2 is what the metric makes of it
     root *= (d / float((values * root**2).sum())) ** 0.5
     forward, back = ((vectors * one) @ vectors.T for one in (root, 1 / root))
-    return InputMetric(forward.to(X.dtype), back.to(X.dtype))
+    return InputMetric(ranks.same(forward.to(X.dtype)), ranks.same(back.to(X.dtype)))
 
 
 def _multiply(X: Float[Tensor, "n p d"], by: Float[Tensor, "d d"]) -> None:
@@ -78,6 +80,6 @@ def _multiply(X: Float[Tensor, "n p d"], by: Float[Tensor, "d d"]) -> None:
         X[part] = X[part] @ by
 
 
-def metric_of(config: Config, X: Float[Tensor, "n p d"]) -> InputMetric | None:
+def metric_of(config: Config, X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> InputMetric | None:
     """What `normalise.metric` asks for; None is the plain Frobenius norm."""
-    return second_moment_metric(X) if config.normalise.metric is Metric.experts else None
+    return second_moment_metric(X, ranks) if config.normalise.metric is Metric.experts else None

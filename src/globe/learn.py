@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.loop import fit_bank
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
 from globe.artefact import BankArtefact, Member, write_artefact
@@ -24,7 +25,7 @@ from globe.checkpoint import Checkpoint
 from globe.config import Config, is_linear
 from globe.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
 from globe.errors import FitError
-from globe.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra
+from globe.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra, expert_spread
 from globe.finalise import Finalised, finalise
 from globe.fit_baseline import fit_baseline
 from globe.fit_state import Fitting, read_state, remove_state, write_state
@@ -36,6 +37,7 @@ from globe.provenance import bank_options, complete_artefact, experts_of, fit_fi
 from globe.reading import ReadExperts, read_experts
 from globe.run_folder import BankStatus, RunFolder, State, read_json, write_json
 from globe.summary import BankReport, BankRuntime
+from globe.torchrun import Group, Order
 
 _log = logging.getLogger(__name__)
 _BROKEN = (FitError, torch.linalg.LinAlgError)
@@ -52,6 +54,8 @@ class Run:
     device: torch.device
     on_step: Callable[[str, StepRecord], None]
     """called with the bank's key after every step"""
+    group: Group | None = None
+    """the processes that share each bank's experts, of which this is the first"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +72,8 @@ class Learned:
 def learn_bank(run: Run, bank: BankPlan) -> Learned:
     """Learn one bank and write its artefact, or take what an earlier process left.
 
-    A fit that breaks down (FitError, a factorisation that fails) is tried once more with another seed.
+    A fit that breaks down (FitError, a factorisation that fails) is tried once more with another seed, unless several
+    processes share it.
     Raises FitError when that fails too or memory runs out, CheckpointError when the experts can't be read,
     ArtefactError or OSError when the results can't be written.
     """
@@ -84,7 +89,7 @@ def learn_bank(run: Run, bank: BankPlan) -> Learned:
     try:
         return _attempt(run, bank, source, state, fitting, error=None)
     except _BROKEN as error:
-        if fitting.attempt > 0:
+        if fitting.attempt > 0 or run.group is not None:  # the others have given up as well
             raise FitError(_sentence(error)) from error
         first = _sentence(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -129,12 +134,19 @@ def _attempt(
     if state is not None:
         _log.info("%s: going on after step %d", key, fitting.step)
     give_back_memory()  # of the bank before
-    read = read_experts(config, run.checkpoint, bank.outline, run.device)
+    ranks: Ranks = ALONE
+    if run.group is not None:
+        ranks = run.group.ranks(bank.sizes.n)
+        run.group.tell(Order(key, seed, state))
+    read = read_experts(config, run.checkpoint, bank.outline, run.device, ranks)
     joined = read.joined
     watch = _Watch(run, key, fitting)
     generator = torch.Generator().manual_seed(seed)
+    activation = str(config.bank.activation)
     if bank.baseline is None:
-        result, done, activation = _fit_globe(run, bank, read, generator, state, watch)
+        result, done = fit_globe(
+            config, bank, read, generator, state, ranks, on_step=watch.step, on_checkpoint=watch.checkpoint
+        )
     else:
         result, done, activation = fit_baseline(
             joined,
@@ -144,10 +156,12 @@ def _attempt(
             export_dtype=read.export_dtype,
             on_step=watch.step,
         )
-    artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
     scheduled = watch.last if bank.baseline is None else None
-    spectra = expert_spectra(joined.experts)
-    figures = bank_figures(joined.experts, spectra, result, done, scheduled) | _of_members(artefact, done)
+    spectra, spread = expert_spectra(joined.experts, ranks), expert_spread(joined.experts, ranks)
+    if run.group is not None:
+        joined = replace(joined, scale=done.scale, starts=bank.outline.starts)
+    artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
+    figures = bank_figures(spread, spectra, result, done, scheduled) | _of_members(artefact, done)
     charts = bank_charts(spectra, joined, artefact)
     report = _report(run, artefact, bank, result, done, fitting.attempt, figures, charts)
     artefact = replace(artefact, metrics=report.to_dict())
@@ -159,17 +173,20 @@ def _attempt(
     return Learned(report, runtime, _codes(artefact), fitted=True)
 
 
-def _fit_globe(
-    run: Run,
+def fit_globe(
+    config: Config,
     bank: BankPlan,
     read: ReadExperts,
     generator: torch.Generator,
     state: FitState | None,
-    watch: _Watch,
-) -> tuple[FitResult, Finalised, str]:
-    config, activation = run.config, str(run.config.bank.activation)
+    ranks: Ranks,
+    *,
+    on_step: Callable[[StepRecord], None],
+    on_checkpoint: Callable[[FitState], None],
+) -> tuple[FitResult, Finalised]:
+    """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `ranks`."""
     X = read.joined.experts
-    metric = metric_of(config, X)
+    metric = metric_of(config, X, ranks)
     inside = metric is not None and is_linear(config)
     if metric is not None and inside:
         metric.enter(X)
@@ -180,8 +197,9 @@ def _fit_globe(
         generator=generator,
         export_dtype=read.export_dtype,
         resume=state,
-        on_step=watch.step,
-        on_checkpoint=watch.checkpoint,
+        on_step=on_step,
+        on_checkpoint=on_checkpoint,
+        ranks=ranks,
     )
     give_back_memory()  # of the steps
     if metric is not None and inside:
@@ -191,13 +209,14 @@ def _fit_globe(
         result.factors,
         read.joined,
         lam=result.lam,
-        activation=activation,
+        activation=str(config.bank.activation),
         export_dtype=read.export_dtype,
         prune=config.codes.prune,
         refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
         metric=metric,
+        ranks=ranks,
     )
-    return result, done, activation
+    return result, done
 
 
 class _Watch:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.ranks import ALONE, Ranks
 from globe.errors import CheckpointError
 from globe.precision import widen
 
@@ -42,7 +43,12 @@ class Joined:
 
 
 def normalise(
-    W: Float[Tensor, "n p d"], *, centre: str, scale: str, dtype: torch.dtype | None = None
+    W: Float[Tensor, "n p d"],
+    *,
+    centre: str,
+    scale: str,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> Normalised:
     """X = (W - mean) / scale with both constants recorded.
 
@@ -55,7 +61,8 @@ def normalise(
 
     Moments are accumulated in float64, expert by expert, whatever the dtype of W. `dtype` is that of the
     result and of the constants; None keeps float32 and float64 and widens the rest to float32. A group in
-    which centring leaves nothing but rounding (constant rows, equal experts) gets scale 1.
+    which centring leaves nothing but rounding (constant rows, equal experts) gets scale 1. With several `ranks`, W are
+    this one's experts, none perhaps, and the moments are those of all.
 
     Raises CheckpointError when an expert holds NaN or infinity, ValueError on an unknown option.
     """
@@ -64,15 +71,15 @@ def normalise(
             f"normalise.centre={centre!r}, normalise.scale={scale!r} is not a known pair of options"
         )
     dtype = dtype or (W.dtype if W.dtype in (torch.float32, torch.float64) else torch.float32)
-    sizes = torch.stack([_row_squares(expert) for expert in W])
+    sizes = _all_row_squares(W, None)
     finite = torch.isfinite(sizes).all(dim=1)
     if not bool(finite.all()):
         broken = int(finite.logical_not().nonzero()[0])
         raise CheckpointError(
             f"expert {broken} of the {W.shape[0]} read holds NaN or infinity: repair the checkpoint"
         )
-    mean = _mean(W, centre, dtype)
-    factor = None if scale == "none" else _scale(W, mean, sizes, scale, dtype)
+    mean = _mean(W, centre, dtype, ranks)
+    factor = None if scale == "none" else _scale(W, mean, sizes, scale, dtype, ranks)
     experts = torch.empty(W.shape, dtype=dtype, device=W.device)
     for row, expert in enumerate(W):
         value = widen(expert)
@@ -136,14 +143,22 @@ def _row_squares(expert: Float[Tensor, "p d"]) -> Float[Tensor, " p"]:
     return widen(expert).square().sum(dim=1)
 
 
-def _mean(W: Float[Tensor, "n p d"], centre: str, dtype: torch.dtype) -> Tensor | None:
+def _all_row_squares(W: Float[Tensor, "n p d"], mean: Tensor | None) -> Float[Tensor, "n p"]:
+    """Of every expert, less the mean."""
+    if not len(W):
+        return widen(W.new_zeros(W.shape[:2]))
+    return torch.stack([_row_squares(one if mean is None else widen(one) - widen(mean)) for one in W])
+
+
+def _mean(W: Float[Tensor, "n p d"], centre: str, dtype: torch.dtype, ranks: Ranks) -> Tensor | None:
     if centre == "none":
         return None
-    total = torch.zeros_like(widen(W[0]))
+    total = widen(W.new_zeros(W.shape[1:]))
     for expert in W:
         total += widen(expert)
-    total /= W.shape[0]
-    return (total if centre == "expert_mean" else total.mean()).to(device=W.device, dtype=dtype)
+    total /= ranks.count(W.shape[0])
+    mean = ranks.sum(total if centre == "expert_mean" else total.mean())
+    return mean.to(device=W.device, dtype=dtype)
 
 
 def _scale(
@@ -152,9 +167,12 @@ def _scale(
     sizes: Float[Tensor, "n p"],
     scale: str,
     dtype: torch.dtype,
+    ranks: Ranks,
 ) -> Float[Tensor, "*groups"]:
     """Root mean square of W - mean over each group; 1 where it is rounding beside the group's own size."""
-    left = sizes if mean is None else torch.stack([_row_squares(widen(one) - widen(mean)) for one in W])
+    left = sizes if mean is None else _all_row_squares(W, mean)
+    if scale == "family":
+        left, sizes = ranks.gather(left), ranks.gather(sizes)
     axes = {"family": (0, 1), "expert": (1,), "row": ()}[scale]
     energy, size = (table.mean(dim=axes) if axes else table for table in (left, sizes))
     # the recorded mean is itself rounded to dtype, so a constant group keeps about eps of its size

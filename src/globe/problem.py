@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from globe.am.records import Sizes
@@ -74,6 +75,11 @@ class Outline:
     @property
     def n(self) -> int:
         return sum(self.counts)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each member, and n at the end."""
+        return tuple(accumulate(self.counts, initial=0))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from globe.am.ranks import ALONE, Ranks
 from globe.checkpoint import Checkpoint
 from globe.config import Config, ExportDtype
 from globe.normalise import Joined, join, normalise
@@ -29,15 +30,19 @@ class ReadExperts(NamedTuple):
     """of reading alone"""
 
 
-def read_experts(config: Config, checkpoint: Checkpoint, bank: Outline, device: torch.device) -> ReadExperts:
-    """The experts of all members, each member normalised by itself.
+def read_experts(
+    config: Config, checkpoint: Checkpoint, bank: Outline, device: torch.device, ranks: Ranks = ALONE
+) -> ReadExperts:
+    """The experts of all members that this rank holds, each member normalised by itself (over all ranks).
 
     Raises CheckpointError when they can't be read or are not finite.
     """
     model, options = config.model, config.normalise
     before, parts, seconds = checkpoint.reader.bytes_read, [], 0.0
-    dtype = torch.float32
-    for member in bank.members:
+    dtype, start = torch.float32, 0
+    for member, count in zip(bank.members, bank.counts, strict=True):
+        part = ranks.within(start, start + count)
+        start += count
         clock = time.perf_counter()
         experts = checkpoint.read_experts(
             member.layer,
@@ -45,6 +50,7 @@ def read_experts(config: Config, checkpoint: Checkpoint, bank: Outline, device: 
             include_shared=model.include_shared,
             max_experts=model.max_experts,
             sample_method=str(model.sample_method),
+            rows=part.rows,
         )
         seconds += time.perf_counter() - clock
         dtype = experts.weights.dtype
@@ -54,6 +60,7 @@ def read_experts(config: Config, checkpoint: Checkpoint, bank: Outline, device: 
                 centre=str(options.centre),
                 scale=str(options.scale),
                 dtype=DTYPES[config.dtype],
+                ranks=part,
             )
         )
         del experts  # in the checkpoint's dtype; only the normalised ones are needed from here on

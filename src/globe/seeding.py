@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from globe.am.ranks import ALONE, Ranks
 from globe.metrics import squared_norms
 from globe.precision import widen
 from globe.warm_start import WarmStart, align, leading_eigenvectors, nnls_codes, right_basis, truncated_svd
@@ -28,7 +29,8 @@ def seed_bank(
     seeding: str,
     generator: torch.Generator,
     warm_start: WarmStart | None = None,
-) -> tuple[Float[Tensor, "m r d"], Int[Tensor, " n"]]:
+    ranks: Ranks = ALONE,
+) -> tuple[Float[Tensor, "m r d"], Int[Tensor, " all"]]:
     """First atoms (orthonormal rows) and the group of every expert, for any 1 <= m <= n.
 
     random      right singular basis of one randomly picked expert per group
@@ -43,8 +45,11 @@ def seed_bank(
     SVDs when they have been made with the same r. The generator must be on the CPU, so that a seed means
     the same on every device. Raises ValueError unless 1 <= m <= n and 1 <= r <= min(p, d), or on an unknown
     method.
+
+    With several `ranks`, X and `warm_start` are this one's experts, and k-means is not possible; bank and groups are
+    those of all experts. At most m d^2 numbers are added up over the ranks.
     """
-    n, p, d = X.shape
+    n, p, d = ranks.count(X.shape[0]), *X.shape[1:]
     if not 1 <= m <= n:
         raise ValueError(f"bank.m={m} is not between 1 and the {n} experts that share the bank")
     if not 1 <= r <= min(p, d):
@@ -55,14 +60,11 @@ def seed_bank(
     match seeding:
         case "random" | "aligned":
             picks = order[:m].tolist()
-            if warm_start is not None:
-                bank = warm_start.bases[picks]
-            else:
-                bank = torch.stack([right_basis(X[pick], r) for pick in picks])
+            bank = _bases_of(X, picks, r, warm_start, ranks)
             if seeding == "aligned":
                 bank = align(bank, right_basis(bank.reshape(m * r, d), r).expand_as(bank))
         case "group_svd":
-            bank = torch.stack([group_basis(X, assignment == group, r) for group in range(m)])
+            bank = torch.stack([group_basis(X, assignment == group, r, ranks) for group in range(m)])
         case "kmeans":
             adapters, bases = warm_start or truncated_svd(X, r)
             # U of the SVD is a gauge: U S V^T and S V^T have the same second moment
@@ -74,22 +76,42 @@ def seed_bank(
     return bank, assignment.to(X.device)
 
 
-def group_basis(X: Float[Tensor, "n rows d"], chosen: Tensor, r: int) -> Float[Tensor, "r d"]:
+def _bases_of(
+    X: Float[Tensor, "n p d"], picks: list[int], r: int, warm_start: WarmStart | None, ranks: Ranks
+) -> Float[Tensor, "m r d"]:
+    """The right singular bases of the picked experts, each made by the rank that holds it."""
+    first = ranks.rows.start or 0
+    bank = X.new_zeros(len(picks), r, X.shape[2])
+    for at, pick in enumerate(picks):
+        if 0 <= pick - first < len(X):
+            one = right_basis(X[pick - first], r) if warm_start is None else warm_start.bases[pick - first]
+            bank[at] = one
+    return ranks.sum(bank)
+
+
+def group_basis(
+    X: Float[Tensor, "n rows d"], chosen: Tensor, r: int, ranks: Ranks = ALONE
+) -> Float[Tensor, "r d"]:
     """Top-r right singular basis of the chosen experts stacked below each other.
 
     Needs at most one d x d matrix in float64 beside an expert: the Gram matrix summed over the experts, or
     the stack itself while it has fewer rows than columns.
     """
-    members = chosen.nonzero().squeeze(1).tolist()
+    members = chosen.nonzero().squeeze(1)
     d = X.shape[2]
+    here = ranks.own(chosen).nonzero().squeeze(1).tolist()
     if len(members) * X.shape[1] < d:
-        return right_basis(X[members].reshape(-1, d), r)
-    first = widen(X[members[0]])
-    gram = first.mT @ first
-    for member in members[1:]:
+        stack = X[here]
+        if len(here) < len(members):  # the others' experts come from their ranks
+            stack = X.new_zeros(len(members), *X.shape[1:])
+            first = ranks.rows.start or 0
+            stack[torch.isin(members, torch.tensor(here) + first)] = X[here]
+        return right_basis(ranks.sum(stack).reshape(-1, d), r)
+    gram = widen(X[0]).new_zeros(d, d)
+    for member in here:
         wide = widen(X[member])
         gram.addmm_(wide.mT, wide)
-    return leading_eigenvectors(gram, r).to(X)
+    return leading_eigenvectors(ranks.sum(gram), r).to(X)
 
 
 def kmeans_groups(rows: Float[Tensor, "n k d"], m: int, *, generator: torch.Generator) -> Int[Tensor, " n"]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,14 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import Container, OmegaConf
 
-from globe import entry, sweep
+from globe import entry, sweep, torchrun
 from globe.artefact import is_intact
 from globe.checkpoint import open_checkpoint
 from globe.config import Config, Method, conf_dir, config_dict, plain, register, to_config
 from globe.device import arithmetic, keep_less_memory, spare_threads
 from globe.dry_run import dry_run
-from globe.errors import CheckpointError, FitError
+from globe.errors import CheckpointError, ConfigError, FitError
+from globe.follow import follow
 from globe.frontier import choose_sizes
 from globe.identity import identity
 from globe.learn import Run, learn_bank
@@ -46,28 +50,37 @@ _failure: Exception | None = None
 """Of the only job of a process that does a single run: `main` reports it, Hydra need not know."""
 
 
-def run(node: Container, path: Path, *, sweep_name: str | None = None) -> float | tuple[float, ...]:
+def run(
+    node: Container, path: Path, *, sweep_name: str | None = None, group: torchrun.Group | None = None
+) -> float | tuple[float, ...]:
     """One run in its folder, from its composed configuration to its `objectives`: RelFrob, the mean over its banks.
 
     A finished run is only reported, unless `overwrite=true`; the banks of one that differs in `S_cache` alone are
     taken. In a sweep a run waits for another that does the same fit. Raises GlobeError or OSError with the run's status
     set to `failed`, KeyboardInterrupt with `interrupted`. A dry run only prints, and leaves the folder's status alone.
+    With a `group` the experts of every bank are shared out over its processes, of which this is the first.
     """
     if OmegaConf.select(node, "dry_run"):
         dry_run(to_config(node))
         return math.nan
     fit = identity(plain(node))
     with nullcontext() if sweep_name is None else sweep.one_at_a_time(path.parent, fit):
-        summary, objectives = _run(node, RunFolder(path), fit, sweep_name)
+        summary, objectives = _run(node, RunFolder(path), fit, sweep_name, group)
     record = summary.to_dict()
     figures = tuple(math.nan if record[name] is None else float(record[name]) for name in objectives)
     return figures[0] if len(figures) == 1 else figures
 
 
 def _run(
-    node: Container, folder: RunFolder, fit: str, sweep_name: str | None
+    node: Container,
+    folder: RunFolder,
+    fit: str,
+    sweep_name: str | None,
+    group: torchrun.Group | None,
 ) -> tuple[RunSummary, Sequence[str]]:
     with folder.held(), folder.recorded(entry.explain):
+        if group is not None:
+            group.on_failure = partial(folder.end, State.failed)
         config = to_config(node)
         summary = None if config.overwrite else finished_summary(folder, config)
         if summary is None:
@@ -76,15 +89,19 @@ def _run(
             folder.begin(plain(node))
             if not config.overwrite:
                 adopt(folder, fit)
-            summary = train(config, folder, sweep_name=sweep_name)
+            summary = train(config, folder, sweep_name=sweep_name, group=group)
+        if group is not None:
+            group.tell(None)
         print_summary(summary, folder.path)
         if summary.failed:
             raise FitError(summary.failure)
     return summary, config.objectives
 
 
-def train(config: Config, folder: RunFolder, *, sweep_name: str | None = None) -> RunSummary:
-    """Learn all banks that are not learned yet. A bank that fails is reported, and the others go on.
+def train(
+    config: Config, folder: RunFolder, *, sweep_name: str | None = None, group: torchrun.Group | None = None
+) -> RunSummary:
+    """Learn all banks that are not learned yet. A bank that fails is reported, and the others go on, in one process.
 
     Raises ConfigError or CheckpointError when nothing can be begun, ArtefactError or OSError when results
     can't be written.
@@ -110,13 +127,15 @@ def train(config: Config, folder: RunFolder, *, sweep_name: str | None = None) -
             S_cache=config.S_cache,
         )
         with _watched(config, folder, banks, ledger, sweep_name) as progress:
-            job = Run(config, checkpoint, folder, device, progress.step)
+            job = Run(config, checkpoint, folder, device, progress.step, group)
             for bank in banks:
                 progress.begin(bank.key)
                 try:
                     ledger.add(bank, learn_bank(job, bank))
                 except (FitError, CheckpointError) as error:
                     ledger.fail(bank, error)
+                    if group is not None:  # whose other processes are in the middle of that bank
+                        raise
                 progress.end()
     return ledger.summary
 
@@ -175,6 +194,9 @@ def _job(node: Container) -> float | tuple[float, ...]:
     path = Path(settings.runtime.output_dir)
     multirun = settings.mode is RunMode.MULTIRUN
     try:
+        if torchrun.launched():
+            _share(node, path, multirun=multirun)
+            return math.nan
         if not multirun:
             return run(node, path)
         device = str(OmegaConf.select(node, "device"))
@@ -190,8 +212,31 @@ def _job(node: Container) -> float | tuple[float, ...]:
         return math.nan
 
 
+def _share(node: Container, path: Path, *, multirun: bool) -> None:
+    """One run by all processes of torchrun. The one that fails first says why, the others end in silence."""
+    if multirun:
+        raise ConfigError(
+            "a sweep is not possible with several processes of torchrun: start its runs one by one"
+        )
+    config = to_config(node)
+    torchrun.refuse(config)
+    with torchrun.joined(config) as group:
+        try:
+            if torchrun.leads():
+                run(node, path, group=group)
+            else:
+                follow(config, group)
+        except Exception as error:
+            sentence = entry.explain(error)
+            if group.fail(sentence or f"{type(error).__name__}: {error}"):
+                entry.say(sentence or traceback.format_exc())
+            raise SystemExit(1) from error
+
+
 def main() -> None:
     """`python -m globe.train`, without the command line's program name."""
+    if not torchrun.leads():
+        sys.argv += torchrun.SILENT
 
     def app() -> None:
         with sweep.outcome():
@@ -200,7 +245,7 @@ def main() -> None:
             raise _failure
 
     keep_less_memory()
-    entry.start(app)
+    entry.start(app, silent=not torchrun.leads())
 
 
 if __name__ == "__main__":

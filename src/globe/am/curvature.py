@@ -94,7 +94,8 @@ class Curvature:
     def _gather(self, atoms: Float[Tensor, "m r d"]) -> Move:
         """The product as a move in the dtype of the fit, by the factors that are at hand in that of `atoms`."""
         tangent = self._low if atoms.dtype == self._dtype else self._tangent
-        return tuple(part.to(self._tangent.bank.dtype) for part in tangent.gather(atoms, self._codes))
+        own = tuple(part.to(self._tangent.bank.dtype) for part in tangent.pulled(atoms))
+        return self._tangent.summed(own, self._codes)
 
     def _adjoint(self, flat: Float[Tensor, "c rd"], part: slice) -> None:
         """Adds one chunk to the inner products with the atoms, and makes its rows of those with the codes."""

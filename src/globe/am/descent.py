@@ -13,6 +13,7 @@ from globe.am.chunks import expert_chunks
 from globe.am.gauss_newton import gauss_newton_direction
 from globe.am.mod import linearised_targets, mod_step, rescale_gauge
 from globe.am.objective import Point, adapters_at, evaluate, mix
+from globe.am.ranks import ALONE, Ranks
 from globe.am.state import AMState, Atoms
 from globe.am.tangent import tangent
 from globe.am.targets import aligned_warm_start, blend, weight_aware_targets
@@ -46,6 +47,7 @@ class Numbers(NamedTuple):
     cg_tolerance: float = 0.0
     total: float | None = None
     """sum_i ||X_i||_F^2 where it is known"""
+    ranks: Ranks = ALONE
 
     def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms, into: Point | None = None) -> Point:
         return evaluate(
@@ -56,6 +58,7 @@ class Numbers(NamedTuple):
             activation=self.activation,
             lambda_A=self.lambda_A,
             into=into,
+            ranks=self.ranks,
         )
 
     def adapters(self, X: Float[Tensor, "n p d"], state: AMState) -> Float[Tensor, "n p r"]:
@@ -66,7 +69,7 @@ class Numbers(NamedTuple):
         return adapters_at(X, bank, codes, lam=state.lam, activation=self.activation, lambda_A=self.lambda_A)
 
     def energy(self, X: Float[Tensor, "n p d"]) -> float:
-        total = float(squared_norms(X).sum()) if self.total is None else self.total
+        total = self.ranks.total(float(squared_norms(X).sum())) if self.total is None else self.total
         return total or 1.0
 
     def bases(self, atoms: Atoms) -> Float[Tensor, "n r d"]:
@@ -103,6 +106,7 @@ def gauss_newton_step(
         right=state.atoms.right,
         free=state.constraint.support,
         joint=numbers.joint,
+        ranks=numbers.ranks,
     )
     direction = gauss_newton_direction(
         slopes,

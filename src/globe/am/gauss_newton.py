@@ -72,7 +72,7 @@ def gauss_newton_direction(
     predicted = 0.0
     step: Move = tuple(torch.zeros_like(part) for part in residual)
     search = solver.apply(residual)
-    energy = first = _dot(residual, search)
+    energy = first = _dot(tangent, residual, search)
     rounding = torch.finfo(point.force.dtype).eps ** 2
     for count in range(1, cg_iterations + 1):
         if not energy > rounding * first:
@@ -80,7 +80,7 @@ def gauss_newton_direction(
         curved = curvature.product(search)
         for part, along, weight in zip(curved, search, shift, strict=True):
             part.add_(along, alpha=weight)
-        bend = _dot(search, curved)
+        bend = _dot(tangent, search, curved)
         if not bend > 0:
             break
         gain = energy * energy / bend
@@ -91,12 +91,13 @@ def gauss_newton_direction(
         if count * gain <= cg_tolerance * predicted:
             break
         solved = solver.apply(residual)
-        energy, before = _dot(residual, solved), energy
+        energy, before = _dot(tangent, residual, solved), energy
         for along, part in zip(search, solved, strict=True):
             along.mul_(energy / before).add_(part)
         del solved, part  # as large as a bank
     return Direction(tangent.leave_coordinates(step), predicted)
 
 
-def _dot(a: Move, b: Move) -> float:
-    return float(sum(torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)))
+def _dot(tangent: Tangent, a: Move, b: Move) -> float:
+    parts = zip(tangent.counted(a), tangent.counted(b), strict=True)
+    return tangent.ranks.total(float(sum(torch.dot(x.flatten(), y.flatten()) for x, y in parts)))

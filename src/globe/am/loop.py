@@ -16,6 +16,7 @@ from globe.am.controls import Controls, Phase, controls_at, median_support, shar
 from globe.am.descent import Numbers
 from globe.am.low_precision import curvature_dtype
 from globe.am.objective import objective_at, release
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.resume import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
@@ -42,7 +43,9 @@ class Problem:
     warm: Float[Tensor, "n r d"] | None
     """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
     total: float
-    """sum_i ||X_i||_F^2"""
+    """sum_i ||X_i||_F^2, over all ranks"""
+    ranks: Ranks = ALONE
+    """who holds the other experts, where X is a part of them"""
 
     def relfrob(self, objective: float) -> float:
         return (objective / self.total) ** 0.5 if self.total > 0 else 0.0
@@ -62,6 +65,7 @@ class Problem:
             lambda_T=train.lambda_T,
             curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
             total=self.total,
+            ranks=self.ranks,
         )
 
 
@@ -76,6 +80,7 @@ def fit_bank(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_checkpoint: Callable[[FitState], None] = lambda state: None,
     clock: Callable[[], float] = time.perf_counter,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Learn bank, codes and adapters for normalised experts X (n, p, d).
 
@@ -85,25 +90,30 @@ def fit_bank(
     same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step. `clock` counts
     the seconds of limits and records; `time.process_time` serves benchmarks on a shared machine.
 
+    With several `ranks`, X are this one's experts and `sizes` those of the whole bank; all ranks call this with equal
+    arguments otherwise. Codes and adapters of the result are this rank's, records and states those of all experts.
+    Every conjugate-gradient iteration adds up the move of the atoms over the ranks, m r d numbers or m k (r + d) with
+    low-rank atoms, and two scalars. k-means seeding, MOD and beta < 1 need experts that other ranks hold.
+
     Raises FitError when numbers are no longer finite.
     """
     started = clock()
-    problem, running = _begin(experts, sizes, config, generator, export_dtype, resume)
-    before, saved = running.progress.seconds, started
+    problem, running = _begin(experts, sizes, config, generator, export_dtype, resume, ranks)
+    before, saved = running.progress.seconds, 0.0
     stop = None
     while stop is None:
         share = share_of_fit(config.train, running.progress.step, running.progress.seconds)
         controls = controls_at(config.schedule, sizes, share)
         running = _control(problem, running, controls)
         running, figures = _advance(problem, running, controls)
-        now = clock()
-        running = running._replace(progress=_count(running.progress, figures, before + now - started))
+        spent = ranks.agreed(clock() - started)  # so that limits end the fit at the same step everywhere
+        running = running._replace(progress=_count(running.progress, figures, before + spent))
         running, validation = _validate(problem, running)
         on_step(_record(problem, running, controls, figures, validation))
         stop = _stop_reason(config, running.progress, controls)
-        if stop is None and now - saved >= config.train.checkpoint_every:
-            on_checkpoint(snapshot(running))
-            saved = now
+        if stop is None and spent - saved >= config.train.checkpoint_every:
+            on_checkpoint(snapshot(running, ranks))
+            saved = spent
     return _finish(problem, running, controls, stop)
 
 
@@ -114,8 +124,9 @@ def _begin(
     generator: torch.Generator,
     export_dtype: torch.dtype | None,
     resume: FitState | None,
+    ranks: Ranks,
 ) -> tuple[Problem, Running]:
-    total = float(squared_norms(X).sum())
+    total = ranks.total(float(squared_norms(X).sum()))
     if not math.isfinite(total):
         raise FitError(
             "an expert's weights are not finite: check the checkpoint for NaN and infinite numbers"
@@ -131,12 +142,13 @@ def _begin(
         export_dtype,
         warm.bases if warm is not None and pulls else None,
         total,
+        ranks,
     )
     activation, lambda_A = config.bank.activation, config.train.lambda_A
     if resume is not None:
-        return problem, restore(resume, X, activation=activation, lambda_A=lambda_A)
+        return problem, restore(resume, X, activation=activation, lambda_A=lambda_A, ranks=ranks)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm)
+    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, ranks=ranks)
     del warm  # as large as the state that comes now
     state = start_state(
         X,
@@ -146,6 +158,7 @@ def _begin(
         constraint=Constraint(None, config.codes.simplex),
         activation=activation,
         lambda_A=lambda_A,
+        ranks=ranks,
     )
     return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.objective)), None)
 
@@ -159,7 +172,7 @@ def _control(problem: Problem, running: Running, controls: Controls) -> Running:
     if controls.phase is Phase.control:
         if progress.step % codes.control_every:
             return running
-        median = median_support(running.state.atoms.codes)
+        median = median_support(problem.ranks.gather(running.state.atoms.codes))
         factor = next_temperature(progress.temperature_factor, median, target, eta=codes.eta)
         return running._replace(progress=replace(progress, temperature_factor=factor))
     return running._replace(
@@ -171,11 +184,12 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
     """Codes on an entmax support whose median meets the target, refit by least squares on it; spends `state`."""
     assert problem.sizes.target_support is not None
     support = support_of_median(
-        state.atoms.codes,
+        problem.ranks.gather(state.atoms.codes),
         state.atoms.bank,
         median=problem.sizes.target_support,
         code_map=problem.config.codes.map,
     )
+    support = problem.ranks.own(support)
     return coding_step(problem.X, state, problem.numbers(controls), support=support, spend=True)
 
 
@@ -228,7 +242,9 @@ def _validate(problem: Problem, running: Running) -> tuple[Running, float | None
         return running, None
     error = validation_relfrob(problem, running.state)
     used = running.state.atoms.codes > 0
-    changed = running.seen is None or float((used != running.seen).double().mean()) > 0.01
+    changed = (
+        running.seen is None or float(problem.ranks.average((used != running.seen).double().mean())) > 0.01
+    )
     better = error < progress.best_validation * (1 - train.tolerance)
     progress = replace(
         progress,
@@ -252,6 +268,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         lam=state.lam,
         activation=problem.config.bank.activation,
         lambda_A=problem.config.train.lambda_A,
+        ranks=problem.ranks,
     )
     return problem.relfrob(objective)
 
@@ -277,7 +294,7 @@ def _record(
     validation: float | None,
 ) -> StepRecord:
     state, progress = running.state, running.progress
-    support = support_sizes(state.atoms.codes).double()
+    support = problem.ranks.gather(support_sizes(state.atoms.codes)).double()
     return StepRecord(
         step=progress.step,
         seconds=progress.seconds,
@@ -307,7 +324,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
     atoms = state.atoms
     release(state.point.rows, state.point.slope, state.point.force, state.point.gram)
     adapters = problem.numbers(controls).adapters(problem.X, state)
-    captured = energy_of_rank(problem.X, problem.sizes.r)
+    captured = problem.ranks.total(energy_of_rank(problem.X, problem.sizes.r))
     return FitResult(
         factors=Factors(atoms.bank, atoms.codes, adapters, atoms.left, atoms.right),
         lam=state.lam,
@@ -336,4 +353,5 @@ def _state_of_best(problem: Problem, running: Running) -> AMState:
         lambda_A=problem.config.train.lambda_A,
         constraint=best.constraint,
         into=state.point,
+        ranks=problem.ranks,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from globe.am.activation import phi, phi_prime
 from globe.am.chunks import expert_chunks
+from globe.am.ranks import ALONE, Ranks
 from globe.am.refit import Refit, refit
 
 _WORTH_RELEASING = 1 << 24
@@ -36,9 +37,9 @@ class Point(NamedTuple):
     errors: Float[Tensor, " n"]
     """||X_i - A_i M_i||_F^2"""
     objective: float
-    """sum of `errors`"""
+    """sum of `errors`, over all ranks"""
     regularised: int
-    """refits that needed more than the smallest ridge"""
+    """refits, of all ranks, that needed more than the smallest ridge"""
 
 
 def mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
@@ -55,6 +56,7 @@ def evaluate(
     activation: str,
     lambda_A: float = 0.0,
     into: Point | None = None,
+    ranks: Ranks = ALONE,
 ) -> Point:
     """Refit the adapters to (bank, codes) and return the point there.
 
@@ -92,7 +94,8 @@ def evaluate(
             del J
         regularised += fit.regularised
         del Y, fit, residual  # before the next chunk makes its own
-    return Point(adapters, gram, rows, slope, force, errors, _sum(errors), regularised)
+    objective, regularised = ranks.total(_sum(errors)), int(ranks.total(regularised))
+    return Point(adapters, gram, rows, slope, force, errors, objective, regularised)
 
 
 def objective_at(
@@ -103,10 +106,12 @@ def objective_at(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> float:
     """The objective of `evaluate` alone, which needs no memory beyond a chunk's."""
     refits = _refits(X, bank, codes, lam, activation, lambda_A)
-    return _sum(torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits]))
+    errors = torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits])
+    return ranks.total(_sum(errors))
 
 
 def adapters_at(

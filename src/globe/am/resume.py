@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import FitState
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
 
@@ -58,15 +59,15 @@ class Running(NamedTuple):
     """codes in use at the last validation"""
 
 
-def snapshot(running: Running) -> FitState:
-    """Everything `restore` needs to continue."""
+def snapshot(running: Running, ranks: Ranks = ALONE) -> FitState:
+    """Everything `restore` needs to continue, with the codes of all ranks."""
     state = running.state
-    tensors = _pack("now", state.atoms) | _pack("anchor", state.anchor)
+    tensors = _pack("now", state.atoms, ranks) | _pack("anchor", state.anchor, ranks)
     if running.best.atoms is not state.atoms:
-        tensors |= _pack("best", running.best.atoms)
+        tensors |= _pack("best", running.best.atoms, ranks)
     for name, mask in (("support", state.constraint.support), ("seen", running.seen)):
         if mask is not None:
-            tensors[name] = mask.to(torch.uint8)
+            tensors[name] = ranks.gather(mask.to(torch.uint8))
     numbers = asdict(running.progress)
     numbers |= {
         f"state.{name}": getattr(state, name) for name in ("momentum_steps", "damping", "lam", "fine")
@@ -74,9 +75,17 @@ def snapshot(running: Running) -> FitState:
     return FitState(tensors, numbers | {"state.simplex": state.constraint.simplex})
 
 
-def restore(saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lambda_A: float) -> Running:
-    """The fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine."""
+def restore(
+    saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lambda_A: float, ranks: Ranks = ALONE
+) -> Running:
+    """The fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine.
+
+    The state is that of all experts, so that it may go on with another number of ranks, up to rounding.
+    """
     numbers, tensors = saved.numbers, {name: _own(t, X) for name, t in saved.tensors.items()}
+    for name in tensors:
+        if name.endswith("codes") or name in ("support", "seen"):
+            tensors[name] = ranks.own(tensors[name])
     masks = {name: tensors[name] > 0 for name in ("support", "seen") if name in tensors}
     constraint = Constraint(masks.get("support"), bool(numbers["state.simplex"]))
     lam = float(numbers["state.lam"] or 0.0)
@@ -89,6 +98,7 @@ def restore(saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lamb
             activation=activation,
             lambda_A=lambda_A,
             constraint=constraint,
+            ranks=ranks,
         )
 
     state = at_rest("now")._replace(
@@ -102,8 +112,8 @@ def restore(saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lamb
     return Running(state, best, progress, masks.get("seen"))
 
 
-def _pack(name: str, atoms: Atoms) -> dict[str, Tensor]:
-    kept = {"codes": atoms.codes, "left": atoms.left, "right": atoms.right}
+def _pack(name: str, atoms: Atoms, ranks: Ranks) -> dict[str, Tensor]:
+    kept = {"codes": ranks.gather(atoms.codes), "left": atoms.left, "right": atoms.right}
     if atoms.left is None:
         kept["bank"] = atoms.bank
     return {f"{name}.{field}": tensor for field, tensor in kept.items() if tensor is not None}

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.objective import mix
+from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Sizes
 from globe.am.state import Atoms, low_rank_atoms
-from globe.config import InitConfig
+from globe.config import FirstCodes, InitConfig
 from globe.seeding import first_codes, seed_bank
 from globe.warm_start import WarmStart
 
@@ -21,33 +22,40 @@ def first_atoms(
     *,
     generator: torch.Generator,
     warm: WarmStart | None,
+    ranks: Ranks = ALONE,
 ) -> Atoms:
     """Seeded bank and first codes, scaled so that the entries of the mixed bases have the deviation `init.scale`.
 
     Low-rank atoms take k random combinations of their seed's rows, put into k random directions of the r rows.
     """
-    bank, groups = seed_bank(X, sizes.m, sizes.r, seeding=init.seeding, generator=generator, warm_start=warm)
+    bank, groups = seed_bank(
+        X, sizes.m, sizes.r, seeding=init.seeding, generator=generator, warm_start=warm, ranks=ranks
+    )
+    bank = ranks.same(bank)
+    # drawn for all experts, whoever holds them; fitted expert by expert
+    drawn = init.codes is FirstCodes.mixed
     codes = first_codes(
         init.codes,
         bank,
-        groups,
+        groups if drawn else ranks.own(groups),
         generator=generator,
         one_hot=init.one_hot,
         concentration=init.concentration,
         bases=None if warm is None else warm.bases,
     )
+    codes = ranks.own(codes) if drawn else codes
     if sizes.atom_rank is None:
-        return Atoms(bank * (init.scale / spread(codes, bank)), codes)
+        return Atoms(bank * (init.scale / spread(codes, bank, ranks)), codes)
     shape = (sizes.m, sizes.r, sizes.atom_rank)
     into = torch.linalg.qr(torch.randn(shape, generator=generator).to(bank)).Q
     out_of = torch.linalg.qr(torch.randn(shape, generator=generator).to(bank)).Q
-    left, right = into, out_of.mT @ bank
-    size = init.scale / spread(codes, left @ right)
+    left, right = ranks.same(into), ranks.same(out_of.mT @ bank)
+    size = init.scale / spread(codes, left @ right, ranks)
     balance = torch.linalg.vector_norm(left) / torch.linalg.vector_norm(right)
     return low_rank_atoms(left * (size / balance) ** 0.5, right * (size * balance) ** 0.5, codes)
 
 
-def spread(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> float:
+def spread(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], ranks: Ranks = ALONE) -> float:
     """Root mean square of the entries of the mixed bases."""
     rows = [float(mix(one[None], bank).square().mean()) for one in codes]
-    return (sum(rows) / len(rows)) ** 0.5
+    return (ranks.total(sum(rows)) / ranks.count(len(rows))) ** 0.5

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from globe.am.objective import Point, evaluate
+from globe.am.ranks import ALONE, Ranks
 from globe.am.tangent import Move
 
 
@@ -103,7 +104,17 @@ def start_state(
     lambda_A: float = 0.0,
     constraint: Constraint = Constraint(),  # noqa: B008  (immutable)
     into: Point | None = None,
+    ranks: Ranks = ALONE,
 ) -> AMState:
     """A state at rest with the adapters refit to `atoms`; `into` as in `evaluate`."""
-    point = evaluate(X, atoms.bank, atoms.codes, lam=lam, activation=activation, lambda_A=lambda_A, into=into)
+    point = evaluate(
+        X,
+        atoms.bank,
+        atoms.codes,
+        lam=lam,
+        activation=activation,
+        lambda_A=lambda_A,
+        into=into,
+        ranks=ranks,
+    )
     return AMState(atoms, point, atoms, 0, damping, lam, constraint)

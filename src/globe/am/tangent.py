@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from globe.am.ranks import ALONE, Ranks
+
 Move = tuple[Tensor, ...]
 
 _COLLINEAR = 1e-4
@@ -35,22 +37,39 @@ class Tangent(NamedTuple):
     """codes that may move; None is all"""
     joint: bool
     """whether the codes move"""
+    ranks: Ranks = ALONE
+    """codes, and with them their part of a move, are those of the experts here; the rest is the same on all ranks"""
 
     def gather(self, atoms: Float[Tensor, "m r d"], codes: Float[Tensor, "n m"]) -> Move:
         """The adjoint of dY as a move, from its inner products with the atoms (`coordinates`^T dY) and the codes."""
-        move: Move = (atoms,)
-        if self.left is not None and self.right is not None:
-            move = (atoms @ self.right.mT, self.left.mT @ atoms)
-        if self.joint:
-            move = (*move, codes if self.free is None else codes * self.free)
-        return move
+        return self.summed(self.pulled(atoms), codes)
+
+    def pulled(self, atoms: Float[Tensor, "m r d"]) -> Move:
+        """The inner products with the atoms as those with what moves: the bank, or its factors."""
+        if self.left is None or self.right is None:
+            return (atoms,)
+        return atoms @ self.right.mT, self.left.mT @ atoms
+
+    def summed(self, atoms: Move, codes: Float[Tensor, "n m"]) -> Move:
+        """A move of such products by the experts here: its part in the atoms is a sum over all ranks."""
+        move = tuple(self.ranks.sum(part) for part in atoms)
+        if not self.joint:
+            return move
+        return (*move, codes if self.free is None else codes * self.free)
+
+    def counted(self, move: Move) -> Move:
+        """The parts of a move that this rank contributes to an inner product: the atoms' count on rank 0 alone."""
+        if self.ranks.rank == 0:
+            return move
+        return move[-1:] if self.joint else ()
 
     def leave_coordinates(self, move: Move) -> Move:
-        """A move with the bank's part back in the plain atoms: R dB = solved."""
-        if self.triangle is None:
-            return move
-        solved = torch.linalg.solve_triangular(self.triangle, move[0].flatten(1), upper=True)
-        return (solved.unflatten(1, self.bank.shape[1:]), *move[1:])
+        """A move with the bank's part back in the plain atoms, R dB = solved, and equal on all ranks."""
+        if self.triangle is not None:
+            solved = torch.linalg.solve_triangular(self.triangle, move[0].flatten(1), upper=True)
+            move = (solved.unflatten(1, self.bank.shape[1:]), *move[1:])
+        codes = move[-1:] if self.joint else ()
+        return (*(self.ranks.same(part) for part in move[: len(move) - len(codes)]), *codes)
 
 
 def tangent(
@@ -61,12 +80,13 @@ def tangent(
     right: Float[Tensor, "m k d"] | None = None,
     free: Bool[Tensor, "n m"] | None = None,
     joint: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Tangent:
     """The tangent at (bank, codes). Orthonormal coordinates need dense atoms and independent codes."""
     coordinates, triangle = codes, None
-    if left is None and codes.shape[0] >= codes.shape[1]:
-        C, R = torch.linalg.qr(codes)
+    if left is None and ranks.count(codes.shape[0]) >= codes.shape[1]:
+        C, R = (ranks.same(part) for part in torch.linalg.qr(ranks.gather(codes)))
         diagonal = R.diagonal().abs()
         if bool(diagonal.min() > _COLLINEAR * diagonal.max()):
-            coordinates, triangle = C, R
-    return Tangent(bank, left, right, coordinates, triangle, free, joint)
+            coordinates, triangle = ranks.own(C), R
+    return Tangent(bank, left, right, coordinates, triangle, free, joint, ranks)

@@ -108,16 +108,17 @@ class Checkpoint:
         include_shared: bool = False,
         max_experts: int | None = None,
         sample_method: str = "first_n",
+        rows: slice = slice(None),
     ) -> Experts:
         """The expert matrices of one layer and family ("up", "gate" or "down"), in the checkpoint's dtype.
 
         An expert computes down(act(gate x) * up x): gate and up come as (I, H), down as (H, I), whatever
         way they are stored. Of n routed experts at most `max_experts` are taken, the first ones or evenly
-        spaced from the first to the last; the shared one, if asked for, comes last. Only the bytes of these
-        matrices are read (both gate and up where they alternate row by row). Raises CheckpointError for a
-        layer out of range or without experts, a family the model lacks, a shared expert of another size,
-        quantised weights, shapes or expert counts that contradict each other or the config, and weights
-        that are not finite.
+        spaced from the first to the last; the shared one, if asked for, comes last. `rows` is the part of
+        all these that is wanted, none perhaps. Only the bytes of these matrices are read (both gate and up
+        where they alternate row by row). Raises CheckpointError for a layer out of range or without
+        experts, a family the model lacks, a shared expert of another size, quantised weights, shapes or
+        expert counts that contradict each other or the config, and weights that are not finite.
         """
         shape = self.shape(layer, family)
         indices = choose_experts(shape.n, max_experts, sample_method)
@@ -127,6 +128,7 @@ class Checkpoint:
             places.append(self.locate(layer, family, SHARED))
             indices = (*indices, SHARED)
         dtype = self.reader.dtype(places[0].tensor)
+        places, indices = places[rows], indices[rows]
         weights = torch.empty(len(places), shape.p, shape.d, dtype=dtype)
         for target, expert, place in zip(weights, indices, places, strict=True):
             part = self.reader.read(place.tensor, place.index)
