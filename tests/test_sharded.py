@@ -11,30 +11,34 @@ from typing import Any
 import pytest
 import torch
 
+from dying_run import LAST_STEP
 from run_support import change_tensor, composed, lines, load, run_in, small_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "am"))
 import sharded_worker
 
-import globe.learn
 from globe.am.ranks import ALONE
 from globe.artefact import read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.config import to_config
 from globe.errors import ConfigError
-from globe.torchrun import refuse
+from globe.torchrun import own_device, refuse, refuse_sweep
 
+KEY = "layer003.up+gate"
 FIT = (
-    *("layer=3", "model.max_experts=7", "bank.m=3", "bank.r=11", "codes.target_support=2", "codes.every=2"),
-    *("train.steps=8", "train.patience=0", "train.evaluate_every=2", "train.curvature_dtype=same"),
+    *("layer=3", "family=both", "bank.scope=families", "model.max_experts=7", "bank.m=3", "bank.r=11"),
+    *("codes.target_support=2", "codes.every=2", "normalise.centre=expert_mean", "normalise.scale=row"),
+    *("train.steps=14", "train.patience=0", "train.evaluate_every=2", "train.checkpoint_every=0"),
+    *("dtype=float64", "export_dtype=float32"),
 )
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [sys.executable, *launch, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,
@@ -43,15 +47,22 @@ def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Any]]:
-    return sharded_worker.all_fits(ALONE)
+    return sharded_worker.all_fits(ALONE, 1)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    done = torchrun(request.param, sharded_worker.__file__, str(folder))
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of 2 and of 4 processes, started by one that imports for all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, sharded_worker.__file__, str(folder), "2", "4"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return sharded_worker.read(folder)
+    return folder
+
+
+@pytest.fixture(params=[2, 4])
+def together(request: pytest.FixtureRequest, fits: Path) -> dict[str, dict[str, Any]]:
+    return sharded_worker.read(sharded_worker.file_of(fits, request.param))
 
 
 def largest_gap(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -61,19 +72,19 @@ def largest_gap(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_ranks_together_make_the_fits_of_one(
     alone: dict[str, dict[str, Any]], together: dict[str, dict[str, Any]]
 ) -> None:
-    assert set(together) == set(alone)
-    for name, one in alone.items():
-        tolerance = 1e-5 if name == "float32" else 1e-9
-        many = together[name]
-        assert many["relfrob"] == pytest.approx(one["relfrob"], rel=tolerance), name
-        assert many["supports"] == one["supports"], name
+    assert set(together) <= set(alone)
+    assert {"silu, target support", "tanh, low-rank atoms", "tanh, low-rank atoms, float32"} <= set(together)
+    for name, many in together.items():
+        one, single = alone[name], "float32" in name
+        assert many["relfrob"][-1] == pytest.approx(one["relfrob"][-1], abs=1e-5 if single else 1e-10), name
+        # steps on the way, and factors, which a small change of the objective moves further
+        assert many["relfrob"] == pytest.approx(one["relfrob"], abs=1e-4 if single else 1e-9), name
         for mine, theirs in zip(many["decisions"], one["decisions"], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-5), name
+            assert mine == pytest.approx(theirs, abs=1e-4 if single else 1e-9), name
         for part in ("bank", "codes", "adapters"):
-            assert largest_gap(many[part], one[part]) < (10 if part == "bank" else 100) * tolerance, (
-                name,
-                part,
-            )
+            assert largest_gap(many[part], one[part]) < (1e-2 if single else 1e-8), (name, part)
+        assert many["captured"] == pytest.approx(one["captured"], rel=1e-6), name
+        assert many["supports"] == one["supports"], name
         assert many["apart"] == 0, f"ranks hold different banks: {name}"
 
 
@@ -84,47 +95,35 @@ def test_the_fits_compared_differ_in_what_they_decide(alone: dict[str, dict[str,
     assert alone["resumed"]["relfrob"] == alone["silu, target support"]["relfrob"][3:]
 
 
-def test_a_run_by_two_processes_goes_on_where_one_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_processes_where_one_of_two_was_killed(tmp_path: Path) -> None:
+    """Two members, each of which some process holds nothing of; experts, means and scales come together at the end."""
     relfrob, whole = run_in(tmp_path / "whole", *FIT)
-    fit_bank = globe.learn.fit_bank
-
-    def cut_off(*args: Any, on_step: Any, **kwargs: Any) -> Any:
-        def stopping(record: Any) -> None:
-            on_step(record)
-            if record.step == 4:
-                raise KeyboardInterrupt
-
-        return fit_bank(*args, on_step=stopping, **kwargs)
-
-    monkeypatch.setattr(globe.learn, "fit_bank", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        run_in(tmp_path / "parted", *FIT, "train.checkpoint_every=0")
-    (folder,) = (tmp_path / "parted").iterdir()
-    done = torchrun(2, "-m", "globe.train", *FIT, f"hydra.run.dir={folder}")
+    folder = tmp_path / "parted"
+    dying = torchrun(2, str(Path(__file__).with_name("dying_run.py")), *FIT, f"hydra.run.dir={folder}")
+    assert dying.returncode != 0
+    assert dying.stderr.count(sentence := "another process of this fit was killed") == 1, dying.stderr
+    status = load(folder / "status.json")
+    assert status["state"] == "failed"
+    assert sentence in status["error"]
+    assert len(lines(folder)) == LAST_STEP
+    done = torchrun(4, "-m", "globe.train", *FIT, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    assert done.stdout.count(f"{KEY}: RelFrob") == 1  # one process speaks
     assert load(folder / "status.json")["state"] == "finished"
-    assert load(folder / "summary.json")["relfrob"] == pytest.approx(relfrob, rel=1e-5)
-    assert [line["step"] for line in lines(folder)] == list(range(1, 9))
-    key = "layer003.up"
-    found, wanted = (read_artefact(one / "banks" / key) for one in (folder, whole))
-    assert found.bank is not None
-    assert wanted.bank is not None
-    assert found.bank.shape == wanted.bank.shape
-    assert largest_gap(found.bank.float(), wanted.bank.float()) < 1e-2  # bfloat16
+    assert load(folder / "summary.json")["relfrob"] == pytest.approx(relfrob, abs=1e-6)
+    assert [line["step"] for line in lines(folder)] == list(range(1, 15))
+    found, wanted = (read_artefact(one / "banks" / KEY) for one in (folder, whole))
+    for part in ("bank", "codes", "adapters", "mean"):
+        mine, theirs = getattr(found, part), getattr(wanted, part)
+        assert mine.shape == theirs.shape
+        assert largest_gap(mine, theirs) < 1e-4, part
     mine, theirs = ((one.metrics or {}) for one in (found, wanted))
-    assert mine["expert_relfrob"] == pytest.approx(theirs["expert_relfrob"], rel=1e-3)
+    assert mine["expert_relfrob"] == pytest.approx(theirs["expert_relfrob"], rel=1e-4)
     assert set(mine["metrics"]) == set(theirs["metrics"])
-    for name in (
-        "global_mean",
-        "effective_rank_mean",
-        "energy_captured",
-        "support_median",
-        "explained_variance",
-    ):
+    for name in ("global_mean", "effective_rank_mean", "energy_captured", "explained_variance"):
         assert mine["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=1e-4, abs=1e-6), name
-    assert done.stdout.count("layer003.up: RelFrob") == 1  # one process speaks
 
 
 def test_the_failure_of_one_process_is_one_sentence_and_ends_all(tmp_path: Path) -> None:
@@ -164,3 +163,52 @@ def test_what_needs_all_experts_in_one_process_is_refused(options: list[str], na
     refuse(to_config(composed("layer=3")))
     with pytest.raises(ConfigError, match=named):
         refuse(to_config(composed(*options)))
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_is_refused(flag: str) -> None:
+    refuse_sweep(["train.py", "layer=3"])
+    with pytest.raises(ConfigError, match="a sweep is not possible"):
+        refuse_sweep(["train.py", flag, "layer=3,4"])
+
+
+@pytest.fixture
+def two_here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The second of two processes on a machine, which sees two CUDA devices."""
+    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return monkeypatch
+
+
+def test_each_process_of_a_machine_takes_a_device(two_here: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    two_here.setattr(torch.cuda, "set_device", taken.append)
+    assert own_device(to_config(composed("layer=3"))) == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)]
+    assert own_device(to_config(composed("layer=3", "device=cpu"))) == torch.device("cpu")
+
+
+def test_more_processes_than_devices_are_refused(two_here: pytest.MonkeyPatch) -> None:
+    two_here.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ConfigError, match=r"2 processes on a machine with 1 CUDA devices.*--nproc-per-node=1"
+    ):
+        own_device(to_config(composed("layer=3")))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_run_on_as_many_devices_as_there_are_is_that_of_one(tmp_path: Path) -> None:
+    """NCCL with two devices or more; with one, what the user is told."""
+    count = torch.cuda.device_count()
+    folder, options = tmp_path / "together", (*FIT, "device=cuda")
+    relfrob, _ = run_in(tmp_path / "alone", *options)
+    done = torchrun(max(2, count), "-m", "globe.train", *options, f"hydra.run.dir={folder}")
+    if count == 1:
+        assert done.returncode != 0
+        assert done.stderr.count("2 processes on a machine with 1 CUDA devices") == 1, done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert load(folder / "summary.json")["relfrob"] == pytest.approx(relfrob, abs=1e-5)

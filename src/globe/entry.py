@@ -35,10 +35,16 @@ _REFUSED = (
 )
 
 
-def start(main: Callable[[], Any], *, silent: bool = False) -> None:
+def say(sentence: str) -> None:
+    """One line to the person at the terminal."""
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
+
+
+def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
     """Run a `hydra.main` function as a program. Leaves with SystemExit unless all went well.
 
-    `silent` leaves sentences to another process that has the same ones to say.
+    `say` gets the sentence of what ended it otherwise.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra prints several lines per error and exits by itself; with this set it hands the error to us
@@ -53,8 +59,7 @@ def start(main: Callable[[], Any], *, silent: bool = False) -> None:
         sentence = explain(error)
         if sentence is None or wants_traceback:
             raise
-        if not silent:
-            say(sentence)
+        say(sentence)
         sys.exit(1)
     finally:
         if not wants_traceback:
@@ -181,8 +186,3 @@ def _raised_in_hydra(error: BaseException) -> bool:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def say(sentence: str) -> None:
-    """One line to the person at the terminal."""
-    sys.stderr.write(f"{sentence}\n")

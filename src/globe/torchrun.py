@@ -1,18 +1,14 @@
-"""Several processes for one fit, as `torchrun` starts them: how they find each other, talk, and end together.
+"""Several processes for one fit, as `torchrun` starts them: how they find each other and talk; `ending`: how they end.
 
-The first process (rank 0) leads: it owns the run folder, and tells the others which bank is next. A process that fails
-leaves its sentence in the store that all of them reach; a thread in every process looks there and ends it.
+The first process (rank 0) leads: it owns the run folder, and tells the others which bank is next.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,13 +20,11 @@ from globe.am.ranks import Sharded, connected
 from globe.am.records import FitState
 from globe.config import Config, Dictionary, Method, Seeding
 from globe.device import pick_device
+from globe.ending import Ending
 from globe.errors import ConfigError
 
 _TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another in one exchange: rank 0 may hash and write large files in between."""
-_LOOK_EVERY = 0.2
-_FAREWELL = 10.0
-"""Seconds between two looks for a failure, and those that a failed process gives rank 0 to record it."""
 SILENT = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -38,7 +32,6 @@ SILENT = [
     "hydra/hydra_logging=disabled",
 ]
 """What Hydra is told in a process that neither owns the run folder nor logs."""
-_FAILED, _RECORDED, _FIRST = "globe/failed", "globe/recorded", "globe/first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +56,19 @@ def leads() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def speaks() -> bool:
+    """Whether this process says what goes wrong before the processes know of each other: the first of a machine."""
+    return not launched() or os.environ["LOCAL_RANK"] == "0"
+
+
+def refuse_sweep(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for a command line that asks for a sweep, before Hydra makes its folder."""
+    if any(one in ("-m", "--multirun") for one in arguments):
+        raise ConfigError(
+            "a sweep is not possible with several processes of torchrun: start its runs one by one"
+        )
+
+
 def refuse(config: Config) -> None:
     """Raises ConfigError for an option that needs all experts in one process."""
     train, beta = config.train, config.schedule.beta
@@ -83,14 +89,9 @@ def refuse(config: Config) -> None:
 class Group:
     """The processes of one fit. Make it by `joined`."""
 
-    def __init__(self, device: torch.device, store: dist.Store) -> None:
-        self.device, self.store = device, store
+    def __init__(self, device: torch.device, ending: Ending) -> None:
+        self.device, self.ending = device, ending
         self.rank = dist.get_rank()
-        self.on_failure: Callable[[str], None] = lambda sentence: None
-        """what rank 0 does with the sentence of another process that failed"""
-        self._done = threading.Event()
-        self._watch = threading.Thread(target=self._look, daemon=True)
-        self._watch.start()
 
     def ranks(self, n: int) -> Sharded:
         """How n experts are shared out."""
@@ -129,70 +130,38 @@ class Group:
         connected(lambda: dist.broadcast(buffer, 0))
         return buffer.cpu().numpy().tobytes()
 
-    def fail(self, sentence: str) -> bool:
-        """Tell all processes that this one ends. True if it is the first: its sentence is the one to print."""
-        first = False
-        with suppress(RuntimeError):  # the store may be gone with the process that ended
-            first = self.store.add(_FIRST, 1) == 1
-            if first:
-                self.store.set(_FAILED, sentence)
-                if self.rank == 0:
-                    self.store.set(_RECORDED, "")
-                else:
-                    self.store.wait([_RECORDED], timedelta(seconds=_FAREWELL))
-        self._done.set()
-        return first
 
-    def part(self) -> None:
-        """All is done: wait until every process knows, since rank 0 may hold the store."""
-        self._done.set()
-        self._watch.join()
-        connected(dist.barrier)
+def own_device(config: Config) -> torch.device:
+    """Of this process: cuda:LOCAL_RANK, which becomes the current one, or the CPU.
 
-    def _look(self) -> None:
-        """Ends this process when another has failed: its own main thread may wait for that one in vain."""
-        while not self._done.wait(_LOOK_EVERY):
-            try:
-                if not self.store.check([_FAILED]):
-                    continue
-                sentence = self.store.get(_FAILED).decode()
-            except RuntimeError:
-                return  # the first process is gone, which the next exchange says as well
-            if self._done.is_set():
-                return
-            if self.rank == 0:
-                with suppress(OSError):
-                    self.on_failure(sentence)
-                with suppress(RuntimeError):
-                    self.store.set(_RECORDED, "")
-            logging.shutdown()
-            sys.stderr.flush()
-            os._exit(1)
-
-
-@contextmanager
-def joined(config: Config) -> Iterator[Group]:
-    """The group of this process, on its device: cuda:LOCAL_RANK with nccl, the CPU with gloo.
-
-    Raises ConfigError when there are more processes than devices.
+    Raises ConfigError when there are more processes on this machine than devices, or for an MPS device.
     """
     device = pick_device(config.device, config.dtype)
     if device.type == "mps":
         raise ConfigError("device=mps is not possible with several processes of torchrun: give device=cpu")
     if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
+        here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > count:  # the same for all processes of this machine, so that its first can say so
             raise ConfigError(
-                f"torchrun started a process number {local + 1} on a machine with {count} CUDA devices: give "
+                f"torchrun started {here} processes on a machine with {count} CUDA devices: give "
                 f"--nproc-per-node={count}, or device=cpu"
             )
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Group]:
+    """The group of this process, on its device: by NCCL on CUDA, otherwise by Gloo. Raises as `own_device` does."""
+    device = own_device(config)
     store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     watched, _, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))  # a second connection, for the thread
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
-    group = Group(device, watched)
+    group = Group(device, Ending(watched, rank))
     yield group
-    group.part()  # not after a failure, where the others do not come
+    # not after a failure, where the others do not come; all wait here, since the first may hold the store
+    connected(dist.barrier)
+    group.ending.close()
     dist.destroy_process_group()

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from globe.checkpoint import open_checkpoint
 from globe.config import Config, Method, conf_dir, config_dict, plain, register, to_config
 from globe.device import arithmetic, keep_less_memory, spare_threads
 from globe.dry_run import dry_run
-from globe.errors import CheckpointError, ConfigError, FitError
+from globe.ending import STOPPED, leave_it_to_the_first
+from globe.errors import CheckpointError, FitError
 from globe.follow import follow
 from globe.frontier import choose_sizes
 from globe.identity import identity
@@ -80,7 +80,7 @@ def _run(
 ) -> tuple[RunSummary, Sequence[str]]:
     with folder.held(), folder.recorded(entry.explain):
         if group is not None:
-            group.on_failure = partial(folder.end, State.failed)
+            group.ending.record = folder.end
         config = to_config(node)
         summary = None if config.overwrite else finished_summary(folder, config)
         if summary is None:
@@ -195,7 +195,7 @@ def _job(node: Container) -> float | tuple[float, ...]:
     multirun = settings.mode is RunMode.MULTIRUN
     try:
         if torchrun.launched():
-            _share(node, path, multirun=multirun)
+            _share(node, path)
             return math.nan
         if not multirun:
             return run(node, path)
@@ -212,12 +212,8 @@ def _job(node: Container) -> float | tuple[float, ...]:
         return math.nan
 
 
-def _share(node: Container, path: Path, *, multirun: bool) -> None:
+def _share(node: Container, path: Path) -> None:
     """One run by all processes of torchrun. The one that fails first says why, the others end in silence."""
-    if multirun:
-        raise ConfigError(
-            "a sweep is not possible with several processes of torchrun: start its runs one by one"
-        )
     config = to_config(node)
     torchrun.refuse(config)
     with torchrun.joined(config) as group:
@@ -226,11 +222,10 @@ def _share(node: Container, path: Path, *, multirun: bool) -> None:
                 run(node, path, group=group)
             else:
                 follow(config, group)
+        except KeyboardInterrupt:
+            group.ending.leave(STOPPED)
         except Exception as error:
-            sentence = entry.explain(error)
-            if group.fail(sentence or f"{type(error).__name__}: {error}"):
-                entry.say(sentence or traceback.format_exc())
-            raise SystemExit(1) from error
+            group.ending.leave(entry.explain(error) or traceback.format_exc())
 
 
 def main() -> None:
@@ -239,13 +234,15 @@ def main() -> None:
         sys.argv += torchrun.SILENT
 
     def app() -> None:
+        if torchrun.launched():
+            torchrun.refuse_sweep(sys.argv)
         with sweep.outcome():
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_job)()
         if _failure is not None:
             raise _failure
 
     keep_less_memory()
-    entry.start(app, silent=not torchrun.leads())
+    entry.start(app, say=entry.say if torchrun.speaks() else leave_it_to_the_first)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,6 @@ def connected(call: Callable[[], _T]) -> _T:
         return call()
     except RuntimeError as error:
         raise FitError(
-            "another process of this fit has ended or does not answer: see its own message, the same command goes on "
-            "from the last checkpoint"
+            "another process of this fit was killed (for want of memory, perhaps) or does not answer: the same command "
+            "goes on from the last checkpoint"
         ) from error
