@@ -29,7 +29,7 @@ FIT = (
     *("layer=3", "family=both", "bank.scope=families", "model.max_experts=7", "bank.m=3", "bank.r=11"),
     *("codes.target_support=2", "codes.every=2", "normalise.centre=expert_mean", "normalise.scale=row"),
     *("train.steps=14", "train.patience=0", "train.evaluate_every=2", "train.checkpoint_every=0"),
-    *("dtype=float64", "export_dtype=float32"),
+    *("normalise.metric=experts", "dtype=float64", "export_dtype=float32"),
 )
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -122,7 +122,13 @@ def test_a_run_goes_on_with_more_processes_where_one_of_two_was_killed(tmp_path:
     mine, theirs = ((one.metrics or {}) for one in (found, wanted))
     assert mine["expert_relfrob"] == pytest.approx(theirs["expert_relfrob"], rel=1e-4)
     assert set(mine["metrics"]) == set(theirs["metrics"])
-    for name in ("global_mean", "effective_rank_mean", "energy_captured", "explained_variance"):
+    for name in (
+        "global_mean",
+        "effective_rank_mean",
+        "energy_captured",
+        "explained_variance",
+        "relfrob_metric",
+    ):
         assert mine["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=1e-4, abs=1e-6), name
 
 
