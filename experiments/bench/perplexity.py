@@ -21,8 +21,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,20 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     return cell
 
 
+@contextmanager
+def processor_seconds() -> Iterator[None]:
+    """Fits count their limits in seconds of the processor, of all threads."""
+    modules = ((globe.learn, "fit_bank"), (globe.fit_baseline, "run_baseline"))
+    before = [getattr(module, name) for module, name in modules]
+    for (module, name), function in zip(modules, before, strict=True):
+        setattr(module, name, functools.partial(function, clock=time.process_time))
+    try:
+        yield
+    finally:
+        for (module, name), function in zip(modules, before, strict=True):
+            setattr(module, name, function)
+
+
 def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str:
     """Three tables, a row a method and a column a share: perplexity, KL, RelFrob; the best of a column in bold."""
     lines = []
@@ -262,10 +276,6 @@ def _shown(cells: Cells, method: str, share: float, methods: Sequence[str], figu
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    # limits in seconds of the processor
-    clocked = functools.partial(functools.partial, clock=time.process_time)
-    globe.learn.fit_bank = clocked(globe.learn.fit_bank)  # type: ignore[assignment]
-    globe.fit_baseline.run_baseline = clocked(globe.fit_baseline.run_baseline)  # type: ignore[assignment]
     cells: Cells = {}
     if options.table:
         for method in options.methods:
@@ -276,8 +286,8 @@ def main() -> None:
             raise ConfigError(f"--out {options.out} holds cells of several texts or models: give one of each")
     else:
         bench = prepare(options)
-        for kept in options.kept:
-            for method in options.methods:
+        with processor_seconds():
+            for method, kept in ((method, kept) for kept in options.kept for method in options.methods):
                 cells[method, kept] = do_cell(bench, method, kept)
                 print(f"{method} {kept:g}: {summary_line(cells[method, kept])}", file=sys.stderr, flush=True)
     print(markdown(cells, options.methods, options.kept))

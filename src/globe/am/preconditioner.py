@@ -200,7 +200,7 @@ def _code_blocks(
     n, (m, r, d) = len(weights), bank.shape
     omega = torch.randn(d, _SKETCH, generator=generator, dtype=torch.float32).to(bank) / _SKETCH**0.5
     result = bank.new_empty(n, m, m)
-    for part in expert_chunks(n, m * r, _SKETCH):
+    for part in expert_chunks(n, max(m * _SKETCH, r), r):
         rows = point.rows[part]
         seen = bank.flatten(0, 1) @ (omega - rows.mT @ (rows @ omega))
         factor, _ = damped_cholesky(weights[part], ridge=1e-6)
