@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 import globe.size_search
-from globe.am.loop import fit_bank
-from globe.am.records import Factors, Sizes
+from globe.am.records import Factors, FitResult, Sizes
 from globe.am.refit import refit
 from globe.artefact import read_artefact
+from globe.budget import Room
 from globe.checkpoint import open_checkpoint
 from globe.compose import mixed_bases, rebuild
 from globe.config import to_config
-from globe.errors import ConfigError
+from globe.errors import ConfigError, FitError
 from globe.finalise import finalise
-from globe.input_metric import metric_of, second_moment_metric
+from globe.input_metric import second_moment_metric
 from globe.normalise import normalise
+from globe.size_search import search
 from run_support import composed, load, run_in
 
 N, P, D, M, R = 7, 9, 13, 3, 5
@@ -152,28 +153,24 @@ def test_one_shared_basis_is_its_own_optimum_in_the_metric(tmp_path: Path) -> No
     assert figure == pytest.approx(plain, rel=1e-5)
 
 
-def test_the_search_measures_as_the_run_does() -> None:
-    """The error of a probe in the metric is the exported one, but for pruning and rounding."""
-    config = to_config(
-        composed(*SMALL[2:], "bank.activation=tanh", "normalise.metric=experts", "codes.prune=0")
-    )
-    one = normalise(leaning_experts(), centre="scalar", scale="family")
-    X, sizes = one.experts, Sizes(N, P, D, M, R)
-    result = fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(0))
-    metric = metric_of(config, X)
-    assert metric is not None
-    done = finalise(
-        result.factors,
-        one,
-        lam=result.lam,
-        activation="tanh",
-        export_dtype=torch.float64,
-        prune=0.0,
-        refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
-        metric=metric,
-    )
-    error = globe.size_search._error_in(metric, X, result, config)
-    assert error == pytest.approx(done.relfrob_metric, rel=1e-6)
+@pytest.mark.parametrize(("activation", "changed"), [("identity", True), ("tanh", False)])
+def test_the_search_compares_in_the_metric_of_the_fit(
+    monkeypatch: pytest.MonkeyPatch, activation: str, changed: bool
+) -> None:
+    seen: list[Tensor] = []
+
+    def fit(X: Tensor, sizes: Sizes, *rest: object, **also: object) -> FitResult:
+        seen.append(X)
+        raise FitError("enough")
+
+    monkeypatch.setattr(globe.size_search, "fit_bank", fit)
+    X = leaning_experts()
+    options = ("bank.kept=0.6", f"bank.activation={activation}", "normalise.metric=experts")
+    with pytest.raises(FitError, match="no size"):
+        search(X, Room(N, P, D, 491), to_config(composed(*options)), seed=0, allows=lambda m: True)
+    wanted = X @ second_moment_metric(X).forward if changed else X
+    assert all(torch.equal(one, wanted) for one in seen)
+    assert seen
 
 
 @pytest.mark.parametrize("method", ["mobe", "mobe_corrected", "slbf"])

@@ -90,8 +90,8 @@ def keep_less_memory() -> None:
     """Have the allocator (glibc) return large blocks when they are freed: 0.5 GB less at the peak of a large fit.
 
     For the life of the process. glibc would take the largest block that was ever freed, up to 32 MB, as one to keep;
-    here a block of 4 MB, such as a chunk's temporaries of a large fit, gets pages of its own, and no more than that stays
-    free at the end of the heap. With 16 MB the peak was 0.26 of the experts' memory higher.
+    here a block of 4 MB, such as a chunk's temporaries of a large fit, gets pages of its own, and no more than that
+    stays free at the end of the heap. With 16 MB the peak was 0.26 of the experts' memory higher.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

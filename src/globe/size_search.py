@@ -16,18 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.activation import phi
-from globe.am.chunks import expert_chunks
 from globe.am.loop import fit_bank
-from globe.am.objective import mix
-from globe.am.records import FitResult, Sizes
-from globe.am.refit import refit
+from globe.am.records import Sizes
 from globe.budget import Room, candidates, enlarged, neighbours
 from globe.config import Config, Dictionary, is_linear
 from globe.costs import reference_seconds, step_work, usual_iterations
 from globe.errors import FitError
-from globe.input_metric import InputMetric, metric_of
-from globe.metrics import squared_norms
+from globe.input_metric import metric_of
 from globe.problem import BankSize, target_support
 
 _log = logging.getLogger(__name__)
@@ -106,15 +101,17 @@ def search(
     X: Float[Tensor, "n p d"], room: Room, config: Config, *, seed: int, allows: Callable[[int], bool]
 ) -> Frontier:
     """Fit the candidates to normalised experts for a few steps, the better third and what lies between for more steps,
-    the best three for the most, and take the one with the least error, in `normalise.metric`. Raises FitError if all
+    the best three for the most, and take the one with the least error, in the metric of the fit. Raises FitError if all
     break.
+
+    A curved phi is fitted in the plain metric whatever `normalise.metric` says, and compared in it: sizes chosen by the
+    error after its last refit, in the other, had a higher KL.
     """
     plan = plan_search(room, config, allows)
     block = plan.room
     X = X if block is room else _block(X, block, seed)
-    metric = metric_of(config, X)
-    if metric is not None and is_linear(config):
-        X, metric = X @ metric.forward, None
+    metric = metric_of(config, X) if is_linear(config) else None
+    X = X if metric is None else X @ metric.forward
     seen: dict[BankSize, dict[int, float]] = {}
     running = list(plan.first)
     for rung, steps in enumerate(plan.steps):
@@ -122,7 +119,7 @@ def search(
         for size in running:
             tried = seen.setdefault(size, {})
             if steps not in tried:
-                tried[steps] = _error(X, block, size, config, steps, seed, metric)
+                tried[steps] = _error(X, block, size, config, steps, seed)
         merits = {size: _merit(block, size, seen[size][steps], block is not room) for size in running}
         running.sort(key=merits.__getitem__)
         if rung == 0:
@@ -171,34 +168,17 @@ def _error(
     config: Config,
     steps: int,
     seed: int,
-    metric: InputMetric | None,
 ) -> float:
-    """RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks.
-
-    With a metric, of adapters refitted in it.
-    """
+    """RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks."""
     support = target_support(config, size.m)
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, target_support=support, atom_rank=size.atom_rank)
     train = replace(config.train, steps=steps, time_limit=None, patience=0, checkpoint_every=1e9)
     generator = torch.Generator().manual_seed(seed)
     try:
-        result = fit_bank(X, sizes, replace(config, train=train), generator=generator)
-        return result.relfrob if metric is None else _error_in(metric, X, result, config)
+        return fit_bank(X, sizes, replace(config, train=train), generator=generator).relfrob
     except (FitError, torch.linalg.LinAlgError) as error:
         _log.warning("sizes m=%d, r=%d, atom rank %s are left out: %s", *size, error)
         return math.inf
-
-
-def _error_in(metric: InputMetric, X: Float[Tensor, "n p d"], result: FitResult, config: Config) -> float:
-    """RelFrob in the metric, with adapters refitted in it: what `finalise` makes of a fit."""
-    factors, error = result.factors, 0.0
-    for part in expert_chunks(*X.shape):
-        M = phi(mix(factors.codes[part], factors.bank), lam=result.lam, activation=config.bank.activation)
-        seen, M = X[part] @ metric.forward, M @ metric.forward
-        adapters = refit(seen, M, lambda_A=config.train.lambda_A).adapters
-        error += float(squared_norms(seen - adapters @ M).sum())
-    total = float(metric.norms(X).sum())
-    return (error / total) ** 0.5 if total > 0 else 0.0
 
 
 def _merit(room: Room, size: BankSize, error: float, at_equal_budget: bool) -> float:
