@@ -80,7 +80,7 @@ bench: $(STAMP)  ## Measure GloBE against the closed forms at the same kept para
 
 .PHONY: docs
 docs: $(STAMP)  ## Build the site of docs/ in site/ (the first time it installs mkdocs-material)
-	@$(PY) -c 'import material' 2>/dev/null || \
+	@$(PY) -c 'import material, latex2mathml' 2>/dev/null || \
 	  $(PY) -m pip install --quiet --no-input --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
 	$(BIN)/mkdocs build
 

@@ -226,8 +226,37 @@ def test_every_internal_link_resolves(name: str) -> None:
             assert anchor in anchors(file), f"{name}: {target}"
 
 
+def module_at(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_needs_no_network() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert site["theme"]["font"] is False
+    for file in [*site.get("extra_css", []), *site.get("extra_javascript", [])]:
+        assert (ROOT / "docs" / file).is_file()
+
+
+def test_every_formula_becomes_mathml_with_nothing_left_of_latex() -> None:
+    hook = module_at(ROOT / "experiments" / "docs" / "formulas.py")
+    config = hook.on_config({"mdx_configs": {}})
+    (fence,) = config["mdx_configs"]["pymdownx.superfences"]["custom_fences"]
+    formulas = [
+        code for page in PAGES for language, code in code_blocks(page.read_text()) if language == "math"
+    ]
+    assert len(formulas) > 5
+    for formula in [*formulas, r"\Big\lVert x"]:
+        drawn = fence["format"](formula)
+        assert drawn.startswith('<div class="formula"><math ')
+        assert ("\\" in drawn) == (formula == r"\Big\lVert x"), formula
+
+
 def test_the_site_has_every_page_once_and_the_overview_links_to_all() -> None:
-    yaml.SafeLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = [file for entry in site["nav"] for file in entry.values()]
     pages = {page.name for page in (ROOT / "docs").glob("*.md")}
@@ -241,13 +270,7 @@ def test_the_site_has_every_page_once_and_the_overview_links_to_all() -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    file = ROOT / "experiments" / "docs" / "reference.py"
-    spec = importlib.util.spec_from_file_location("reference", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / "experiments" / "docs" / "reference.py")
 
 
 def test_the_configuration_reference_is_what_the_dataclasses_say(reference: ModuleType) -> None:
