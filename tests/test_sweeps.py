@@ -147,6 +147,55 @@ def test_the_slurm_launcher_composes_and_writes_a_job_for_sbatch(tmp_path: Path)
     assert launcher["max_num_timeout"] > 0, "a run that hits the limit is queued again"
 
 
+# --- as a user types it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["smoke", "minimal", "both_families"])
+def test_a_small_experiment_runs_as_it_is(tmp_path: Path, name: str) -> None:
+    figure, folder = run_in(tmp_path, f"experiment={name}")
+    assert load(folder / "status.json")["state"] == "finished"
+    start = max(bank["relfrob_start"] for bank in load(folder / "summary.json")["banks"])
+    assert 0 < figure < start
+
+
+TYPED = {
+    "experiment=all_layers": 1,
+    "experiment=whole_model": 1,
+    "-m experiment=layers": 3,
+    "-m experiment=seeding": 12,
+    "-m experiment=homotopy": 3,
+    "-m experiment=activation": 4,
+    "-m experiment=search hydra/sweeper=optuna": 24,
+    "-m experiment=ablation": 54,
+    "-m experiment=ablation hydra/launcher=joblib": 54,
+    "-m experiment=ablation hydra/launcher=submitit_local S_cache=all": 18,
+    "-m experiment=ablation hydra/launcher=ray": 54,
+}
+"""What the pages tell a user to type, and how many runs that makes; each of one step here."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", TYPED)
+def test_every_experiment_and_launcher_as_it_is_typed(tmp_path: Path, typed: str) -> None:
+    command = [sys.executable, "-m", "globe.train", *typed.split(), "train.steps=1"]
+    environment = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr
+    folders = [file.parent for file in (tmp_path / "outputs").rglob("status.json")]
+    found = [load(folder / "status.json")["state"] for folder in folders]
+    assert found.count("finished") == len(found)
+    assert len(found) in ((TYPED[typed],) if "search" not in typed else range(12, 25)), (
+        "a trial may repeat another"
+    )
+    if len(found) > 1:
+        command = [sys.executable, "-m", "globe.report", f"sweep={folders[0].parent}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert f"{len(found)} runs; report.html, report.md, runs.csv" in done.stdout
+
+
 # --- search ---------------------------------------------------------------------------------------------------------
 
 

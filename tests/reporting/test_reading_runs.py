@@ -14,7 +14,6 @@ from report_support import STEPS
 from globe.reporting.front import fronts, highlighted, pareto, tracks
 from globe.reporting.labels import common_options, labels, short_names, varied_options
 from globe.reporting.runs import ReportRun, Trace, read_quality, read_run, read_runs, read_traces
-from globe.run_folder import RunFolder
 
 
 def test_runs_of_every_state_are_found_the_smallest_first(runs: tuple[ReportRun, ...], sweep: Path) -> None:
@@ -152,10 +151,17 @@ def test_what_is_drawn_in_detail_lies_along_the_front(runs: tuple[ReportRun, ...
     assert [one.label for one in tracks(runs[:1], named, 8)] == ["layer012.up"]
 
 
-def test_a_run_folder_that_does_not_say_how_it_is_still_counts(
+def test_the_three_files_that_make_a_run_are_enough(
     sweep: Path, runs: tuple[ReportRun, ...], tmp_path: Path
 ) -> None:
-    shutil.copytree(sweep / runs[0].name, tmp_path / "old")
-    RunFolder(tmp_path / "old").status_file.unlink()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        shutil.copy(sweep / runs[0].name / name, copy)
     (run,) = read_runs(tmp_path, key="sweep")
-    assert (run.state, run.measured, run.started) == ("unknown", True, None)
+    assert (run.state, run.measured, run.started) == ("finished", True, None)
+    assert (run.summary, run.traces, run.options) == (runs[0].summary, runs[0].traces, runs[0].options)
+    with (copy / "metrics.jsonl").open("a") as file:  # a bank that was begun is not in the summary
+        file.write('{"bank": "layer013.up", "step": 1}\n')
+    (run,) = read_runs(tmp_path, key="sweep")
+    assert (run.state, run.measured) == ("unknown", True)

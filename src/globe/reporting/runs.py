@@ -1,6 +1,7 @@
-"""Runs as their folders tell of them: config.yaml, metrics.jsonl, summary.json, status.json, evaluation.json.
+"""Runs as their folders tell of them: config.yaml, metrics.jsonl and summary.json are all that a report needs.
 
-Nothing else is read, and nothing here needs torch: a sweep can be reported where it was not run.
+Beside them status.json says why a run has no figures, and evaluation.json has its perplexity. Nothing else is read, and
+nothing here needs torch: a sweep can be reported where it was not run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from globe.run_folder import RunFolder, State, read_json
 from globe.summary import RunSummary, read_summary
 
 UNKNOWN = "unknown"
-"""State of a run without a `status.json`."""
+"""State of a run without a `status.json` that can't be told from its other files."""
 _MARKS = {"status.json", "summary.json"}
 _NOT_RUNS = {"banks", "wandb", "report"}
 _EVALUATION_VERSION = 1
@@ -138,6 +139,7 @@ def read_run(path: Path, root: Path) -> ReportRun:
     """One run; whatever is missing or damaged in its folder is left out."""
     folder = RunFolder(path)
     status, summary = folder.status, read_summary(folder.summary_file)
+    traces = read_traces(folder.metrics_file)
     error = None if status is None else status.error
     if summary is None and folder.summary_file.exists():
         error = error or "summary.json is damaged, or of another version of GloBE"
@@ -146,19 +148,26 @@ def read_run(path: Path, root: Path) -> ReportRun:
     return ReportRun(
         number=0,
         name=path.resolve().name if path == root else path.relative_to(root).as_posix(),
-        state=UNKNOWN if status is None else str(status.state),
+        state=_told_by(summary, traces) if status is None else str(status.state),
         error=error,
         started=None if status is None else status.started,
         ended=None if status is None else status.ended,
         options=_read_options(folder.config_file),
         summary=summary,
-        traces=read_traces(folder.metrics_file),
+        traces=traces,
         quality=read_quality(path / "evaluation.json"),
         banks_planned=max(
             0 if status is None else len(status.banks),
             0 if summary is None else len(summary.banks) + len(summary.failed),
         ),
     )
+
+
+def _told_by(summary: RunSummary | None, traces: dict[str, Trace]) -> str:
+    """Finished, where no bank failed and none was begun that the summary lacks; it is written bank by bank."""
+    if summary is None or summary.failed or traces.keys() - {bank.key for bank in summary.banks}:
+        return UNKNOWN
+    return str(State.finished)
 
 
 def _read_options(file: Path) -> dict[str, Any]:
