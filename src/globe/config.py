@@ -88,6 +88,7 @@ class Seeding(StrEnum):
     kmeans = "kmeans"
     group_svd = "group_svd"
     aligned = "aligned"
+    aligned_svd = "aligned_svd"
 
 
 class FirstCodes(StrEnum):
@@ -245,13 +246,13 @@ class BudgetConfig:
 
 @dataclass
 class InitConfig:
-    seeding: Seeding = Seeding.group_svd
+    seeding: Seeding = Seeding.aligned_svd
     """How the first atoms are made."""
     codes: FirstCodes = FirstCodes.mixed
     """First codes: dense mixtures, or the NNLS (optionally simplex) fit to the warm start."""
     one_hot: float = 0.1
     """Share of an expert's own atom in mixed first codes, 0 to 1."""
-    concentration: float = 0.3
+    concentration: float = 2.0
     """Dirichlet concentration of mixed first codes."""
     scale: float = 0.25
     """Standard deviation of the entries of the first mixed bases; small keeps a smooth phi nearly linear."""
@@ -375,7 +376,7 @@ class TrainConfig:
     it faster (auto). Gradients and the decision to take a step are always in the fit's own."""
     damping: float = 1e-2
     """First Levenberg-Marquardt damping, relative to the preconditioner's mean diagonal."""
-    momentum: float = 0.9
+    momentum: float = 0.95
     """Largest Nesterov extrapolation between Gauss-Newton steps; 0 is none."""
     lambda_A: float = 1e-4
     """Relative ridge of the adapter refit. It keeps the mixed bases well conditioned; without it, rounding the bank

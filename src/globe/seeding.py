@@ -15,6 +15,8 @@ from globe.metrics import squared_norms
 from globe.precision import widen
 from globe.warm_start import WarmStart, align, leading_eigenvectors, nnls_codes, right_basis, truncated_svd
 
+SEEDINGS = ("random", "kmeans", "group_svd", "aligned", "aligned_svd")
+
 _LLOYD_STEPS = 50
 """k-means steps at most; on 60 trained experts it settles in fewer than five."""
 _PAIRS = 8
@@ -34,12 +36,12 @@ def seed_bank(
     """First atoms (orthonormal rows) and the group of every expert, for any 1 <= m <= n.
 
     random      right singular basis of one randomly picked expert per group
-    aligned     the same picks, each rotated (orthogonal Procrustes) to the joint basis of all picks, so
-    that mixtures
-                of atoms do not cancel in arbitrary gauges
     group_svd   right singular basis of the stacked experts of each group, the minimiser over B of
                 sum_i min_A ||X_i - A B||^2 for codes that are one-hot
-    kmeans      the same for groups found by k-means on the experts' second moments (`kmeans_groups`)
+    aligned, aligned_svd
+                the atoms of `random` and `group_svd`, each rotated (orthogonal Procrustes) to the joint basis of
+                all, so that mixtures of atoms do not cancel in arbitrary gauges
+    kmeans      group_svd for groups found by k-means on the experts' second moments (`kmeans_groups`)
 
     Groups other than those of k-means are random and differ by at most one in size. `warm_start` saves the
     SVDs when they have been made with the same r. The generator must be on the CPU, so that a seed means
@@ -61,9 +63,7 @@ def seed_bank(
         case "random" | "aligned":
             picks = order[:m].tolist()
             bank = _bases_of(X, picks, r, warm_start, ranks)
-            if seeding == "aligned":
-                bank = align(bank, right_basis(bank.reshape(m * r, d), r).expand_as(bank))
-        case "group_svd":
+        case "group_svd" | "aligned_svd":
             bank = torch.stack([group_basis(X, assignment == group, r, ranks) for group in range(m)])
         case "kmeans":
             adapters, bases = warm_start or truncated_svd(X, r)
@@ -72,7 +72,9 @@ def seed_bank(
             assignment = kmeans_groups(rows, m, generator=generator)
             bank = torch.stack([group_basis(rows, assignment == group, r) for group in range(m)])
         case _:
-            raise ValueError(f"init.seeding={seeding!r} is not one of random, kmeans, group_svd, aligned")
+            raise ValueError(f"init.seeding={seeding!r} is not one of {', '.join(SEEDINGS)}")
+    if seeding in ("aligned", "aligned_svd"):
+        bank = align(bank, right_basis(bank.reshape(m * r, d), r).expand_as(bank))
     return bank, assignment.to(X.device)
 
 
@@ -182,7 +184,7 @@ def first_codes(
     *,
     generator: torch.Generator,
     one_hot: float = 0.1,
-    concentration: float = 0.3,
+    concentration: float = 2.0,
     bases: Float[Tensor, "n r d"] | None = None,
 ) -> Float[Tensor, "n m"]:
     """First codes, in the dtype and on the device of the bank.

@@ -109,7 +109,8 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({}, {}),
     "silu": ({"activation": "silu", "lam": 1.0}, {}),
     "tanh halfway": ({"activation": "tanh", "lam": 0.5}, {}),
-    "low rank": ({"init": InitConfig()}, {"atom_rank": 2}),
+    # an expert left with one atom has a basis of rank 2, which only a ridge makes well conditioned
+    "low rank": ({"init": InitConfig(), "lambda_A": 1e-4}, {"atom_rank": 2}),
     "simplex": ({"codes": {"simplex": True}}, {}),
     "codes left to coding": ({"codes": {"joint": False, "every": 2}}, {}),
     "coding at every step": ({"codes": {"every": 1}}, {}),

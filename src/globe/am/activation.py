@@ -26,8 +26,17 @@ def phi(Y: Float[Tensor, "*shape"], *, lam: float, activation: str) -> Float[Ten
     return act if lam == 1.0 else torch.lerp(Y, act, lam)
 
 
-def phi_prime(Y: Float[Tensor, "*shape"], *, lam: float, activation: str) -> Float[Tensor, "*shape"] | None:
-    """d phi_lam / dY, entrywise; None stands for all ones (linear), which callers use to skip the product."""
+def phi_prime(
+    Y: Float[Tensor, "*shape"],
+    *,
+    lam: float,
+    activation: str,
+    image: Float[Tensor, "*shape"] | None = None,
+) -> Float[Tensor, "*shape"] | None:
+    """d phi_lam / dY, entrywise; None stands for all ones (linear), which callers use to skip the product.
+
+    `image` is phi_lam(Y) where it is at hand, which saves a second tanh.
+    """
     if lam == 0.0 or activation == "identity":
         return None
     match activation:
@@ -35,7 +44,8 @@ def phi_prime(Y: Float[Tensor, "*shape"], *, lam: float, activation: str) -> Flo
             s = torch.sigmoid(Y)
             slope = s * (1 + Y * (1 - s))
         case "tanh":
-            slope = 1 - torch.tanh(Y) ** 2
+            act = image if image is not None and lam == 1.0 else torch.tanh(Y)
+            slope = act.square().neg_().add_(1)
         case "gelu":
             density = torch.exp(-0.5 * Y * Y) / math.sqrt(2 * math.pi)
             slope = 0.5 * (1 + torch.erf(Y / math.sqrt(2))) + Y * density

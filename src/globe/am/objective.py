@@ -79,7 +79,7 @@ def evaluate(
         slope = X.new_empty(n, r, d)
     errors = X.new_empty(n)
     regularised = 0
-    for part, Y, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A):
+    for part, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A, slope):
         errors[part] = torch.linalg.vector_norm(residual, dim=(1, 2)) ** 2
         rows[part] = fit.rows
         if adapters is not None:
@@ -87,13 +87,9 @@ def evaluate(
         torch.bmm(fit.adapters.mT, fit.adapters, out=gram[part])
         torch.bmm(fit.adapters.mT, residual, out=force[part])
         if slope is not None:
-            J = phi_prime(Y, lam=lam, activation=activation)
-            assert J is not None
-            slope[part] = J
-            force[part] *= J
-            del J
+            force[part] *= slope[part]
         regularised += fit.regularised
-        del Y, fit, residual  # before the next chunk makes its own
+        del fit, residual  # before the next chunk makes its own
     objective, regularised = ranks.total(_sum(errors)), int(ranks.total(regularised))
     return Point(adapters, gram, rows, slope, force, errors, objective, regularised)
 
@@ -125,7 +121,7 @@ def adapters_at(
 ) -> Float[Tensor, "n p r"]:
     """The adapters of `evaluate` alone, with the same bits."""
     adapters = X.new_empty(*X.shape[:2], bank.shape[1])
-    for part, _, fit, _ in _refits(X, bank, codes, lam, activation, lambda_A):
+    for part, fit, _ in _refits(X, bank, codes, lam, activation, lambda_A):
         adapters[part] = fit.adapters
     return adapters
 
@@ -155,17 +151,25 @@ def _refits(
     lam: float,
     activation: str,
     lambda_A: float,
-) -> Iterator[tuple[slice, Float[Tensor, "_ r d"], Refit, Float[Tensor, "_ p d"]]]:
-    """Chunk by chunk: which experts, their Y, their adapters, and the residual X - A M."""
+    slope: Float[Tensor, "n r d"] | None = None,
+) -> Iterator[tuple[slice, Refit, Float[Tensor, "_ p d"]]]:
+    """Chunk by chunk: which experts, their adapters, and the residual X - A M; phi' goes into `slope`."""
     n, p, d = X.shape
     for part in expert_chunks(n, max(bank.shape[1], p), d):
         Y = mix(codes[part], bank)
         M = phi(Y, lam=lam, activation=activation)
+        if slope is not None:
+            J = phi_prime(Y, lam=lam, activation=activation, image=M)
+            assert J is not None
+            slope[part] = J
+            del J
+        del Y
         fit = refit(X[part], M, lambda_A=lambda_A)
-        residual = torch.baddbmm(X[part], fit.adapters, M, alpha=-1)
+        residual = torch.bmm(fit.adapters, M)
         del M
-        yield part, Y, fit, residual
-        del Y, fit, residual  # before the next chunk's are made
+        torch.sub(X[part], residual, out=residual)
+        yield part, fit, residual
+        del fit, residual  # before the next chunk's are made
 
 
 def _sum(errors: Float[Tensor, " n"]) -> float:

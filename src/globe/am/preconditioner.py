@@ -202,9 +202,11 @@ def _code_blocks(
     result = bank.new_empty(n, m, m)
     for part in expert_chunks(n, max(m * _SKETCH, r), r):
         rows = point.rows[part]
-        seen = bank.flatten(0, 1) @ (omega - rows.mT @ (rows @ omega))
+        sketch = omega - rows.mT @ (rows @ omega)
+        # one wide product instead of many narrow ones
+        seen = bank.flatten(0, 1) @ sketch.transpose(0, 1).flatten(1)
+        across = seen.view(m, r, -1, _SKETCH).permute(2, 1, 0, 3).flatten(2)
         factor, _ = damped_cholesky(weights[part], ridge=1e-6)
-        across = seen.unflatten(1, (m, r)).transpose(1, 2).flatten(2)
         weighted = (factor.mT @ across).unflatten(2, (m, _SKETCH)).transpose(1, 2).flatten(2)
         torch.bmm(weighted, weighted.mT, out=result[part])
     return result
