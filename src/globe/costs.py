@@ -13,7 +13,7 @@ REFERENCE_OVERHEAD = 0.018
 EVALUATIONS = 1.15
 """Of a Gauss-Newton step: one, and another when the extrapolated point is refused."""
 USUAL_ITERATIONS = 9
-"""Of conjugate gradients in a step where the truncation test ends them: 7 to 10 over the first 60 steps of four banks."""
+"""Of conjugate gradients in a step that the truncation test ends: 7 to 10 on average of 60 steps, on four banks."""
 _SKETCH = 4
 """Columns of the preconditioner's sketch."""
 
