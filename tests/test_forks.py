@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from globe import forks
-from globe.forks import Forks, can_fork
+from globe.forks import Forks, LostProcessError, can_fork
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="joblib's own processes are used elsewhere"),
@@ -52,14 +53,19 @@ def test_a_killed_call_is_an_end_without_a_result_and_spares_the_one_beside_it()
     def killed() -> None:
         try:
             calls.call(lambda: os.kill(os.getpid(), signal.SIGKILL))
-        except EOFError:
-            ends.append("killed")
+        except LostProcessError as lost:
+            ends.append(str(lost))
 
     beside = threading.Thread(target=killed)
     beside.start()
     assert calls.call(lambda: "whole") == "whole"
     beside.join(60)
-    assert ends == ["killed"]
+    assert ends == ["its process was killed, most likely for want of memory"]
+
+
+def test_a_call_that_leaves_the_process_says_with_which_code() -> None:
+    with pytest.raises(LostProcessError, match="exit code 3"):
+        Forks().call(lambda: os._exit(3))
 
 
 def test_a_call_that_takes_too_long_is_killed() -> None:
@@ -67,24 +73,36 @@ def test_a_call_that_takes_too_long_is_killed() -> None:
         Forks().call(lambda: time.sleep(600), timeout=0.1)
 
 
-def test_at_the_end_what_is_left_is_killed_and_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forks, "_PATIENCE", 0.01)
+@pytest.mark.parametrize(
+    ("deaf", "end"),
+    [(False, "interrupted"), (True, "its process was killed, most likely for want of memory")],
+)
+def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deaf: bool, end: str
+) -> None:
+    monkeypatch.setattr(forks, "_PATIENCE", (0.01, 0.5 if deaf else 60))
     calls, ends = Forks(), []
+
+    def job() -> None:
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        (tmp_path / "begun").touch()
+        time.sleep(600)
 
     def left() -> None:
         try:
-            calls.call(lambda: time.sleep(600))
-        except EOFError:
-            ends.append("killed")
+            calls.call(job)
+        except LostProcessError as lost:
+            ends.append(str(lost))
 
     beside = threading.Thread(target=left)
     beside.start()
-    while not calls._alive:
+    while not (tmp_path / "begun").exists():
         time.sleep(0.01)
     calls.end()
     beside.join(60)
-    assert ends == ["killed"]
-    with pytest.raises(EOFError):
+    assert ends == [end]
+    with pytest.raises(LostProcessError, match="interrupted"):
         calls.call(lambda: None)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -13,8 +16,24 @@ from typing import Any
 
 import torch
 
-_PATIENCE = 10.0
-"""Seconds for what still runs at an early end to record that it was interrupted."""
+from globe.entry import INTERRUPTED
+
+_PATIENCE = (2.0, 10.0)
+"""Seconds for what still runs at an early end to record that it was interrupted: by who interrupted all, then by us."""
+
+
+_WHY = {
+    -signal.SIGKILL: "its process was killed, most likely for want of memory",
+    -signal.SIGTERM: "its process was stopped",
+    INTERRUPTED: "interrupted",
+}
+
+
+class LostProcessError(Exception):
+    """A process that ended without a result, by its exit code; a signal is a negative one."""
+
+    def __init__(self, exit_code: int | None) -> None:
+        super().__init__(_WHY.get(exit_code or 0, f"its process ended with exit code {exit_code}"))
 
 
 def can_fork() -> bool:
@@ -35,11 +54,11 @@ class Forks:
     def call(self, job: Callable[[], Any], *, timeout: float | None = None) -> Any:
         """What the job returns, which must be possible to pickle, as must be what it raises.
 
-        Raises EOFError if the process ends with neither (it was killed), TimeoutError after `timeout` seconds.
+        Raises LostProcessError if the process ends with neither, TimeoutError after `timeout` seconds.
         """
         with self._lock:
             if self._ended:
-                raise EOFError
+                raise LostProcessError(INTERRUPTED)
             receiver, sender = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_work, args=(sender, job))
             process.start()
@@ -51,6 +70,9 @@ class Forks:
                 raise TimeoutError
             with self._lock:
                 succeeded, outcome = receiver.recv()
+        except EOFError:
+            process.join()
+            raise LostProcessError(process.exitcode) from None
         finally:
             process.join()
             receiver.close()
@@ -60,18 +82,21 @@ class Forks:
         return outcome
 
     def end(self) -> None:
-        """No call begins any more; those that Ctrl-C has reached get time to say so, and then all are killed."""
+        """No call begins any more. What is left gets time to say that it was interrupted, and is killed then."""
         self._ended = True
-        for process in list(self._alive):
-            process.join(_PATIENCE)
-            process.kill()
+        for patience, number in zip(_PATIENCE, (signal.SIGINT, signal.SIGKILL), strict=True):
+            until = time.monotonic() + patience
+            for process in list(self._alive):
+                process.join(max(0.0, until - time.monotonic()))
+                if process.is_alive():
+                    os.kill(process.pid, number)
 
 
 def _work(sender: Connection, job: Callable[[], Any]) -> None:
     try:
         outcome = True, job()
     except KeyboardInterrupt:
-        sys.exit(130)  # the one who waits was told as well
+        sys.exit(INTERRUPTED)
     except Exception as error:
         outcome = False, error
     sender.send(outcome)

@@ -34,7 +34,7 @@ if find_spec("hydra_plugins.hydra_joblib_launcher") is not None:
             self.fork = fork
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            from globe.forks import Forks, can_fork, shared_memory
+            from globe.forks import Forks, LostProcessError, can_fork, shared_memory
 
             if not self.fork or not can_fork():
                 return super().launch(job_overrides, initial_job_idx)
@@ -50,8 +50,8 @@ if find_spec("hydra_plugins.hydra_joblib_launcher") is not None:
             def one(number: int, overrides: Sequence[str]) -> JobReturn:
                 try:
                     return forks.call(partial(runs.do, number, overrides), timeout=timeout)
-                except EOFError:
-                    reason = "its process was killed, most likely for want of memory"
+                except LostProcessError as lost:
+                    reason = str(lost)
                 except TimeoutError:
                     reason = f"the {timeout:g} seconds of hydra.launcher.timeout are over"
                 return without_result(number, overrides, reason)
