@@ -6,7 +6,8 @@
 
 Each shape gets a synthetic Qwen2-MoE checkpoint and a process of its own for the prediction and for the fit, so that
 each peak is its own. Seconds per step are the mean over the 60 steps of a default fit, without its start: early steps
-take fewer conjugate-gradient iterations, and coding and validation have their share. Exit code 1 when a ratio is off by more than --tolerance. Needs
+take fewer conjugate-gradient iterations, and coding and validation have their share. Exit code 1 when a ratio is off by
+more than --tolerance. Needs
 Linux.
 """
 
