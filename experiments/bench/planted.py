@@ -47,8 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--within", type=float, default=0.01)
-    parser.add_argument("--seeding", default="aligned")
-    parser.add_argument("--codes", default="nnls")
+    parser.add_argument("--seeding", default=str(InitConfig().seeding))
+    parser.add_argument("--codes", default=str(InitConfig().codes))
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     return parser.parse_args()
 

@@ -33,10 +33,11 @@ def best_of(starts: int, enough: float, X: Tensor, sizes: Any, config: Any) -> F
     return found
 
 
+@pytest.mark.parametrize("init", [None, InitConfig()], ids=["aligned picks, nnls", "default start"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_planted_bank_is_found(dtype: torch.dtype) -> None:
+def test_a_planted_bank_is_found(dtype: torch.dtype, init: InitConfig | None) -> None:
     truth = plant(dtype=dtype)
-    found = best_of(5, 1e-4, truth.X, sizes_of(truth.X), configured(steps=30, cg_iterations=20))
+    found = best_of(5, 1e-4, truth.X, sizes_of(truth.X), configured(steps=40, cg_iterations=20, init=init))
     assert found.relfrob < 1e-4
     # and what was found is the planted mixed bases: the same row space for every expert
     bases = torch.einsum("ij,jrd->ird", found.factors.codes, found.factors.bank).double()
@@ -44,6 +45,21 @@ def test_a_planted_bank_is_found(dtype: torch.dtype) -> None:
     for one, other in zip(bases, wanted, strict=True):
         both = torch.linalg.qr(one.mT).Q.mT @ torch.linalg.qr(other.mT).Q
         assert float(torch.linalg.svdvals(both).min()) > 1 - 1e-5
+
+
+def test_the_default_start_goes_below_the_floor_of_noise_and_unaligned_groups_do_not() -> None:
+    """The floor is the error of the planted bank itself; a fit follows some of the noise."""
+    truth = plant(n=24, p=20, d=28, m=4, r=6, noise=0.4)
+    sizes = sizes_of(truth.X, 4, 6)
+    floor = evaluate(truth.X, truth.bank, truth.codes, lam=0.0, activation="identity").objective
+    floor = (floor / float(truth.X.square().sum())) ** 0.5
+    ends = {}
+    for init in (InitConfig(), InitConfig(seeding=Seeding.group_svd)):
+        ends[init.seeding] = [
+            fitted(truth.X, sizes, configured(steps=40, init=init), seed=seed)[0].relfrob for seed in (0, 1)
+        ]
+    assert max(ends[InitConfig().seeding]) < floor
+    assert min(ends[Seeding.group_svd]) > 1.01 * floor
 
 
 @pytest.mark.parametrize("activation", ["silu", "tanh"])
