@@ -197,3 +197,13 @@ def test_series_stay_apart_without_colour() -> None:
 def _luminance(colour: str) -> float:
     red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_the_numbers_beside_a_front_cover_no_other() -> None:
+    places = [(100.0, 90.0), (109.0, 85.0), (115.0, 84.0), (300.0, 40.0)]
+    drops = sweep_plots.label_drops(places)
+    assert (drops[0], drops[3]) == (-11, -11)
+    for (x, y), (left, low) in itertools.combinations(
+        [(x, y + drop) for (x, y), drop in zip(places, drops, strict=True)], 2
+    ):
+        assert abs(x - left) >= 24 or abs(y - low) >= 11

@@ -19,6 +19,8 @@ _SCHEDULES = (
     ("beta", "blending beta"),
     ("support_median", "median support\n(atoms per expert)"),
 )
+_LINE, _LABEL = 11.0, 24.0
+"""Height and width of a run's number beside a front, in points of type."""
 
 
 def error_front(runs: Sequence[ReportRun]) -> Picture:
@@ -131,10 +133,26 @@ def _draw_front(plot: Any, points: Sequence[tuple[int, float, float]]) -> None:
     xs, ys = [x for _, x, _ in points], [y for *_, y in points]
     plot.plot(xs, ys, drawstyle="steps-post", color="#444444", linewidth=1, zorder=1)
     plot.margins(x=0.06, y=0.1)  # room for the numbers
-    for number, x, y in points:
+    plot.autoscale_view()
+    scale = 72 / plot.figure.dpi
+    places = [tuple(scale * one for one in plot.transData.transform((x, y))) for _, x, y in points]
+    for (number, x, y), drop in zip(points, label_drops(places), strict=True):
         plot.annotate(
-            f"#{number}", (x, y), textcoords="offset points", xytext=(-4, -11), fontsize=8, ha="right"
+            f"#{number}", (x, y), textcoords="offset points", xytext=(-4, drop), fontsize=8, ha="right"
         )
+
+
+def label_drops(places: Sequence[tuple[float, float]]) -> list[float]:
+    """How far below its point each label goes, in points of type, so that none covers one before it."""
+    taken: list[tuple[float, float]] = []
+    drops = []
+    for x, y in places:
+        drop = -_LINE
+        while any(abs(x - left) < _LABEL and abs(y + drop - low) < _LINE for left, low in taken):
+            drop -= 1
+        taken.append((x, y + drop))
+        drops.append(drop)
+    return drops
 
 
 def support_series(
