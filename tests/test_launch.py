@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from globe import sweep
 from globe.config import conf_dir
@@ -114,6 +115,29 @@ def test_cores_are_those_that_may_be_used() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "1", done.stderr
     assert cores() >= 1
+
+
+def test_a_configuration_that_was_composed_to_be_checked_is_composed_once() -> None:
+    from hydra_plugins.globe_launcher.forking_joblib import Remembering
+
+    class Loader:
+        composed: ClassVar[list[str]] = []
+        other = 3
+
+        def load_sweep_config(self, master: DictConfig, overrides: list[str]) -> DictConfig:
+            self.composed.append(overrides[0])
+            return OmegaConf.create({"run": overrides[0]})
+
+    master, loader = OmegaConf.create(), Remembering(Loader())  # type: ignore[arg-type]
+    loader.load_sweep_config(master, ["m=2"]).run = "changed"
+    loader.load_sweep_config(master, ["m=3"])
+    assert loader.load_sweep_config(master, ["m=2"]) == {"run": "m=2"}
+    assert Loader.composed == ["m=2", "m=3"]
+    loader.load_sweep_config(master, ["m=2"])
+    loader.forget()
+    loader.load_sweep_config(master, ["m=3"])
+    assert Loader.composed == ["m=2", "m=3", "m=2", "m=3"]
+    assert loader.other == 3
 
 
 # --- what is not installed ------------------------------------------------------------------------------------------

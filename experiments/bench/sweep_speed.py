@@ -1,8 +1,8 @@
 """How much faster is a sweep with runs side by side? Throughput of `hydra/launcher=joblib` against one after another.
 
-    python experiments/bench/sweep_speed.py                         # 12 runs, 2 workers, two rounds
-    python experiments/bench/sweep_speed.py --seeds 1 --steps 20 --rounds 1
-    python experiments/bench/sweep_speed.py --also fork=false       # joblib's own worker processes as well
+    python experiments/bench/sweep_speed.py                         # 12 runs of 300 steps, 2 workers, two rounds
+    python experiments/bench/sweep_speed.py --steps 100             # runs of a second
+    python experiments/bench/sweep_speed.py --also fork=false       # joblib's own processes as well
 
 The same sweep (bank.m = n/8, n/4, n/2 times seeds, embedded model, layer 12, up) is run from fresh folders by the two
 launchers in turn. Seconds are those of the whole command, start of Python and of the workers included; the best round
@@ -38,7 +38,7 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=4, help="times three sizes make the runs")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--also", nargs="*", default=[], help="joblib again, with this option of hydra.launcher"
