@@ -162,7 +162,7 @@ TYPED = {
     "experiment=all_layers": 1,
     "experiment=whole_model": 1,
     "-m experiment=layers": 3,
-    "-m experiment=seeding": 12,
+    "-m experiment=seeding": 15,
     "-m experiment=homotopy": 3,
     "-m experiment=activation": 4,
     "-m experiment=search hydra/sweeper=optuna": 24,
