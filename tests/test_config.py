@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from globe.checkpoint import open_checkpoint
-from globe.config import Config, conf_dir, config_dict, plain, to_config
+from globe.composition import conf_dir, config_dict, plain, to_config
+from globe.config import Config
 from globe.errors import ConfigError
 from globe.identity import identity, run_name
 from globe.problem import plan
@@ -241,7 +242,9 @@ def test_a_wheel_carries_conf_and_runs_from_it(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import globe.config as c; print(c.conf_dir()); "
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import globe.composition as c; print(c.conf_dir()); "
+    )
     code += "from globe.train import main; sys.argv = ['train', '--cfg', 'job', 'experiment=smoke']; main()"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe.config import Config, Device, FitDtype
+from globe.choices import Device, FitDtype
+from globe.config import Config
 from globe.device import (
     arithmetic,
     bank_seed,

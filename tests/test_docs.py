@@ -29,7 +29,7 @@ import globe
 from globe import patch
 from globe.checkpoint import architecture, known_model_types, open_checkpoint
 from globe.command_line import parse_options
-from globe.config import conf_dir, register, to_config
+from globe.composition import conf_dir, register, to_config
 from globe.errors import ConfigError
 from globe.evaluation.options import EvaluateOptions
 

@@ -18,7 +18,8 @@ import globe.dry_run
 import globe.learn
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
-from globe.config import Config, to_config
+from globe.composition import to_config
+from globe.config import Config
 from globe.costs import chunk_of, fit_bytes, step_work
 from globe.errors import ConfigError
 from globe.run_folder import RunFolder, State

@@ -15,7 +15,7 @@ from globe.artefact import read_artefact
 from globe.budget import Room
 from globe.checkpoint import open_checkpoint
 from globe.compose import mixed_bases, rebuild
-from globe.config import to_config
+from globe.composition import to_config
 from globe.errors import ConfigError, FitError
 from globe.finalise import finalise
 from globe.input_metric import second_moment_metric

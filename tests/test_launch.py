@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from globe import sweep
-from globe.config import conf_dir
+from globe.composition import conf_dir
 from globe.entry import explain
 from globe.launch import (
     EXTRAS,

@@ -11,8 +11,10 @@ from globe.am.refit import refit
 from globe.artefact import read_artefact
 from globe.baselines import BaselineSizes, run_baseline
 from globe.checkpoint import open_checkpoint
+from globe.choices import ADAM_METHODS, Method
 from globe.compose import rebuild
-from globe.config import ADAM_METHODS, Config, Method, plain, to_config
+from globe.composition import plain, to_config
+from globe.config import Config
 from globe.fit_baseline import less_mean
 from globe.identity import run_name
 from globe.normalise import join, normalise

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe.config import BankConfig, CodesConfig, Config, Family, ModelConfig
+from globe.choices import Family
+from globe.config import BankConfig, CodesConfig, Config, ModelConfig
 from globe.errors import ConfigError
 from globe.problem import Matrices, parse_layers, plan, resolve_size
 

@@ -11,8 +11,9 @@ import torch
 import globe.learn
 from globe.artefact import read_artefact
 from globe.checkpoint import open_checkpoint
+from globe.choices import Centre, Family, Scope
 from globe.compose import rebuild
-from globe.config import BankConfig, Centre, Config, Family, ModelConfig, NormaliseConfig, Scope
+from globe.config import BankConfig, Config, ModelConfig, NormaliseConfig
 from globe.errors import ConfigError
 from globe.problem import Matrices, Outline, outline, plan
 from run_support import FakeFit, bytes_of, load, run_in

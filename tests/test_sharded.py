@@ -20,7 +20,7 @@ import sharded_worker
 from globe.am.ranks import ALONE
 from globe.artefact import read_artefact
 from globe.checkpoint import open_checkpoint
-from globe.config import to_config
+from globe.composition import to_config
 from globe.errors import ConfigError
 from globe.torchrun import own_device, refuse, refuse_sweep
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import globe.learn
 from globe import sweep
 from globe.artefact import read_artefact
-from globe.config import conf_dir, plain
+from globe.composition import conf_dir, plain
 from globe.errors import SweepError
 from globe.hf.run_banks import recorded_cache
 from globe.identity import identity

@@ -18,7 +18,8 @@ import pytest
 
 import globe.learn
 from globe import tracking
-from globe.config import WandbConfig, WandbMode
+from globe.choices import WandbMode
+from globe.config import WandbConfig
 from globe.tracking import (
     Background,
     Fanout,

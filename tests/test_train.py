@@ -21,7 +21,7 @@ from globe.am.records import FitResult, StepRecord
 from globe.artefact import read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.compose import rebuild
-from globe.config import config_dict, to_config
+from globe.composition import config_dict, to_config
 from globe.errors import ArtefactError, CheckpointError, ConfigError, FitError
 from globe.run_folder import RunFolder
 from globe.train import run

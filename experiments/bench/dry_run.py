@@ -77,7 +77,7 @@ def child(options: argparse.Namespace) -> None:
 
     import globe.am.loop
     import globe.dry_run
-    from globe.config import conf_dir, to_config
+    from globe.composition import conf_dir, to_config
     from globe.run_folder import RunFolder
     from globe.train import train
 

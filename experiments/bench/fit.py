@@ -16,9 +16,12 @@ nothing. Each fit is preceded by a product of fixed size, whose rate is kept wit
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +37,8 @@ from globe.am.records import Sizes, StepRecord
 from globe.baselines import ADAM_METHODS, Method, run_baseline
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.checkpoint import open_checkpoint
-from globe.config import Activation, Config, CurveConfig
+from globe.choices import Activation
+from globe.config import Config, CurveConfig
 from globe.errors import GlobeError
 from globe.normalise import normalise
 
@@ -49,6 +53,14 @@ _THEIRS = (
     "slbf silu",
     "slbf tanh",
 )
+
+
+_KINDS = {
+    "MoBE": tuple(name for name in _THEIRS if name.startswith("mobe")),
+    "SLBF": tuple(name for name in _THEIRS if name.startswith("slbf")),
+    "GloBE, dense": tuple(name for name in _OURS if "low-rank" not in name),
+    "GloBE, low-rank": tuple(name for name in _OURS if "low-rank" in name),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -195,20 +207,61 @@ def table(cells: dict[str, dict[str, Any]], times: list[float]) -> list[str]:
     return lines
 
 
+def race(cells: dict[str, dict[str, Any]], peer: str, own: str, seconds: float) -> tuple[float, float] | None:
+    """The peer's least error until then, and when one of our forms has it (inf: never); None without both."""
+    goal = least(cells, _KINDS[peer], seconds)
+    ours = [cells[name] for name in _KINDS[own] if name in cells]
+    if goal is None or not ours:
+        return None
+    return goal, min(
+        (at for cell in ours for at, error in cell["history"] if error <= goal), default=math.inf
+    )
+
+
+def least(cells: dict[str, dict[str, Any]], names: tuple[str, ...], seconds: float) -> float | None:
+    """The least error of the named methods until then; None where none was run so long."""
+    run = [cells[name] for name in names if name in cells]
+    return min((best_until(cell, seconds) for cell in run if seconds <= cell["seconds"]), default=None)
+
+
 def speed(cells: dict[str, dict[str, Any]], times: list[float]) -> str:
     """How much sooner GloBE is where MoBE ends, for the best of each at the same (m, r)."""
-    mobe = [cell for name, cell in cells.items() if name.startswith("mobe")]
-    ours = [cell for name, cell in cells.items() if name.startswith("globe") and "low-rank" not in name]
-    if not mobe or not ours:
+    found = race(cells, "MoBE", "GloBE, dense", max(times))
+    if found is None:
         return ""
-    goal = min(best_until(cell, max(times)) for cell in mobe)
-    reached = [at for cell in ours for at, error in cell["history"] if error <= goal]
-    if not reached:
+    goal, at = found
+    if math.isinf(at):
         return f"MoBE's best at {max(times):g} s, {goal:.4f}, is not reached at the same (m, r)."
-    ratio = max(times) / min(reached)
     return (
-        f"MoBE's best at {max(times):g} s, {goal:.4f}, after {min(reached):.1f} s: {ratio:.1f} times sooner."
+        f"MoBE's best at {max(times):g} s, {goal:.4f}, after {at:.1f} s: {max(times) / at:.1f} times sooner."
     )
+
+
+def overall(banks: list[dict[str, dict[str, Any]]], times: list[float]) -> list[str]:
+    """Over all matrices: mean errors, how much sooner GloBE's forms have the peers' last errors, and rises."""
+    lines = [
+        "| mean RelFrob | " + " | ".join(f"{t:g} s" for t in times) + " |",
+        "|---" * (len(times) + 1) + "|",
+    ]
+    for kind, names in _KINDS.items():
+        errors = [[least(cells, names, t) for cells in banks] for t in times]
+        means = [None if None in column else statistics.mean(filter(None, column)) for column in errors]
+        if any(means):
+            lines.append(f"| {kind} | " + " | ".join(f"{one:.4f}" if one else "" for one in means) + " |")
+    for peer, own in itertools.product(("MoBE", "SLBF"), ("GloBE, dense", "GloBE, low-rank")):
+        races = [found for cells in banks if (found := race(cells, peer, own, max(times))) is not None]
+        ratios = [max(times) / at for _, at in races if not math.isinf(at)]
+        if ratios:
+            lines.append(
+                f"\n{own}, to {peer}'s error of {max(times):g} s: {min(ratios):.1f} to {max(ratios):.1f} times sooner, "
+                f"median {statistics.median(ratios):.1f} ({len(ratios)} of {len(races)} matrices)"
+            )
+    ours = [cell for cells in banks for name, cell in cells.items() if name.startswith("globe")]
+    steps = sum(len(cell["history"]) for cell in ours)
+    return [
+        *lines,
+        f"\nrises of the objective: {sum(cell['rises'] for cell in ours)} in {steps} steps of GloBE",
+    ]
 
 
 def fit_cell(
@@ -246,6 +299,7 @@ def main() -> None:
         run_baseline(
             "mobe", torch.randn(4, 5, 6), m=2, r=2, steps=1, weights_std=1.0
         )  # import what Adam needs
+    banks = []
     for layer in options.layers:
         for family in options.families:
             W = checkpoint.read_experts(layer, family).weights
@@ -261,6 +315,9 @@ def main() -> None:
             shape = " x ".join(str(side) for side in X.shape)
             print(f"\n{checkpoint.folder.name}, layer {layer}, {family}: {shape}\n")
             print("\n".join([*table(cells, options.times), "", speed(cells, options.times)]), flush=True)
+            banks.append(cells)
+    if len(banks) > 1:
+        print("\n" + "\n".join(overall(banks, options.times)))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import globe.fit_baseline
 import globe.learn
 import globe.train
 from globe.checkpoint import open_checkpoint
-from globe.config import conf_dir, plain, to_config
+from globe.composition import conf_dir, plain, to_config
 from globe.entry import explain
 from globe.errors import ConfigError, GlobeError
 from globe.evaluation.divergence import divergence

@@ -24,7 +24,8 @@ from globe.am.activation import phi
 from globe.am.loop import fit_bank
 from globe.am.objective import objective_at
 from globe.am.records import Sizes, StepRecord
-from globe.config import Activation, Config, CurveConfig, FirstCodes, InitConfig, Seeding
+from globe.choices import Activation, FirstCodes, Seeding
+from globe.config import Config, CurveConfig, InitConfig
 from globe.metrics import squared_norms
 
 FORMS = ("linear", "silu", "tanh", "silu, low-rank")

@@ -24,7 +24,8 @@ from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
 from globe.baselines import Method, run_baseline
 from globe.checkpoint import open_checkpoint
-from globe.config import Activation, Config, CurveConfig, Dictionary
+from globe.choices import Activation, Dictionary
+from globe.config import Config, CurveConfig
 from globe.errors import GlobeError
 from globe.normalise import normalise
 

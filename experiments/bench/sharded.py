@@ -35,7 +35,8 @@ from globe.am.state import start_state
 from globe.am.step import am_step
 from globe.am.tangent import tangent
 from globe.checkpoint import open_checkpoint
-from globe.config import Activation, BankConfig, Config, CurvatureDtype, InitConfig, TrainConfig
+from globe.choices import Activation, CurvatureDtype
+from globe.config import BankConfig, Config, InitConfig, TrainConfig
 from globe.normalise import normalise
 
 SIZES = (

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from globe import config
-from globe.config import Config, CurveConfig, conf_dir
+from globe.composition import conf_dir
+from globe.config import Config, CurveConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """\

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from globe.am.chunks import CHUNK_NUMBERS
+from globe.am.chunks import chunk_size
 from globe.am.records import Sizes
 from globe.config import TrainConfig
 
@@ -56,8 +56,7 @@ def usual_iterations(train: TrainConfig) -> int:
 
 def chunk_of(sizes: Sizes) -> int:
     """Experts that a conjugate-gradient product takes at once."""
-    size = max(4, sizes.m, CHUNK_NUMBERS // (sizes.r * sizes.d))
-    return -(-sizes.n // -(-sizes.n // size))
+    return chunk_size(sizes.n, sizes.r, sizes.d, least=max(4, sizes.m))
 
 
 def reference_seconds(work: float) -> float:
@@ -93,6 +92,6 @@ def fit_bytes(
     products = (2 if joint else 1) * bank + bank + 4 * move + 2 * chunk * r * d + chunk * r * r
     solver = 3 * m * r * r + (n * r * r if curved else 0) + 3 * d * d
     banks = 2 * bank + (0 if k is None else 2 * move)
-    refits = min(n, max(4, CHUNK_NUMBERS // (max(r, p) * d))) * (4 * r * d + 2 * p * d + 3 * r * r)
+    refits = chunk_size(n, max(r, p), d) * (4 * r * d + 2 * p * d + 3 * r * r)
     step = experts + point + banks + max(products + solver - n * r * d, 2 * move + refits, n * p * r + refits)
     return max(reading + 3 * p * d * 8, step * itemsize)

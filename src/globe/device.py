@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from globe.config import Config, Device, FitDtype
+from globe.choices import Device, FitDtype
+from globe.config import Config
 from globe.errors import ConfigError
 
 

@@ -27,7 +27,8 @@ from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
 from globe.am.tangent import tangent
 from globe.checkpoint import Checkpoint, open_checkpoint
-from globe.config import Activation, Config, Method
+from globe.choices import Activation, Method
+from globe.config import Config
 from globe.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
 from globe.device import arithmetic, peak_host_bytes, spare_threads
 from globe.frontier import room_of

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from globe.am.records import Factors, FitResult, StepRecord, StopReason
 from globe.baselines import BaselinePoint, BaselineResult, BaselineSizes, run_baseline
-from globe.config import ADAM_METHODS, Config, Method
+from globe.choices import ADAM_METHODS, Method
+from globe.config import Config
 from globe.finalise import Finalised, finalise
 from globe.input_metric import metric_of
 from globe.metrics import relfrob, squared_norms

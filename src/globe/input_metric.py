@@ -17,7 +17,8 @@ from torch import Tensor
 from globe.am.chunks import expert_chunks
 from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Factors
-from globe.config import Config, Metric
+from globe.choices import Metric
+from globe.config import Config
 from globe.metrics import squared_norms
 
 _FLOOR = 1e-3

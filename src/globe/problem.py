@@ -14,7 +14,8 @@ from globe.am.records import Sizes
 from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
-from globe.config import Centre, Config, Family, Method, Scope
+from globe.choices import Centre, Family, Method, Scope
+from globe.config import Config
 from globe.errors import ConfigError
 from globe.expressions import resolve_size
 from globe.identity import DEFAULT_SIZES

@@ -12,7 +12,8 @@ from typing import Any
 from globe.artefact import BankArtefact, read_artefact
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.experts import SHARED, choose_experts
-from globe.config import Config, config_dict
+from globe.composition import config_dict
+from globe.config import Config
 from globe.errors import ArtefactError
 from globe.identity import NUMERICS_VERSION, numerics
 from globe.problem import BankPlan, Matrices, Outline

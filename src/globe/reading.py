@@ -9,7 +9,8 @@ import torch
 
 from globe.am.ranks import ALONE, Ranks
 from globe.checkpoint import Checkpoint
-from globe.config import Config, ExportDtype
+from globe.choices import ExportDtype
+from globe.config import Config
 from globe.normalise import Joined, join, normalise
 from globe.problem import Outline
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
 from globe.budget import Room, candidates, enlarged, neighbours
-from globe.config import Config, Dictionary, is_linear
+from globe.choices import Dictionary
+from globe.config import Config, is_linear
 from globe.costs import reference_seconds, step_work, usual_iterations
 from globe.errors import FitError
 from globe.input_metric import metric_of
@@ -162,12 +163,7 @@ def _seconds(room: Room, size: BankSize, config: Config) -> float:
 
 
 def _error(
-    X: Float[Tensor, "n p d"],
-    room: Room,
-    size: BankSize,
-    config: Config,
-    steps: int,
-    seed: int,
+    X: Float[Tensor, "n p d"], room: Room, size: BankSize, config: Config, steps: int, seed: int
 ) -> float:
     """RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks."""
     support = target_support(config, size.m)

@@ -18,7 +18,8 @@ from safetensors.torch import load, save
 
 from globe.am.ranks import Sharded, connected
 from globe.am.records import FitState
-from globe.config import Config, Dictionary, Method, Seeding
+from globe.choices import Dictionary, Method, Seeding
+from globe.config import Config
 from globe.device import pick_device
 from globe.ending import Ending
 from globe.errors import ConfigError

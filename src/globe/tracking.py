@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from globe.config import WandbConfig, WandbMode
+from globe.choices import WandbMode
+from globe.config import WandbConfig
 
 Scalar = float | int | bool | str | None
 

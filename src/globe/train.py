@@ -26,7 +26,9 @@ from omegaconf import Container, OmegaConf
 from globe import entry, sweep, torchrun
 from globe.artefact import is_intact
 from globe.checkpoint import open_checkpoint
-from globe.config import Config, Method, conf_dir, config_dict, plain, register, to_config
+from globe.choices import Method
+from globe.composition import conf_dir, config_dict, plain, register, to_config
+from globe.config import Config
 from globe.device import arithmetic, keep_less_memory, spare_threads
 from globe.dry_run import dry_run
 from globe.ending import STOPPED, leave_it_to_the_first

@@ -11,20 +11,8 @@ from torch import Tensor
 from globe.am.activation import phi
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, Sizes, StepRecord
-from globe.config import (
-    Activation,
-    BankConfig,
-    CodesConfig,
-    Config,
-    CurvatureDtype,
-    Curve,
-    CurveConfig,
-    FirstCodes,
-    InitConfig,
-    ScheduleConfig,
-    Seeding,
-    TrainConfig,
-)
+from globe.choices import Activation, CurvatureDtype, Curve, FirstCodes, Seeding
+from globe.config import BankConfig, CodesConfig, Config, CurveConfig, InitConfig, ScheduleConfig, TrainConfig
 
 N, P, D, M, R = 17, 10, 14, 3, 4
 """of most fits here"""

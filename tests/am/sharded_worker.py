@@ -24,7 +24,8 @@ from planted import configured, plant, sizes_of
 from globe.am.loop import fit_bank
 from globe.am.ranks import Ranks, Sharded
 from globe.am.records import FitState, StepRecord
-from globe.config import InitConfig, Seeding
+from globe.choices import Seeding
+from globe.config import InitConfig
 from globe.normalise import normalise
 
 N, M, R = 11, 5, 4

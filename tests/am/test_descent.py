@@ -175,7 +175,7 @@ def test_chunks_of_experts_do_not_change_a_fit(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_every_expert_is_in_exactly_one_chunk() -> None:
-    for n in (1, 4, 17, 60):
+    for n in (0, 1, 4, 17, 60):
         for numbers in (1, 88 * 256, 10**9):
             covered = [i for part in chunks.expert_chunks(n, numbers, 1) for i in range(n)[part]]
             assert covered == list(range(n))

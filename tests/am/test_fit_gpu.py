@@ -8,7 +8,8 @@ import pytest
 import torch
 from planted import configured, fitted, plant, sizes_of
 
-from globe.config import Dictionary, InitConfig
+from globe.choices import Dictionary
+from globe.config import InitConfig
 
 
 @pytest.mark.gpu

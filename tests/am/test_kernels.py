@@ -38,15 +38,15 @@ def bank_and_codes(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_and_its_slope(activation: str, lam: float) -> None:
     Y = 3 * normal(R, D, seed=0)
-    close(
-        phi(Y, lam=lam, activation=activation), reference.activate(Y, lam=lam, activation=activation), 1e-14
-    )
-    found = phi_prime(Y, lam=lam, activation=activation)
+    image = phi(Y, lam=lam, activation=activation)
+    close(image, reference.activate(Y, lam=lam, activation=activation), 1e-14)
     wanted = reference.slope(Y, lam=lam, activation=activation)
-    if found is None:
-        assert lam == 0 or activation == "identity"
-        found = torch.ones_like(Y)
-    close(found, wanted, 1e-13)
+    for at_hand in (None, image):
+        found = phi_prime(Y, lam=lam, activation=activation, image=at_hand)
+        if found is None:
+            assert lam == 0 or activation == "identity"
+            found = torch.ones_like(Y)
+        close(found, wanted, 1e-13)
 
 
 def test_unknown_activation_is_refused() -> None:

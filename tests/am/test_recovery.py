@@ -15,7 +15,8 @@ from globe.am.records import Factors, FitResult
 from globe.am.state import Atoms, low_rank_atoms, start_state
 from globe.am.step import am_step
 from globe.am.tangent import tangent
-from globe.config import FirstCodes, InitConfig, Seeding
+from globe.choices import FirstCodes, Seeding
+from globe.config import InitConfig
 
 DTYPES = [torch.float64, torch.float32]
 

@@ -9,12 +9,17 @@ CHUNK_NUMBERS = 512 * 1024
 conjugate-gradient iteration ran 1.3 times as fast in chunks of 20 experts as all at once, on one thread."""
 
 
-def expert_chunks(n: int, r: int, d: int, *, least: int = 4) -> Iterator[slice]:
-    """Slices of nearly equal length that cover range(n), of about `least` experts at least.
+def chunk_size(n: int, r: int, d: int, *, least: int = 4) -> int:
+    """Experts of a chunk: about CHUNK_NUMBERS, or `least` where that is more, in chunks of nearly equal length.
 
-    Batched products want a few; a last slice of an odd few makes low-precision products four times as slow.
+    Batched products want a few; a last chunk of an odd few makes low-precision products four times as slow.
     """
-    size = max(least, CHUNK_NUMBERS // (r * d))
-    size = -(-n // -(-n // size))
+    most = max(least, CHUNK_NUMBERS // (r * d))
+    return max(1, -(-n // max(1, -(-n // most))))
+
+
+def expert_chunks(n: int, r: int, d: int, *, least: int = 4) -> Iterator[slice]:
+    """Slices of `chunk_size` experts that cover range(n)."""
+    size = chunk_size(n, r, d, least=least)
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))

@@ -23,7 +23,8 @@ from globe.am.start import first_atoms
 from globe.am.state import AMState, Constraint, start_state
 from globe.am.step import StepFigures, am_step, coding_step
 from globe.am.temperature import next_temperature, prune
-from globe.config import Config, Dictionary, FirstCodes
+from globe.choices import Dictionary, FirstCodes
+from globe.config import Config
 from globe.errors import FitError
 from globe.metrics import energy_of_rank, squared_norms, support_sizes
 from globe.warm_start import truncated_svd

@@ -15,7 +15,7 @@ from globe.am.ranks import ALONE, Ranks
 from globe.am.refit import Refit, refit
 
 _WORTH_RELEASING = 1 << 24
-"""Bytes from which on the pages of a tensor are its own: `globe.device.keep_less_memory`."""
+"""Bytes of a tensor that is released; its pages are its own by then: `globe.device.keep_less_memory`."""
 
 
 class Point(NamedTuple):

@@ -10,7 +10,8 @@ from globe.am.objective import mix
 from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Sizes
 from globe.am.state import Atoms, low_rank_atoms
-from globe.config import FirstCodes, InitConfig
+from globe.choices import FirstCodes
+from globe.config import InitConfig
 from globe.seeding import first_codes, seed_bank
 from globe.warm_start import WarmStart
 

@@ -13,7 +13,8 @@ from globe.checkpoint.experts import SHARED
 from globe.checkpoint.hub import Source
 from globe.checkpoint.model_config import read_config
 from globe.checkpoint.remote import headers_only
-from globe.config import Centre, NormaliseConfig
+from globe.choices import Centre
+from globe.config import NormaliseConfig
 from globe.errors import CheckpointError
 from globe.expressions import exact_size
 from globe.hf.destination import RECORD

@@ -1,0 +1,127 @@
+"""What options choose from, by the words that a user types."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Family(StrEnum):
+    up = "up"
+    gate = "gate"
+    both = "both"
+
+
+class Method(StrEnum):
+    globe = "globe"
+    svd = "svd"
+    shared_basis = "shared_basis"
+    mean_svd = "mean_svd"
+    group_svd = "group_svd"
+    mobe = "mobe"
+    mobe_corrected = "mobe_corrected"
+    slbf = "slbf"
+
+
+OBJECTIVES = ("relfrob", "kept", "kept_model", "seconds")
+"""Figures of a run that a sweeper can minimise."""
+
+ADAM_METHODS = (Method.mobe, Method.mobe_corrected, Method.slbf)
+
+
+class Scope(StrEnum):
+    family = "family"
+    families = "families"
+    layers = "layers"
+
+
+class SampleMethod(StrEnum):
+    first_n = "first_n"
+    evenly_spaced = "evenly_spaced"
+
+
+class Centre(StrEnum):
+    none = "none"
+    scalar = "scalar"
+    expert_mean = "expert_mean"
+
+
+class Scale(StrEnum):
+    none = "none"
+    family = "family"
+    expert = "expert"
+    row = "row"
+
+
+class Metric(StrEnum):
+    none = "none"
+    experts = "experts"
+
+
+class Activation(StrEnum):
+    identity = "identity"
+    silu = "silu"
+    tanh = "tanh"
+    gelu = "gelu"
+
+
+class Seeding(StrEnum):
+    random = "random"
+    kmeans = "kmeans"
+    group_svd = "group_svd"
+    aligned = "aligned"
+    aligned_svd = "aligned_svd"
+
+
+class FirstCodes(StrEnum):
+    mixed = "mixed"
+    nnls = "nnls"
+    simplex = "simplex"
+
+
+class CodeMap(StrEnum):
+    entmax15 = "entmax15"
+    sparsemax = "sparsemax"
+
+
+class Dictionary(StrEnum):
+    gauss_newton = "gauss_newton"
+    mod = "mod"
+
+
+class Curve(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class FitDtype(StrEnum):
+    float32 = "float32"
+    float64 = "float64"
+
+
+class ExportDtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class CurvatureDtype(StrEnum):
+    auto = "auto"
+    same = "same"
+    bfloat16 = "bfloat16"
+
+
+class WandbMode(StrEnum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
