@@ -5,69 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.coding import support_of_median
 from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
-from globe.am.descent import Numbers
-from globe.am.low_precision import curvature_dtype
-from globe.am.objective import objective_at, release
+from globe.am.objective import release
+from globe.am.problem import Problem, cut_support, step_record, validation_relfrob
 from globe.am.ranks import ALONE, Ranks
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.resume import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
 from globe.am.state import AMState, Constraint, start_state
-from globe.am.step import StepFigures, am_step, coding_step
-from globe.am.temperature import next_temperature, prune
+from globe.am.step import StepFigures, am_step
+from globe.am.temperature import next_temperature
 from globe.choices import Dictionary, FirstCodes
 from globe.config import Config
 from globe.errors import FitError
-from globe.metrics import energy_of_rank, squared_norms, support_sizes
+from globe.metrics import energy_of_rank, squared_norms
 from globe.warm_start import truncated_svd
 
 _STALLED_AFTER = 12
 """Refused steps in a row; the damping has then grown by 5^12 and nothing descends any more."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Problem:
-    """What stays the same through a fit."""
-
-    X: Float[Tensor, "n p d"]
-    sizes: Sizes
-    config: Config
-    export_dtype: torch.dtype | None
-    warm: Float[Tensor, "n r d"] | None
-    """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
-    total: float
-    """sum_i ||X_i||_F^2, over all ranks"""
-    ranks: Ranks = ALONE
-    """who holds the other experts, where X is a part of them"""
-
-    def relfrob(self, objective: float) -> float:
-        return (objective / self.total) ** 0.5 if self.total > 0 else 0.0
-
-    def numbers(self, controls: Controls) -> Numbers:
-        train = self.config.train
-        return Numbers(
-            lam=controls.lam,
-            beta=controls.beta,
-            activation=self.config.bank.activation,
-            cg_iterations=train.cg_iterations,
-            cg_tolerance=train.cg_tolerance,
-            momentum=train.momentum,
-            joint=self.config.codes.joint,
-            lambda_A=train.lambda_A,
-            lambda_B=train.lambda_B,
-            lambda_T=train.lambda_T,
-            curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
-            total=self.total,
-            ranks=self.ranks,
-        )
 
 
 def fit_bank(
@@ -110,7 +71,7 @@ def fit_bank(
         spent = ranks.agreed(clock() - started)  # so that limits end the fit at the same step everywhere
         running = running._replace(progress=_count(running.progress, figures, before + spent))
         running, validation = _validate(problem, running)
-        on_step(_record(problem, running, controls, figures, validation))
+        on_step(step_record(problem, running, controls, figures, validation))
         stop = _stop_reason(config, running.progress, controls)
         if stop is None and spent - saved >= config.train.checkpoint_every:
             on_checkpoint(snapshot(running, ranks))
@@ -181,19 +142,6 @@ def _control(problem: Problem, running: Running, controls: Controls) -> Running:
     )
 
 
-def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
-    """Codes on an entmax support whose median meets the target, refit by least squares on it; spends `state`."""
-    assert problem.sizes.target_support is not None
-    support = support_of_median(
-        problem.ranks.gather(state.atoms.codes),
-        state.atoms.bank,
-        median=problem.sizes.target_support,
-        code_map=problem.config.codes.map,
-    )
-    support = problem.ranks.own(support)
-    return coding_step(problem.X, state, problem.numbers(controls), support=support, spend=True)
-
-
 def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Running, StepFigures]:
     config, progress = problem.config, running.progress
     numbers = problem.numbers(controls)._asdict()
@@ -255,25 +203,6 @@ def _validate(problem: Problem, running: Running) -> tuple[Running, float | None
     return running._replace(progress=progress, seen=used), error
 
 
-def validation_relfrob(problem: Problem, state: AMState) -> float:
-    """RelFrob with codes pruned, bank and codes rounded to the export dtype, adapters refit."""
-    codes = prune(state.atoms.codes, problem.config.codes.prune)
-    bank = state.atoms.bank
-    if problem.export_dtype is not None:
-        codes = codes.to(problem.export_dtype).to(codes)
-        bank = bank.to(problem.export_dtype).to(bank)
-    objective = objective_at(
-        problem.X,
-        bank,
-        codes,
-        lam=state.lam,
-        activation=problem.config.bank.activation,
-        lambda_A=problem.config.train.lambda_A,
-        ranks=problem.ranks,
-    )
-    return problem.relfrob(objective)
-
-
 def _stop_reason(config: Config, progress: Progress, controls: Controls) -> StopReason | None:
     train = config.train
     if progress.step >= train.steps:
@@ -285,37 +214,6 @@ def _stop_reason(config: Config, progress: Progress, controls: Controls) -> Stop
     if train.patience and controls.final and progress.validations_without >= train.patience:
         return StopReason.converged
     return None
-
-
-def _record(
-    problem: Problem,
-    running: Running,
-    controls: Controls,
-    figures: StepFigures,
-    validation: float | None,
-) -> StepRecord:
-    state, progress = running.state, running.progress
-    support = problem.ranks.gather(support_sizes(state.atoms.codes)).double()
-    return StepRecord(
-        step=progress.step,
-        seconds=progress.seconds,
-        objective=state.objective,
-        relfrob=problem.relfrob(state.objective),
-        validation_relfrob=validation,
-        lam=controls.lam,
-        beta=controls.beta,
-        temperature=controls.temperature * progress.temperature_factor,
-        accepted=figures.accepted,
-        damping=state.damping,
-        regularised_solves=progress.regularised,
-        support_median=float(support.quantile(0.5)),
-        support_mean=float(support.mean()),
-        support_min=int(support.min()),
-        support_max=int(support.max()),
-        seconds_coding=figures.seconds_coding,
-        seconds_dictionary=figures.seconds_dictionary,
-        seconds_refit=figures.seconds_refit,
-    )
 
 
 def _finish(problem: Problem, running: Running, controls: Controls, stop: StopReason) -> FitResult:

@@ -1,0 +1,124 @@
+"""What stays the same through a fit, and what is asked of a state of it: support, validation error, a record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.coding import support_of_median
+from globe.am.controls import Controls
+from globe.am.descent import Numbers
+from globe.am.low_precision import curvature_dtype
+from globe.am.objective import objective_at
+from globe.am.ranks import ALONE, Ranks
+from globe.am.records import Sizes, StepRecord
+from globe.am.resume import Running
+from globe.am.state import AMState
+from globe.am.step import StepFigures, coding_step
+from globe.am.temperature import prune
+from globe.config import Config
+from globe.metrics import support_sizes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What stays the same through a fit."""
+
+    X: Float[Tensor, "n p d"]
+    sizes: Sizes
+    config: Config
+    export_dtype: torch.dtype | None
+    warm: Float[Tensor, "n r d"] | None
+    """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
+    total: float
+    """sum_i ||X_i||_F^2, over all ranks"""
+    ranks: Ranks = ALONE
+    """who holds the other experts, where X is a part of them"""
+
+    def relfrob(self, objective: float) -> float:
+        return (objective / self.total) ** 0.5 if self.total > 0 else 0.0
+
+    def numbers(self, controls: Controls) -> Numbers:
+        train = self.config.train
+        return Numbers(
+            lam=controls.lam,
+            beta=controls.beta,
+            activation=self.config.bank.activation,
+            cg_iterations=train.cg_iterations,
+            cg_tolerance=train.cg_tolerance,
+            momentum=train.momentum,
+            joint=self.config.codes.joint,
+            lambda_A=train.lambda_A,
+            lambda_B=train.lambda_B,
+            lambda_T=train.lambda_T,
+            curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
+            total=self.total,
+            ranks=self.ranks,
+        )
+
+
+def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
+    """Codes on an entmax support whose median meets the target, refit by least squares on it; spends `state`."""
+    assert problem.sizes.target_support is not None
+    support = support_of_median(
+        problem.ranks.gather(state.atoms.codes),
+        state.atoms.bank,
+        median=problem.sizes.target_support,
+        code_map=problem.config.codes.map,
+    )
+    support = problem.ranks.own(support)
+    return coding_step(problem.X, state, problem.numbers(controls), support=support, spend=True)
+
+
+def validation_relfrob(problem: Problem, state: AMState) -> float:
+    """RelFrob with codes pruned, bank and codes rounded to the export dtype, adapters refit."""
+    codes = prune(state.atoms.codes, problem.config.codes.prune)
+    bank = state.atoms.bank
+    if problem.export_dtype is not None:
+        codes = codes.to(problem.export_dtype).to(codes)
+        bank = bank.to(problem.export_dtype).to(bank)
+    objective = objective_at(
+        problem.X,
+        bank,
+        codes,
+        lam=state.lam,
+        activation=problem.config.bank.activation,
+        lambda_A=problem.config.train.lambda_A,
+        ranks=problem.ranks,
+    )
+    return problem.relfrob(objective)
+
+
+def step_record(
+    problem: Problem,
+    running: Running,
+    controls: Controls,
+    figures: StepFigures,
+    validation: float | None,
+) -> StepRecord:
+    """The record of the step that led to `running`; supports are those of all ranks' experts."""
+    state, progress = running.state, running.progress
+    support = problem.ranks.gather(support_sizes(state.atoms.codes)).double()
+    return StepRecord(
+        step=progress.step,
+        seconds=progress.seconds,
+        objective=state.objective,
+        relfrob=problem.relfrob(state.objective),
+        validation_relfrob=validation,
+        lam=controls.lam,
+        beta=controls.beta,
+        temperature=controls.temperature * progress.temperature_factor,
+        accepted=figures.accepted,
+        damping=state.damping,
+        regularised_solves=progress.regularised,
+        support_median=float(support.quantile(0.5)),
+        support_mean=float(support.mean()),
+        support_min=int(support.min()),
+        support_max=int(support.max()),
+        seconds_coding=figures.seconds_coding,
+        seconds_dictionary=figures.seconds_dictionary,
+        seconds_refit=figures.seconds_refit,
+    )
