@@ -124,7 +124,7 @@ def test_many_experts_are_extended_from_a_few(monkeypatch: pytest.MonkeyPatch) -
     assert globe.dry_run.seconds_per_step(Config(), sizes, torch.device("cpu")) == pytest.approx(
         0.5 + 0.25 * 200
     )
-    assert max(timed) == 2 * chunk_of(sizes) < 200
+    assert max(timed) == 2 * chunk_of(sizes, itemsize=2) < 200
 
 
 @given(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from globe.am.chunks import chunk_size
+from globe.am.chunks import chunk_size, product_chunk_size
 from globe.am.records import Sizes
 from globe.config import TrainConfig
 
@@ -54,9 +54,9 @@ def usual_iterations(train: TrainConfig) -> int:
     return train.cg_iterations if train.cg_tolerance == 0 else min(train.cg_iterations, USUAL_ITERATIONS)
 
 
-def chunk_of(sizes: Sizes) -> int:
+def chunk_of(sizes: Sizes, *, itemsize: int) -> int:
     """Experts that a conjugate-gradient product takes at once."""
-    return chunk_size(sizes.n, sizes.r, sizes.d, least=max(4, sizes.m))
+    return product_chunk_size(sizes.n, sizes.r, sizes.d, sizes.m, itemsize=itemsize)
 
 
 def reference_seconds(work: float) -> float:
@@ -88,7 +88,7 @@ def fit_bytes(
     reading += experts // members * source_itemsize if members == 1 else 0
     point = n * r * r + (3 if curved else 2) * n * r * d
     move = bank if k is None else m * k * (r + d)
-    chunk = chunk_of(sizes)
+    chunk = chunk_of(sizes, itemsize=itemsize)
     products = (2 if joint else 1) * bank + bank + 4 * move + 2 * chunk * r * d + chunk * r * r
     solver = 3 * m * r * r + (n * r * r if curved else 0) + 3 * d * d
     banks = 2 * bank + (0 if k is None else 2 * move)

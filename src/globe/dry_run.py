@@ -112,7 +112,7 @@ def seconds_per_step(config: Config, sizes: Sizes, device: torch.device) -> floa
     Every kernel's time is a part for each expert and a part for the atoms, so two numbers of experts give both; where
     all experts are few, they are measured as they are. Products are in the precision that the fit begins with.
     """
-    few = min(sizes.n, 2 * chunk_of(sizes))
+    few = min(sizes.n, 2 * chunk_of(sizes, itemsize=2))
     whole = _timed_step(config, replace(sizes, n=few), device)
     if few == sizes.n:
         return whole

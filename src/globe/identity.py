@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Part of a run's identity; raised whenever the same options give other numbers."""
 
 DEFAULT_SIZES = {"m": "n/4", "r": "p/2"}

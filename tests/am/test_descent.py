@@ -179,3 +179,27 @@ def test_every_expert_is_in_exactly_one_chunk() -> None:
         for numbers in (1, 88 * 256, 10**9):
             covered = [i for part in chunks.expert_chunks(n, numbers, 1) for i in range(n)[part]]
             assert covered == list(range(n))
+
+
+def test_a_long_step_that_is_refused_leaves_the_products_in_low_precision() -> None:
+    """First steps can be too long; the fit must not be slower for it ever after. A tiny one ends low precision."""
+    X = normal(9, 8, 10, seed=4).float()
+    atoms = Atoms(2 * normal(3, 4, 10, seed=14).float(), normal(9, 3, seed=24).abs().float())
+    state = start_state(X, atoms, lam=1.0, activation="tanh")
+    seen = []
+    for damping in (1e-4, 1e4):
+        new, figures = am_step(
+            X,
+            state._replace(damping=damping),
+            lam=1.0,
+            beta=1.0,
+            activation="tanh",
+            temperature=1.0,
+            generator=sketcher(),
+            coding=False,
+            momentum=0.95,
+            cg_iterations=30,
+            curvature_dtype=torch.bfloat16,
+        )
+        seen.append((figures.accepted, new.fine))
+    assert seen == [(False, False), (True, True)]

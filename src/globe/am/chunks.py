@@ -9,17 +9,26 @@ CHUNK_NUMBERS = 512 * 1024
 conjugate-gradient iteration ran 1.3 times as fast in chunks of 20 experts as all at once, on one thread."""
 
 
-def chunk_size(n: int, r: int, d: int, *, least: int = 4) -> int:
-    """Experts of a chunk: about CHUNK_NUMBERS, or `least` where that is more, in chunks of nearly equal length.
+def chunk_size(n: int, r: int, d: int, *, least: int = 4, times: int = 1) -> int:
+    """Experts of a chunk: `times` CHUNK_NUMBERS, or `least` where that is more, in chunks of nearly equal length.
 
     Batched products want a few; a last chunk of an odd few makes low-precision products four times as slow.
     """
-    most = max(least, CHUNK_NUMBERS // (r * d))
+    most = max(least, times * CHUNK_NUMBERS // (r * d))
     return max(1, -(-n // max(1, -(-n // most))))
 
 
-def expert_chunks(n: int, r: int, d: int, *, least: int = 4) -> Iterator[slice]:
-    """Slices of `chunk_size` experts that cover range(n)."""
-    size = chunk_size(n, r, d, least=least)
+def product_chunk_size(n: int, r: int, d: int, m: int, *, itemsize: int) -> int:
+    """Experts of a chunk of the curvature's products, in a dtype of `itemsize` bytes: buffers of about 4 MB.
+
+    Larger than elsewhere, since every chunk adds to all m atoms: on 60 x 88 x 256 in bfloat16 a product over all
+    experts takes 0.7 of the time of three chunks. At least m experts, for the same reason.
+    """
+    return chunk_size(n, r, d, least=max(4, m), times=max(1, 8 // itemsize))
+
+
+def expert_chunks(n: int, r: int, d: int, *, size: int | None = None) -> Iterator[slice]:
+    """Slices of `size` experts that cover range(n); of `chunk_size` if None."""
+    size = size or chunk_size(n, r, d)
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))

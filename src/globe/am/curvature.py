@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.chunks import expert_chunks
+from globe.am.chunks import expert_chunks, product_chunk_size
 from globe.am.objective import Point, release
 from globe.am.tangent import Move, Tangent
 
@@ -35,8 +35,8 @@ class Curvature:
         bank = tangent.bank
         m, r, d = bank.shape
         n = len(point.gram)
-        # every chunk adds to all m atoms, which pays only if it holds as many experts
-        self._chunks = list(expert_chunks(n, r, d, least=max(4, m)))
+        size = product_chunk_size(n, r, d, m, itemsize=dtype.itemsize)
+        self._chunks = list(expert_chunks(n, r, d, size=size))
         # dB stands above B, so that one product makes both parts of dY
         self._stack = bank.new_empty((2 if tangent.joint else 1) * m, r * d, dtype=dtype)
         if tangent.joint:

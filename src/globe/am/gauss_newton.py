@@ -54,8 +54,8 @@ def gauss_newton_direction(
 
     A zero gradient gives a zero move; so does a direction without positive curvature, at the iteration that finds it.
     """
-    solver = precondition(tangent, point, damping=damping, generator=generator)
     dtype = curvature_dtype or point.force.dtype
+    solver = precondition(tangent, point, damping=damping, generator=generator, dtype=dtype)
     curvature = Curvature(tangent, point, dtype=dtype, spend=spend)
     solver = solver.to(dtype)
     residual = curvature.adjoint(point.force if force is None else force)

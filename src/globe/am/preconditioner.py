@@ -79,14 +79,19 @@ class Preconditioner(NamedTuple):
 
 
 def precondition(
-    tangent: Tangent, point: Point, *, damping: float, generator: torch.Generator
+    tangent: Tangent,
+    point: Point,
+    *,
+    damping: float,
+    generator: torch.Generator,
+    dtype: torch.dtype | None = None,
 ) -> Preconditioner:
     """Blocks at one point; `damping` is relative to each block's mean diagonal.
 
     Bank: P_j (x) C with P_j = sum_i c_ij^2 mean(J_i^2) A_i^T A_i over an atom's rows and C = mean_i (I - Q_i^T Q_i)
-    over its columns; C saves a fifth of the steps. Low-rank atoms: see `_low_rank_blocks`. Codes: the
-    m x m Gram of the atoms in expert i's projected metric, from a random sketch of the columns. Dense inverses, since
-    multiplying by them is twice as fast as solving here. All ranks get rank 0's blocks of the atoms.
+    over its columns, multiplied in `dtype`; C saves a fifth of the steps. Low-rank atoms: see `_low_rank_blocks`.
+    Codes: the m x m Gram of the atoms in expert i's projected metric, from a random sketch of the columns. Dense
+    inverses, since multiplying by them is twice as fast as solving here. All ranks get rank 0's blocks of the atoms.
     """
     weights, ranks = point.gram, tangent.ranks
     if point.slope is not None:
@@ -95,7 +100,7 @@ def precondition(
     blocks = ranks.sum((tangent.coordinates**2).T @ weights.flatten(1)).view(m, r, r)
     typical = float(blocks.diagonal(dim1=1, dim2=2).mean())
     bank = left = right = codes = None
-    metric = _column_metric(point.rows, ranks)
+    metric = _column_metric(point.rows, ranks, dtype)
     columns = ranks.same(_inverse(metric[None], absolute=0.0)[0])
     if tangent.left is None or tangent.right is None:
         bank = ranks.same(_inverse(blocks, absolute=damping * typical))
@@ -174,10 +179,12 @@ def _inverse_coupled(K: Float[Tensor, "s s"]) -> Float[Tensor, "s s"]:
     return _inverse(K[None], absolute=_COUPLED_RIDGE * float(K.diagonal().mean()))[0]
 
 
-def _column_metric(rows: Float[Tensor, "n r d"], ranks: Ranks) -> Float[Tensor, "d d"]:
+def _column_metric(
+    rows: Float[Tensor, "n r d"], ranks: Ranks, dtype: torch.dtype | None
+) -> Float[Tensor, "d d"]:
     """(1 + flat) I - mean_i Q_i^T Q_i: the share of each input direction that the adapters cannot absorb."""
-    flat = rows.flatten(0, 1)
-    metric = ranks.sum(flat.T @ flat) / -ranks.count(len(rows))
+    flat = rows.flatten(0, 1).to(dtype)
+    metric = ranks.sum((flat.T @ flat).to(rows.dtype)) / -ranks.count(len(rows))
     metric.diagonal().add_(1 + _FLAT)
     return metric
 
@@ -206,7 +213,7 @@ def _code_blocks(
         # one wide product instead of many narrow ones
         seen = bank.flatten(0, 1) @ sketch.transpose(0, 1).flatten(1)
         across = seen.view(m, r, -1, _SKETCH).permute(2, 1, 0, 3).flatten(2)
-        factor, _ = damped_cholesky(weights[part], ridge=1e-6)
-        weighted = (factor.mT @ across).unflatten(2, (m, _SKETCH)).transpose(1, 2).flatten(2)
-        torch.bmm(weighted, weighted.mT, out=result[part])
+        weighted = (weights[part] @ across).unflatten(2, (m, _SKETCH)).transpose(1, 2).flatten(2)
+        across = across.unflatten(2, (m, _SKETCH)).transpose(1, 2).flatten(2)
+        torch.bmm(across, weighted.mT, out=result[part])
     return result

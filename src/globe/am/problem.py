@@ -80,6 +80,8 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
     if problem.export_dtype is not None:
         codes = codes.to(problem.export_dtype).to(codes)
         bank = bank.to(problem.export_dtype).to(bank)
+    elif not problem.ranks.any(not torch.equal(codes, state.atoms.codes)):
+        return problem.relfrob(state.objective)
     objective = objective_at(
         problem.X,
         bank,
