@@ -154,7 +154,7 @@ def test_identity_sees_every_other_option() -> None:
     blind = (
         "output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "S_cache", "objectives",
     )  # fmt: skip
-    blind_in = {"train": ("checkpoint_every",), "model": ("force_download",)}
+    blind_in = {"train": ("checkpoint_every",), "model": ("force_download",), "normalise": ("store",)}
 
     def leaves(tree: dict[str, object], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
         found = []

@@ -57,6 +57,11 @@ class Metric(StrEnum):
     experts = "experts"
 
 
+class Store(StrEnum):
+    fit = "fit"
+    checkpoint = "checkpoint"
+
+
 class Activation(StrEnum):
     identity = "identity"
     silu = "silu"

@@ -31,6 +31,7 @@ from globe.choices import (
     Scale,
     Scope,
     Seeding,
+    Store,
     WandbMode,
 )
 from globe.errors import ConfigError
@@ -89,6 +90,9 @@ class NormaliseConfig:
     """How the columns of an error count: all alike, or by the second moment of the experts' rows, which lean to the
     directions that inputs have. The latter costs RelFrob and gains perplexity; a linear phi is fitted in that metric,
     with a curved one the last refit of the adapters is."""
+    store: Store = Store.fit
+    """How the experts are held during a fit: normalised, in the dtype of the fit, or as in the checkpoint, normalised
+    anew whenever they are read. For a bfloat16 checkpoint the latter halves their memory; the numbers are the same."""
 
 
 @dataclass
@@ -413,6 +417,10 @@ def _check_method(config: Config) -> None:
         curved = config.normalise.metric is Metric.experts and not is_linear(config)
         needed = f"none, or bank.activation=identity, with method={method}"
         _check(not curved, "normalise.metric", "experts", needed)
+    if config.normalise.store is Store.checkpoint:
+        writes = config.normalise.metric is Metric.experts and is_linear(config)
+        needed = "fit, or method=globe and, where phi is linear, normalise.metric=none"
+        _check(method is Method.globe and not writes, "normalise.store", "checkpoint", needed)
     if bank.scope is Scope.families:
         _check(
             config.family is Family.both,

@@ -72,11 +72,12 @@ def fit_bytes(
     curved: bool = True,
     joint: bool = True,
     members: int = 1,
+    stored: bool = False,
 ) -> int:
     """The most that reading, fitting and exporting one bank hold at once, beside the program itself.
 
-    Throughout: the normalised experts. While reading: those of one member in the checkpoint's dtype too, and all twice
-    where several members are joined. At a point: the adapters' Gram matrices and the orthonormal rows, slopes and
+    Throughout: the normalised experts, or with `stored` those of the checkpoint. While reading: those of one member in
+    the checkpoint's dtype too, and all twice where several members are joined. At a point: the adapters' Gram matrices and the orthonormal rows, slopes and
     forces of every expert; the bank as it is and as it was; at the first point the adapters too, at later ones two
     candidates of the bank, and a chunk's temporaries. In the conjugate gradients: the same without the forces, the
     moves, the inverses. Counted in the dtype of the fit: gradients in bfloat16 take less.
@@ -86,6 +87,10 @@ def fit_bytes(
     experts, bank = n * p * d, m * r * d
     reading = (1 + (members > 1)) * experts * itemsize
     reading += experts // members * source_itemsize if members == 1 else 0
+    held = experts * itemsize
+    if stored:
+        held = experts * source_itemsize
+        reading = (1 + (members > 1)) * held
     point = n * r * r + (3 if curved else 2) * n * r * d
     move = bank if k is None else m * k * (r + d)
     chunk = chunk_of(sizes, itemsize=itemsize)
@@ -93,5 +98,5 @@ def fit_bytes(
     solver = 3 * m * r * r + (n * r * r if curved else 0) + 3 * d * d
     banks = 2 * bank + (0 if k is None else 2 * move)
     refits = chunk_size(n, max(r, p), d) * (4 * r * d + 2 * p * d + 3 * r * r)
-    step = experts + point + banks + max(products + solver - n * r * d, 2 * move + refits, n * p * r + refits)
-    return max(reading + 3 * p * d * 8, step * itemsize)
+    step = point + banks + max(products + solver - n * r * d, 2 * move + refits, n * p * r + refits)
+    return max(reading + 3 * p * d * 8, held + step * itemsize)

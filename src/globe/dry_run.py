@@ -27,7 +27,7 @@ from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
 from globe.am.tangent import tangent
 from globe.checkpoint import Checkpoint, open_checkpoint
-from globe.choices import Activation, Method
+from globe.choices import Activation, Method, Store
 from globe.config import Config
 from globe.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
 from globe.device import arithmetic, peak_host_bytes, spare_threads
@@ -98,6 +98,7 @@ def bytes_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
         curved=_curved(config),
         joint=config.codes.joint,
         members=len(bank.members),
+        stored=config.normalise.store is Store.checkpoint,
     )
 
 

@@ -23,6 +23,7 @@ _NOT_IDENTITY = {
         *("S_cache", "objectives"),
     ),
     "train": ("checkpoint_every",),
+    "normalise": ("store",),
     "model": ("force_download",),
 }
 """Options that say where a run happens, who watches and how its banks are used, by group; all others change its
@@ -35,7 +36,7 @@ _SIZES = (("m", "m"), ("r", "r"), ("k", "atom_rank"))
 def numerics(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain nested config that changes a run's numbers."""
     kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY[""]}
-    for group in ("train", "model"):
+    for group in ("train", "normalise", "model"):
         kept[group] = {key: value for key, value in kept[group].items() if key not in _NOT_IDENTITY[group]}
     kept["bank"] = _with_default_sizes(kept["bank"])
     return kept

@@ -16,6 +16,7 @@ from torch import Tensor
 from globe.am.ranks import ALONE, Ranks
 from globe.errors import CheckpointError
 from globe.precision import widen
+from globe.stored import StoredExperts, joined, z_score
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +50,7 @@ def normalise(
     scale: str,
     dtype: torch.dtype | None = None,
     ranks: Ranks = ALONE,
+    store: bool = False,
 ) -> Normalised:
     """X = (W - mean) / scale with both constants recorded.
 
@@ -62,7 +64,8 @@ def normalise(
     Moments are accumulated in float64, expert by expert, whatever the dtype of W. `dtype` is that of the
     result and of the constants; None keeps float32 and float64 and widens the rest to float32. A group in
     which centring leaves nothing but rounding (constant rows, equal experts) gets scale 1. With several `ranks`, W are
-    this one's experts, none perhaps, and the moments are those of all.
+    this one's experts, none perhaps, and the moments are those of all. `store` keeps W and makes X when
+    it is read, with the same bits: `StoredExperts`.
 
     Raises CheckpointError when an expert holds NaN or infinity, ValueError on an unknown option.
     """
@@ -80,14 +83,14 @@ def normalise(
         )
     mean = _mean(W, centre, dtype, ranks)
     factor = None if scale == "none" else _scale(W, mean, sizes, scale, dtype, ranks)
+    if store:
+        means = None if mean is None else mean.unsqueeze(0)
+        own = factor.expand(len(W)) if factor is not None and factor.dim() == 0 else factor
+        return Normalised(StoredExperts(W, means, own, (0, len(W)), dtype), mean, factor)
     experts = torch.empty(W.shape, dtype=dtype, device=W.device)
     for row, expert in enumerate(W):
-        value = widen(expert)
-        if mean is not None:
-            value = value - widen(mean)
-        if factor is not None:
-            value = value / widen(_of_row(factor, row))
-        experts[row] = value
+        one = factor if factor is None or factor.dim() == 0 else factor[row]
+        experts[row] = z_score(expert, mean, one)
     return Normalised(experts, mean, factor)
 
 
@@ -124,7 +127,7 @@ def join(parts: Sequence[Normalised]) -> Joined:
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    experts = parts[0].experts if len(parts) == 1 else torch.cat([part.experts for part in parts])
+    experts = parts[0].experts if len(parts) == 1 else _below_each_other([part.experts for part in parts])
     means = [part.mean for part in parts if part.mean is not None]
     scales = [
         part.scale.expand(count) if part.scale.dim() == 0 else part.scale
@@ -136,6 +139,11 @@ def join(parts: Sequence[Normalised]) -> Joined:
     return Joined(
         experts, torch.stack(means) if means else None, torch.cat(scales) if scales else None, tuple(starts)
     )
+
+
+def _below_each_other(experts: list[Tensor]) -> Tensor:
+    stored = [one for one in experts if isinstance(one, StoredExperts)]
+    return joined(stored) if len(stored) == len(experts) else torch.cat(experts)
 
 
 def _row_squares(expert: Float[Tensor, "p d"]) -> Float[Tensor, " p"]:
@@ -179,10 +187,3 @@ def _scale(
     nothing = energy <= size * (4 * torch.finfo(dtype).eps) ** 2
     factor = (energy / W.shape[2]).sqrt().to(dtype)
     return torch.where(nothing | (factor == 0), torch.ones_like(factor), factor).to(W.device)
-
-
-def _of_row(factor: Tensor, row: int) -> Tensor:
-    """The scale of one expert, ready to divide a (p, d) matrix."""
-    if factor.dim() == 0:
-        return factor
-    return factor[row] if factor.dim() == 1 else factor[row].unsqueeze(1)

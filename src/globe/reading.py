@@ -9,7 +9,7 @@ import torch
 
 from globe.am.ranks import ALONE, Ranks
 from globe.checkpoint import Checkpoint
-from globe.choices import ExportDtype
+from globe.choices import ExportDtype, Store
 from globe.config import Config
 from globe.normalise import Joined, join, normalise
 from globe.problem import Outline
@@ -62,9 +62,10 @@ def read_experts(
                 scale=str(options.scale),
                 dtype=DTYPES[config.dtype],
                 ranks=part,
+                store=options.store is Store.checkpoint,
             )
         )
-        del experts  # in the checkpoint's dtype; only the normalised ones are needed from here on
+        del experts  # in the checkpoint's dtype; the normalised ones are all that is needed from here on
     if config.export_dtype is not ExportDtype.auto:
         dtype = DTYPES[config.export_dtype]
     return ReadExperts(join(parts), dtype, checkpoint.reader.bytes_read - before, seconds)

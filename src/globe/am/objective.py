@@ -164,10 +164,12 @@ def _refits(
             slope[part] = J
             del J
         del Y
-        fit = refit(X[part], M, lambda_A=lambda_A)
+        own = X[part]
+        fit = refit(own, M, lambda_A=lambda_A)
         residual = torch.bmm(fit.adapters, M)
         del M
-        torch.sub(X[part], residual, out=residual)
+        torch.sub(own, residual, out=residual)
+        del own
         yield part, fit, residual
         del fit, residual  # before the next chunk's are made
 
