@@ -77,10 +77,10 @@ def fit_bytes(
     """The most that reading, fitting and exporting one bank hold at once, beside the program itself.
 
     Throughout: the normalised experts, or with `stored` those of the checkpoint. While reading: those of one member in
-    the checkpoint's dtype too, and all twice where several members are joined. At a point: the adapters' Gram matrices and the orthonormal rows, slopes and
-    forces of every expert; the bank as it is and as it was; at the first point the adapters too, at later ones two
-    candidates of the bank, and a chunk's temporaries. In the conjugate gradients: the same without the forces, the
-    moves, the inverses. Counted in the dtype of the fit: gradients in bfloat16 take less.
+    the checkpoint's dtype too, and all twice where several members are joined. At a point: the adapters' Gram matrices
+    and the orthonormal rows, slopes and forces of every expert; the bank as it is and as it was; at the first point the
+    adapters too, at later ones two candidates of the bank, and a chunk's temporaries. In the conjugate gradients: the
+    same without the forces, the moves, the inverses. Counted in the dtype of the fit: gradients in bfloat16 take less.
     """
     n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
     k = sizes.atom_rank

@@ -12,9 +12,6 @@ from torch.utils._pytree import tree_map_only
 
 from globe.precision import widen
 
-_aten = torch.ops.aten
-_MAKERS = (_aten.new_empty, _aten.new_zeros)
-
 
 def z_score(expert: Float[Tensor, "p d"], mean: Tensor | None, scale: Tensor | None) -> Float[Tensor, "p d"]:
     """(expert - mean) / scale in float64; the mean is one number or (p, d), the scale one number or (p,)."""
@@ -63,35 +60,30 @@ class StoredExperts(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        X = args[0] if args else None
-        if isinstance(X, StoredExperts):
-            packet, rest = func.overloadpacket, args[1:]
-            if packet is _aten.detach:
-                return X
-            if packet is _aten.alias:  # a slice of all experts
-                return X.dense()
-            if packet in _MAKERS:
-                return func(X.weights.new_empty(0, dtype=X.dtype), *args[1:], **kwargs)
-            if packet in (_aten.empty_like, _aten.zeros_like):
-                return func(
-                    X.weights, **({"dtype": X.dtype} | {k: v for k, v in kwargs.items() if v is not None})
-                )
-            if packet is _aten.select and rest[0] == 0:
-                return X.rows([int(rest[1])])[0]
-            if packet is _aten.slice and (not rest or rest[0] == 0):
-                return X.rows(range(len(X))[slice(*rest[1:])])
-            if packet is _aten.index and len(rest[0]) == 1:
-                (index,) = rest[0]
-                return X.rows((index.nonzero()[:, 0] if index.dtype == torch.bool else index).tolist())
-        args, kwargs = tree_map_only(StoredExperts, StoredExperts.dense, (args, kwargs))
+        """What has no answer of its own below: on the dense tensor."""
+        args, kwargs = tree_map_only(StoredExperts, StoredExperts.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, tuple):
+            return self[index[0]][index[1:]] if isinstance(index[0], int) else self[index[0]][:, *index[1:]]
+        if isinstance(index, int):
+            return self.rows([range(len(self))[index]])[0]
+        if isinstance(index, slice):
+            return self.rows(range(len(self))[index])
+        return self.rows(torch.arange(len(self))[index].tolist())
+
+    def new_empty(self, *size: Any, **options: Any) -> Tensor:
+        return self.weights.new_empty(*size, **({"dtype": self.dtype} | options))
+
+    def new_zeros(self, *size: Any, **options: Any) -> Tensor:
+        return self.weights.new_zeros(*size, **({"dtype": self.dtype} | options))
 
     def rows(self, rows: Sequence[int]) -> Float[Tensor, "chosen p d"]:
         """Some of the experts, normalised, in the dtype of the fit."""
         made = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype, device=self.weights.device)
         for at, row in enumerate(rows):
-            member = next(i for i, stop in enumerate(self.starts[1:]) if row % len(self) < stop)
+            member = next(i for i, stop in enumerate(self.starts[1:]) if row < stop)
             mean = None if self.means is None else self.means[member]
             made[at] = z_score(self.weights[row], mean, None if self.scale is None else self.scale[row])
         return made
