@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_support import bytes_of, composed, run_in, small_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from globe.input_metric import second_moment_metric
 from globe.metrics import spread, squared_norms
 from globe.normalise import join, normalise
 from globe.stored import StoredExperts, dense
+from run_support import bytes_of, composed, run_in, small_checkpoint
 
 N, P, D = 5, 4, 6
 

@@ -39,7 +39,7 @@ from globe.config import Config
 from globe.costs import fit_bytes, step_work
 from globe.normalise import normalise
 
-BASE = {"n": 16, "p": 176, "d": 256, "r": 88, "m": 8}
+BASE = {"n": 32, "p": 352, "d": 512, "r": 88, "m": 8}
 ITERATIONS = 10
 """Of conjugate gradients in a step, none left out, so that all steps cost the same."""
 
@@ -173,6 +173,12 @@ def slope(sizes: list[int], values: list[float]) -> float:
     return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
 
 
+def doubled() -> dict[tuple[str, int], Sizes]:
+    """BASE with one of its sizes once, twice and four times as large, in an order in which a slow minute of the machine
+    falls on every size alike."""
+    return {(key, factor): Sizes(**BASE | {key: BASE[key] * factor}) for factor in (1, 2, 4) for key in BASE}
+
+
 def doublings(options: argparse.Namespace) -> None:
     print(
         f"\nDoublings from {', '.join(f'{key}={value}' for key, value in BASE.items())}; float32, "
@@ -181,9 +187,7 @@ def doublings(options: argparse.Namespace) -> None:
         + "|---" * 7
         + "|"
     )
-    # all in one order after another, so that a slow minute of the machine falls on every row alike
-    points = {(key, factor): BASE | {key: BASE[key] * factor} for factor in (1, 2, 4) for key in BASE}
-    sizes = {at: Sizes(**point) for at, point in points.items()}
+    sizes = doubled()
     found = {at: ask("fit", one, options, "same", 5) for at, one in sizes.items()}
     for key in BASE:
         row = [(key, factor) for factor in (1, 2, 4)]
