@@ -118,10 +118,10 @@ def child_fit(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
 
 def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     """Multiply-adds a second of the conjugate-gradient loop, and of the best large product."""
-    dtype = curvature_dtype(options.dtype, torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
     X = torch.randn(n, p, d, generator=generator)
+    dtype = curvature_dtype(options.dtype, X)
     atoms = Atoms(torch.randn(m, r, d, generator=generator) / 4, torch.rand(n, m, generator=generator) / m)
     state: AMState = start_state(X, atoms, lam=1.0, activation="silu", lambda_A=1e-4)
     slopes = tangent(atoms.bank, atoms.codes)

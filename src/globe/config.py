@@ -266,8 +266,9 @@ class TrainConfig:
     """They end after iteration j once it adds no more than cg_tolerance / j to the fall of the quadratic model: few in
     the first steps, many near a minimum. 0 makes all of them."""
     curvature_dtype: CurvatureDtype = CurvatureDtype.auto
-    """Arithmetic inside the conjugate gradients: the fit's own, bfloat16, or bfloat16 where the hardware multiplies
-    it faster (auto). Gradients and the decision to take a step are always in the fit's own."""
+    """Arithmetic inside the conjugate gradients: the fit's own, bfloat16, or bfloat16 for experts of 2^15 numbers or
+    more where the hardware multiplies it faster (auto). Gradients and the decision to take a step are always in the
+    fit's own."""
     damping: float = 1e-2
     """First Levenberg-Marquardt damping, relative to the preconditioner's mean diagonal."""
     momentum: float = 0.95
