@@ -46,7 +46,14 @@ def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_one_sentence_and_exit_code_130(tmp_path: Path) -> None:
-    command = ["train.steps=100000", "train.patience=0", "train.checkpoint_every=0", "model.max_experts=8"]
+    # all layers: one bank alone would stall, and be finished, within seconds
+    command = [
+        "train.steps=100000",
+        "train.patience=0",
+        "train.checkpoint_every=0",
+        "model.max_experts=8",
+        "layer=all",
+    ]
     running = subprocess.Popen(
         [sys.executable, "-m", "globe.train", "bank.m=2", *command],
         cwd=tmp_path,

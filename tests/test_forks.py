@@ -80,7 +80,7 @@ def test_a_call_that_takes_too_long_is_killed() -> None:
 def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deaf: bool, end: str
 ) -> None:
-    monkeypatch.setattr(forks, "_PATIENCE", (0.01, 0.5 if deaf else 60))
+    monkeypatch.setattr(forks, "_PATIENCE", (0.01, 0.25, 0.25) if deaf else (0.01, 5, 55))
     calls, ends = Forks(), []
 
     def job() -> None:

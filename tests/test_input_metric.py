@@ -24,7 +24,7 @@ from globe.size_search import search
 from run_support import composed, load, run_in
 
 N, P, D, M, R = 7, 9, 13, 3, 5
-SMALL = ("model.max_experts=7", "layer=5", "bank.m=3", "bank.r=11", "train.steps=6", "export_dtype=float32")
+SMALL = ("model.max_experts=7", "layer=5", "bank.m=3", "bank.r=11", "train.steps=20", "export_dtype=float32")
 
 
 def leaning_experts() -> Tensor:
@@ -118,7 +118,7 @@ def test_the_last_refit_is_the_best_in_the_metric(activation: str) -> None:
     "options",
     [
         ("bank.activation=identity",),
-        ("bank.activation=identity", "bank.atom_rank=4"),
+        ("bank.activation=identity", "bank.atom_rank=6"),
         ("bank.activation=silu",),
         ("schedule=linear",),
         ("method=svd",),

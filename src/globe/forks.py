@@ -18,8 +18,9 @@ import torch
 
 from globe.entry import INTERRUPTED
 
-_PATIENCE = (2.0, 10.0)
-"""Seconds for what still runs at an early end to record that it was interrupted: by who interrupted all, then by us."""
+_PATIENCE = (2.0, 5.0, 5.0)
+"""Seconds for what still runs at an early end to record that it was interrupted: by who interrupted all, then by us,
+twice, since Python drops an interrupt that lands in a finaliser."""
 
 
 _WHY = {
@@ -84,7 +85,7 @@ class Forks:
     def end(self) -> None:
         """No call begins any more. What is left gets time to say that it was interrupted, and is killed then."""
         self._ended = True
-        for patience, number in zip(_PATIENCE, (signal.SIGINT, signal.SIGKILL), strict=True):
+        for patience, number in zip(_PATIENCE, (signal.SIGINT, signal.SIGINT, signal.SIGKILL), strict=True):
             until = time.monotonic() + patience
             for process in list(self._alive):
                 process.join(max(0.0, until - time.monotonic()))
