@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +40,10 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 assert "globe" not in sys.modules, "globe was imported before the hook: its shapes would go unchecked"
 install_import_hook("globe", "type_checker.check")
+
+# A shell that starts the tests in the background has them ignore interrupts, and so all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine stalls now and then: an example that takes long is no failure.
 settings.register_profile("globe", settings(), deadline=None)
