@@ -15,7 +15,7 @@ from globe.identity import run_name
 from globe.input_metric import second_moment_metric
 from globe.metrics import spread, squared_norms
 from globe.normalise import join, normalise
-from globe.stored import StoredExperts, dense
+from globe.stored import StoredExperts
 from run_support import bytes_of, composed, run_in, small_checkpoint
 
 N, P, D = 5, 4, 6
@@ -78,8 +78,8 @@ def test_all_normalisations_are_undone_alike(centre: str, scale: str, members: i
     wanted, stored = both(centre, scale, members)
     assert stored.shape == wanted.shape == (members * N, P, D)
     assert stored.dtype == wanted.dtype == torch.float32
-    assert torch.equal(dense(stored), wanted)
-    assert dense(wanted) is wanted
+    assert isinstance(stored, StoredExperts)
+    assert torch.equal(stored.dense(), wanted)
 
 
 def test_the_weights_are_not_copied() -> None:
@@ -105,6 +105,8 @@ def test_writing_is_an_error() -> None:
     _, stored = both()
     with pytest.raises(TypeError, match="dense"):
         stored[0] = 1.0
+    with pytest.raises(TypeError, match="dense"):
+        stored.mul_(2)
 
 
 RUNS = {

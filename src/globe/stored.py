@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from globe.precision import widen
 
+_NO_WRITING = "stored experts cannot be written to: take dense() first"
+
 
 def z_score(expert: Float[Tensor, "p d"], mean: Tensor | None, scale: Tensor | None) -> Float[Tensor, "p d"]:
     """(expert - mean) / scale in float64; the mean is one number or (p, d), the scale one number or (p,)."""
@@ -61,6 +63,8 @@ class StoredExperts(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """What has no answer of its own below: on the dense tensor."""
+        if func._schema.is_mutable:
+            raise TypeError(_NO_WRITING)
         args, kwargs = tree_map_only(StoredExperts, StoredExperts.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -71,7 +75,7 @@ class StoredExperts(Tensor):
             return self.rows([range(len(self))[index]])[0]
         if isinstance(index, slice):
             return self.rows(range(len(self))[index])
-        return self.rows(torch.arange(len(self))[index].tolist())
+        return self.rows(torch.arange(len(self), device=getattr(index, "device", None))[index].tolist())
 
     def new_empty(self, *size: Any, **options: Any) -> Tensor:
         return self.weights.new_empty(*size, **({"dtype": self.dtype} | options))
@@ -96,15 +100,10 @@ class StoredExperts(Tensor):
         return (self[row] for row in range(len(self)))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("stored experts cannot be written to: take dense() first")
+        raise TypeError(_NO_WRITING)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StoredExperts({tuple(self.shape)}, {self.dtype}, stored as {self.weights.dtype})"
-
-
-def dense(X: Float[Tensor, "n p d"]) -> Float[Tensor, "n p d"]:
-    """An ordinary tensor of the same numbers: X itself unless it is stored."""
-    return X.dense() if isinstance(X, StoredExperts) else X
 
 
 def joined(parts: Sequence[StoredExperts]) -> StoredExperts:
