@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -88,9 +88,10 @@ class Forks:
         for patience, number in zip(_PATIENCE, (signal.SIGINT, signal.SIGINT, signal.SIGKILL), strict=True):
             until = time.monotonic() + patience
             for process in list(self._alive):
-                process.join(max(0.0, until - time.monotonic()))
-                if process.is_alive():
-                    os.kill(process.pid, number)
+                # not joined: its exit code goes to one thread alone, and that is the one which waits in `call`
+                if not wait([process.sentinel], max(0.0, until - time.monotonic())):
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, number)
 
 
 def _work(sender: Connection, job: Callable[[], Any]) -> None:
