@@ -36,8 +36,9 @@ _SIZES = (("m", "m"), ("r", "r"), ("k", "atom_rank"))
 def numerics(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain nested config that changes a run's numbers."""
     kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY[""]}
-    for group in ("train", "normalise", "model"):
-        kept[group] = {key: value for key, value in kept[group].items() if key not in _NOT_IDENTITY[group]}
+    for group, blind in _NOT_IDENTITY.items():
+        if group:
+            kept[group] = {key: value for key, value in kept[group].items() if key not in blind}
     kept["bank"] = _with_default_sizes(kept["bank"])
     return kept
 

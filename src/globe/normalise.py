@@ -16,7 +16,7 @@ from torch import Tensor
 from globe.am.ranks import ALONE, Ranks
 from globe.errors import CheckpointError
 from globe.precision import widen
-from globe.stored import StoredExperts, joined, z_score
+from globe.stored import StoredExperts, z_score
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +127,6 @@ def join(parts: Sequence[Normalised]) -> Joined:
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    experts = parts[0].experts if len(parts) == 1 else _below_each_other([part.experts for part in parts])
     means = [part.mean for part in parts if part.mean is not None]
     scales = [
         part.scale.expand(count) if part.scale.dim() == 0 else part.scale
@@ -136,14 +135,16 @@ def join(parts: Sequence[Normalised]) -> Joined:
     ]
     if len(means) not in (0, len(parts)) or len(scales) not in (0, len(parts)):
         raise ValueError("the members of a bank were normalised with different options")
-    return Joined(
-        experts, torch.stack(means) if means else None, torch.cat(scales) if scales else None, tuple(starts)
-    )
-
-
-def _below_each_other(experts: list[Tensor]) -> Tensor:
-    stored = [one for one in experts if isinstance(one, StoredExperts)]
-    return joined(stored) if len(stored) == len(experts) else torch.cat(experts)
+    mean, scale = torch.stack(means) if means else None, torch.cat(scales) if scales else None
+    stored = [part.experts for part in parts if isinstance(part.experts, StoredExperts)]
+    if len(parts) == 1:
+        experts = parts[0].experts
+    elif len(stored) == len(parts):
+        weights = torch.cat([one.weights for one in stored])
+        experts = StoredExperts(weights, mean, scale, starts, stored[0].dtype)
+    else:
+        experts = torch.cat([part.experts for part in parts])
+    return Joined(experts, mean, scale, tuple(starts))
 
 
 def _row_squares(expert: Float[Tensor, "p d"]) -> Float[Tensor, " p"]:

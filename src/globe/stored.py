@@ -104,19 +104,3 @@ class StoredExperts(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StoredExperts({tuple(self.shape)}, {self.dtype}, stored as {self.weights.dtype})"
-
-
-def joined(parts: Sequence[StoredExperts]) -> StoredExperts:
-    """The experts of several members, one below the other."""
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part))
-    means = [part.means for part in parts if part.means is not None]
-    scales = [part.scale for part in parts if part.scale is not None]
-    return StoredExperts(
-        torch.cat([part.weights for part in parts]),
-        torch.cat(means) if means else None,
-        torch.cat(scales) if scales else None,
-        starts,
-        parts[0].dtype,
-    )
