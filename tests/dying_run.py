@@ -6,9 +6,9 @@ import os
 import signal
 from typing import Any
 
-import globe.follow
+import globe.fit.other_ranks
 from globe.am.records import StepRecord
-from globe.learn import fit_globe
+from globe.fit.one_bank import fit_globe
 from globe.train import main
 
 LAST_STEP = 10
@@ -24,5 +24,5 @@ def dying(*args: Any, on_step: Any, **kwargs: Any) -> Any:
 
 
 if __name__ == "__main__":
-    globe.follow.fit_globe = dying
+    globe.fit.other_ranks.fit_globe = dying
     main()

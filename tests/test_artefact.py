@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from globe import artefact as artefact_file
-from globe.artefact import BankArtefact, Member, member_of, read_artefact, validate, write_artefact
+from globe.bank import file as artefact_file
+from globe.bank.file import BankArtefact, Member, member_of, read_artefact, validate, write_artefact
 from globe.errors import ArtefactError
 
 N, P, D, M, R, K = 6, 5, 9, 4, 3, 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe import entry
+from globe.config import commands as entry
 from run_support import change_tensor, load, run_in, small_checkpoint
 
 # what is typed, what the sentence must name, what it must say about a remedy

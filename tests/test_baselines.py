@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from globe.artefact import Member, read_artefact, write_artefact
+from globe.bank.file import Member, read_artefact, write_artefact
 from globe.baselines import (
     ADAM_METHODS,
     BaselinePoint,
@@ -33,9 +33,9 @@ from globe.baselines import (
 from globe.baselines.adam import Limits, cosine_rate, minimise
 from globe.baselines.gauge import gauge_fix, pivot_rows
 from globe.baselines.group_svd import captured_energy, consecutive_groups, group_bases, k_subspaces
-from globe.compose import mixed_bases, rebuild
+from globe.bank.compose import mixed_bases, rebuild
 from globe.errors import ConfigError, FitError
-from globe.normalise import normalise
+from globe.fit.normalise import normalise
 
 N, P, D, M, R, K = 9, 6, 11, 4, 5, 2
 SIZES = {

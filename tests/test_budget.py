@@ -10,18 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import globe.frontier
-import globe.learn
-import globe.size_search
+import globe.sizes.chosen
+import globe.fit.one_bank
+import globe.sizes.search
 from globe.am.records import Sizes
-from globe.artefact import read_artefact
-from globe.budget import Room, candidates, enlarged, grid, neighbours
+from globe.bank.file import read_artefact
+from globe.sizes.budget import Room, candidates, enlarged, grid, neighbours
 from globe.checkpoint import open_checkpoint
-from globe.compose import rebuild
-from globe.config import BankConfig, BudgetConfig, Config, TrainConfig
+from globe.bank.compose import rebuild
+from globe.config.schema import BankConfig, BudgetConfig, Config, TrainConfig
 from globe.errors import ConfigError, FitError
-from globe.problem import BankSize, plan
-from globe.size_search import FEWEST_STEPS, plan_search, search
+from globe.fit.plan import BankSize, plan
+from globe.sizes.search import FEWEST_STEPS, plan_search, search
 from run_support import FakeFit, bytes_of, load, run_in
 from test_scope import Model
 
@@ -124,7 +124,7 @@ def test_a_search_costs_about_what_it_may_and_knows_no_clock() -> None:
         planned = plan_search(room, config_of(seconds), anything)
         assert planned.room == room
         counts = (len(planned.first), len(planned.first) / 3 + 4, 3)
-        each = [globe.size_search._seconds(room, size, config_of()) for size in planned.first]
+        each = [globe.sizes.search._seconds(room, size, config_of()) for size in planned.first]
         cost = sum(n * steps for n, steps in zip(counts, planned.steps, strict=True)) * sum(each) / len(each)
         if planned.steps[0] > FEWEST_STEPS and planned.steps[-1] < 400:
             assert 0.5 * seconds < cost < 1.3 * seconds
@@ -178,7 +178,7 @@ def test_a_size_that_breaks_is_left_out_and_all_broken_is_an_error(monkeypatch: 
         kwargs |= {"on_step": lambda record: None, "on_checkpoint": lambda state: None}
         return inner(experts, sizes, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(globe.size_search, "fit_bank", breaks)
+    monkeypatch.setattr(globe.sizes.search, "fit_bank", breaks)
     found = search(X, room, config_of(steps=20), seed=0, allows=anything)
     assert found.chosen.m >= 4
     assert any(math.isinf(error) for probe in found.probes for error in probe.errors.values())
@@ -186,7 +186,7 @@ def test_a_size_that_breaks_is_left_out_and_all_broken_is_an_error(monkeypatch: 
     def always(*args: object, **kwargs: object) -> object:
         raise torch.linalg.LinAlgError("singular")
 
-    monkeypatch.setattr(globe.size_search, "fit_bank", always)
+    monkeypatch.setattr(globe.sizes.search, "fit_bank", always)
     with pytest.raises(FitError, match=r"no size within bank\.kept could be fitted"):
         search(X, room, config_of(steps=20), seed=0, allows=anything)
 
@@ -209,8 +209,8 @@ def test_a_run_within_a_budget_is_searched_once_for_all_its_banks(
         if fit == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(globe.frontier, "search", counted)
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit(stop))
+    monkeypatch.setattr(globe.sizes.chosen, "search", counted)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit(stop))
     options = ("family=both", "layer=3-4", *KEPT)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path, *options)
@@ -221,7 +221,7 @@ def test_a_run_within_a_budget_is_searched_once_for_all_its_banks(
     printed = capsys.readouterr().out
     assert "sizes within 47.0%" in printed
     fit = FakeFit()
-    monkeypatch.setattr(globe.learn, "fit_bank", fit)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", fit)
     run_in(tmp_path, *options)
     assert fit.fits == 2  # two of the four banks were finished
     run_in(tmp_path, *options)
@@ -268,10 +268,10 @@ def test_the_budget_pays_for_the_stored_means_too(centre: str, scope: str) -> No
     config.family, config.layer = type(config.family)("both"), 3
     config.bank.scope = type(config.bank.scope)(scope)
     config.normalise.centre = type(config.normalise.centre)(centre)
-    from globe.problem import outline
+    from globe.fit.plan import outline
 
     (bank, *_) = outline(config, Model())
-    room = globe.frontier.room_of(config, bank)
+    room = globe.sizes.chosen.room_of(config, bank)
     for size in candidates(room, ratio=2.0, low_rank=True):
         made = next(one for one in plan(config, Model(), {bank.shape: size}) if one.outline == bank)
         assert made.kept <= 0.47
@@ -280,20 +280,20 @@ def test_the_budget_pays_for_the_stored_means_too(centre: str, scope: str) -> No
 
 def test_a_target_support_leaves_out_sizes_for_which_it_does_not_come_out() -> None:
     config = config_of(kept=0.47)
-    from globe.problem import outline
+    from globe.fit.plan import outline
 
     (bank,) = outline(config, Model())
     config.codes.target_support = "m/3"
-    room = globe.frontier.room_of(config, bank)
-    found = candidates(room, ratio=2.0, low_rank=True, allows=lambda m: globe.frontier._allows(config, m))
+    room = globe.sizes.chosen.room_of(config, bank)
+    found = candidates(room, ratio=2.0, low_rank=True, allows=lambda m: globe.sizes.chosen._allows(config, m))
     assert found
     assert all(size.m % 3 == 0 for size in found)
     config.codes.target_support = 17
     with pytest.raises(ConfigError, match=r"^codes\.target_support=17 is more than the 16 atoms"):
-        globe.frontier.room_of(config, bank)
+        globe.sizes.chosen.room_of(config, bank)
     config.codes.target_support, config.bank.kept = 9, 0.03
     with pytest.raises(ConfigError, match=r"leaves no room for the atoms that codes\.target_support=9 needs"):
-        globe.frontier.room_of(config, bank)
+        globe.sizes.chosen.room_of(config, bank)
 
 
 # --- low-rank atoms ---------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe import compose
-from globe.am.activation import phi
-from globe.artefact import BankArtefact, Member
-from globe.compose import BasisCache, mixed_bases, rebuild
+from globe.bank import compose
+from globe.numerics.activation import phi
+from globe.bank.file import BankArtefact, Member
+from globe.bank.compose import BasisCache, mixed_bases, rebuild
 
 N, P, D, M, R, K = 7, 5, 9, 4, 3, 2
 MEMBERS = (Member(1, "up", 0, 3, (0, 1, 2)), Member(2, "up", 3, N, (0, 1, 2, 3)))

@@ -14,11 +14,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from globe.checkpoint import open_checkpoint
-from globe.composition import conf_dir, config_dict, plain, to_config
-from globe.config import Config
+from globe.config.composition import conf_dir, config_dict, plain, to_config
+from globe.config.schema import Config
 from globe.errors import ConfigError
-from globe.identity import identity, run_name
-from globe.problem import plan
+from globe.config.identity import identity, run_name
+from globe.fit.plan import plan
 from run_support import composed
 
 CONF = Path(conf_dir())
@@ -243,7 +243,7 @@ def test_a_wheel_carries_conf_and_runs_from_it(tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        f"import sys; sys.path.insert(0, {str(site)!r}); import globe.composition as c; print(c.conf_dir()); "
+        f"import sys; sys.path.insert(0, {str(site)!r}); import globe.config.composition as c; print(c.conf_dir()); "
     )
     code += "from globe.train import main; sys.argv = ['train', '--cfg', 'job', 'experiment=smoke']; main()"
     done = subprocess.run(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe.choices import Device, FitDtype
-from globe.config import Config
-from globe.device import (
+from globe.config.choices import Device, FitDtype
+from globe.config.schema import Config
+from globe.numerics.device import (
     arithmetic,
     bank_seed,
     keep_less_memory,

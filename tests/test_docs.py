@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 import globe
 from globe import patch
 from globe.checkpoint import architecture, known_model_types, open_checkpoint
-from globe.command_line import parse_options
-from globe.composition import conf_dir, register, to_config
+from globe.config.command_line import parse_options
+from globe.config.composition import conf_dir, register, to_config
 from globe.errors import ConfigError
 from globe.evaluation.options import EvaluateOptions
 
@@ -279,7 +279,7 @@ def test_the_configuration_reference_is_what_the_dataclasses_say(reference: Modu
 
 
 def test_every_option_has_a_meaning(reference: ModuleType) -> None:
-    from globe.config import Config, CurveConfig
+    from globe.config.schema import Config, CurveConfig
 
     kinds = [
         ("", Config),

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import globe.dry_run
-import globe.learn
+import globe.sizes.dry_run
+import globe.fit.one_bank
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
-from globe.composition import to_config
-from globe.config import Config
-from globe.costs import chunk_of, fit_bytes, step_work
+from globe.config.composition import to_config
+from globe.config.schema import Config
+from globe.sizes.costs import chunk_of, fit_bytes, step_work
 from globe.errors import ConfigError
-from globe.run_folder import RunFolder, State
+from globe.runs.folder import RunFolder, State
 from run_support import composed, run_in
 
 SIZES = Sizes(12, 20, 28, 5, 9)
@@ -36,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel()  # type: ignore[operator]
         return 1e-3
 
-    monkeypatch.setattr(globe.dry_run, "_time", once)
+    monkeypatch.setattr(globe.sizes.dry_run, "_time", once)
 
 
 def forbidden(*args: object, **kwargs: object) -> object:
@@ -46,7 +46,7 @@ def forbidden(*args: object, **kwargs: object) -> object:
 def test_a_dry_run_prints_every_bank_and_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:
-    monkeypatch.setattr(globe.learn, "fit_bank", forbidden)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", forbidden)
     figure, folder = run_in(tmp_path, "dry_run=true", "layer=3-4", "family=both", "bank.m=n/8")
     assert math.isnan(figure)
     assert not folder.exists()
@@ -104,10 +104,10 @@ def test_a_step_is_put_together_from_its_kernels(quick: None) -> None:
     # 0 and 4 iterations take equally long under the fixture, so that an iteration costs nothing
     expected = 1 + (1.15 + 1 / 2 + 2 / 4) + 1 / 4
     device = torch.device("cpu")
-    assert globe.dry_run.seconds_per_step(config, SIZES, device) == pytest.approx(1e-3 * expected)
+    assert globe.sizes.dry_run.seconds_per_step(config, SIZES, device) == pytest.approx(1e-3 * expected)
     config.codes.every = 0
     low_rank = replace(SIZES, atom_rank=3)
-    assert globe.dry_run.seconds_per_step(config, low_rank, device) == pytest.approx(
+    assert globe.sizes.dry_run.seconds_per_step(config, low_rank, device) == pytest.approx(
         1e-3 * (1 + 1.15 + 1 / 2)
     )
 
@@ -119,9 +119,9 @@ def test_many_experts_are_extended_from_a_few(monkeypatch: pytest.MonkeyPatch) -
         timed.append(sizes.n)
         return 0.5 + 0.25 * sizes.n
 
-    monkeypatch.setattr(globe.dry_run, "_timed_step", linear)
+    monkeypatch.setattr(globe.sizes.dry_run, "_timed_step", linear)
     sizes = Sizes(200, 300, 400, 6, 150)
-    assert globe.dry_run.seconds_per_step(Config(), sizes, torch.device("cpu")) == pytest.approx(
+    assert globe.sizes.dry_run.seconds_per_step(Config(), sizes, torch.device("cpu")) == pytest.approx(
         0.5 + 0.25 * 200
     )
     assert max(timed) == 2 * chunk_of(sizes, itemsize=2) < 200

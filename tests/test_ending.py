@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from globe.ending import STOPPED
+from globe.processes.joint_end import STOPPED
 
 _WAITING = """
 import os, signal, threading
 from datetime import timedelta
 import torch.distributed as dist
-import globe.ending
+import globe.processes.joint_end
 
-globe.ending._GRACE = 0.2
+globe.processes.joint_end._GRACE = 0.2
 store = dist.HashStore()
-ending = globe.ending.Ending(store, 0)
+ending = globe.processes.joint_end.Ending(store, 0)
 ending.record = lambda state, sentence: print(state, sentence, flush=True)
 
 def happen():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from globe.am.records import Factors, FitResult, StopReason
-from globe.artefact_record import BankArtefact, Member
-from globe.charts import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
-from globe.compose import mixed_bases
-from globe.figures import (
+from globe.bank.record import BankArtefact, Member
+from globe.runs.chart_data import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
+from globe.bank.compose import mixed_bases
+from globe.fit.figures import (
     bank_charts,
     bank_figures,
     expert_relfrob,
@@ -19,9 +19,9 @@ from globe.figures import (
     expert_spread,
     jaccard_figures,
 )
-from globe.finalise import Finalised, finalise
-from globe.metrics import squared_norms
-from globe.normalise import Joined, join, normalise
+from globe.fit.finalise import Finalised, finalise
+from globe.numerics.metrics import squared_norms
+from globe.fit.normalise import Joined, join, normalise
 from run_support import step_record
 
 N, P, D, M, R = 6, 7, 11, 3, 4
@@ -122,9 +122,9 @@ def test_spectra_of_large_experts_are_sampled(
     planted: tuple[torch.Tensor, FitResult, Finalised], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     X, _, _ = planted
-    monkeypatch.setattr("globe.figures._SPECTRUM_BUDGET", 5 * P * P * D)
+    monkeypatch.setattr("globe.fit.figures._SPECTRUM_BUDGET", 5 * P * P * D)
     assert len(expert_spectra(X).rows) == 5
-    monkeypatch.setattr("globe.figures._SPECTRUM_BUDGET", 1)
+    monkeypatch.setattr("globe.fit.figures._SPECTRUM_BUDGET", 1)
     assert expert_spectra(X).rows == (0, 1, 3, 5)
 
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe.am.activation import phi
+from globe.numerics.activation import phi
 from globe.am.records import Factors
-from globe.artefact import BankArtefact, Member
-from globe.compose import rebuild
+from globe.bank.file import BankArtefact, Member
+from globe.bank.compose import rebuild
 from globe.errors import FitError
-from globe.finalise import Finalised, finalise
-from globe.normalise import Joined, join, normalise
+from globe.fit.finalise import Finalised, finalise
+from globe.fit.normalise import Joined, join, normalise
 
 N, P, D, M, R, K = 10, 5, 9, 4, 3, 2
 FIRST = 6

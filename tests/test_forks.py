@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from globe import forks
-from globe.forks import Forks, LostProcessError, can_fork
+from globe.processes import forks
+from globe.processes.forks import Forks, LostProcessError, can_fork
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="joblib's own processes are used elsewhere"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from globe.am.activation import phi
+from globe.numerics.activation import phi
 
 SOURCE = Path(__file__).parents[1] / "src" / "globe"
 FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
@@ -25,7 +25,7 @@ FOREIGN_TO_KERNELS = (
     "matplotlib",
     "transformers",
     "globe.checkpoint",
-    "globe.tracking",
+    "globe.runs.tracking",
     "globe.hf",
     "globe.train",
 )
@@ -140,7 +140,7 @@ def test_heavy_package_is_imported_inside_functions_only(package: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("globe.composition", ("torch", "transformers", "wandb", "matplotlib")),
+        ("globe.config.composition", ("torch", "transformers", "wandb", "matplotlib")),
         ("globe.train", ("transformers", "wandb", "matplotlib", "scipy.optimize")),
         ("globe.evaluate", ("transformers", "wandb", "matplotlib", "lm_eval")),
     ],

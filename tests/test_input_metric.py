@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import globe.size_search
+import globe.sizes.search
 from globe.am.records import Factors, FitResult, Sizes
 from globe.am.refit import refit
-from globe.artefact import read_artefact
-from globe.budget import Room
+from globe.bank.file import read_artefact
+from globe.sizes.budget import Room
 from globe.checkpoint import open_checkpoint
-from globe.compose import mixed_bases, rebuild
-from globe.composition import to_config
+from globe.bank.compose import mixed_bases, rebuild
+from globe.config.composition import to_config
 from globe.errors import ConfigError, FitError
-from globe.finalise import finalise
-from globe.input_metric import second_moment_metric
-from globe.normalise import normalise
-from globe.size_search import search
+from globe.fit.finalise import finalise
+from globe.fit.input_metric import second_moment_metric
+from globe.fit.normalise import normalise
+from globe.sizes.search import search
 from run_support import composed, load, run_in
 
 N, P, D, M, R = 7, 9, 13, 3, 5
@@ -163,7 +163,7 @@ def test_the_search_compares_in_the_metric_of_the_fit(
         seen.append(X)
         raise FitError("enough")
 
-    monkeypatch.setattr(globe.size_search, "fit_bank", fit)
+    monkeypatch.setattr(globe.sizes.search, "fit_bank", fit)
     X = leaning_experts()
     options = ("bank.kept=0.6", f"bank.activation={activation}", "normalise.metric=experts")
     with pytest.raises(FitError, match="no size"):

@@ -16,18 +16,18 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 from safetensors import safe_open
 
 import globe.inspect as command
-import globe.learn
+import globe.fit.one_bank
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.remote import headers_only
 from globe.checkpoint.shards import ShardReader
-from globe.entry import start
+from globe.config.commands import start
 from globe.errors import CheckpointError
 from globe.inspect import InspectOptions, inspect, parse
 from globe.inspection.models import expert_groups, predictions, shared_expert
 from globe.inspection.show import size
 from globe.patch import parse as parse_patch
 from globe.patch import patch
-from globe.run_folder import RunFolder
+from globe.runs.folder import RunFolder
 from run_support import FakeFit, load, run_in
 from tiny_models import write_tiny
 
@@ -46,7 +46,7 @@ def run_command(*arguments: str) -> int:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two banks; copy it before doing harm."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(globe.learn, "fit_bank", FakeFit())
+        patched.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
         root = tmp_path_factory.mktemp("runs")
         _, folder = run_in(
             root, "family=both", "model.max_experts=6", "bank.m=2", "bank.r=11", "train.steps=2"

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-import globe.learn
-from globe import entry
+import globe.fit.one_bank
+from globe.config import commands as entry
 from globe.train import run
 from run_support import FakeFit, composed, lines, load
 
@@ -28,7 +28,7 @@ _OPERATIONS = ("replace", "rename", "unlink", "fsync")
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
 
 
 def small(*overrides: str) -> DictConfig:

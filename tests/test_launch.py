@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from globe import sweep
-from globe.composition import conf_dir
-from globe.entry import explain
-from globe.launch import (
+from globe.processes import sweep
+from globe.config.composition import conf_dir
+from globe.config.commands import explain
+from globe.config.launchers import (
     EXTRAS,
     cores,
     device_of_job,
@@ -111,7 +111,7 @@ def test_a_job_takes_its_share_and_gives_it_back(monkeypatch: pytest.MonkeyPatch
 
 def test_cores_are_those_that_may_be_used() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-    code += "from globe.launch import cores; print(cores())"
+    code += "from globe.config.launchers import cores; print(cores())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "1", done.stderr
     assert cores() >= 1

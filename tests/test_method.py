@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from globe.am.refit import refit
-from globe.artefact import read_artefact
+from globe.bank.file import read_artefact
 from globe.baselines import BaselineSizes, run_baseline
 from globe.checkpoint import open_checkpoint
-from globe.choices import ADAM_METHODS, Method
-from globe.compose import rebuild
-from globe.composition import plain, to_config
-from globe.config import Config
-from globe.fit_baseline import less_mean
-from globe.identity import run_name
-from globe.normalise import join, normalise
-from globe.problem import plan
+from globe.config.choices import ADAM_METHODS, Method
+from globe.bank.compose import rebuild
+from globe.config.composition import plain, to_config
+from globe.config.schema import Config
+from globe.fit.baseline import less_mean
+from globe.config.identity import run_name
+from globe.fit.normalise import join, normalise
+from globe.fit.plan import plan
 from run_support import bytes_of, composed, lines, load, run_in
 from test_scope import Model
 

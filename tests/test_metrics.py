@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe import metrics
-from globe.warm_start import truncated_svd
+from globe.numerics import metrics
+from globe.am.warm_start import truncated_svd
 
 N, P, D, R, M = 6, 4, 9, 3, 5
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.errors import CheckpointError
-from globe.normalise import denormalise, fold_scale, join, normalise
+from globe.fit.normalise import denormalise, fold_scale, join, normalise
 
 N, P, D, R = 4, 5, 7, 3
 CENTRES = ("none", "scalar", "expert_mean")

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe.choices import Family
-from globe.config import BankConfig, CodesConfig, Config, ModelConfig
+from globe.config.choices import Family
+from globe.config.schema import BankConfig, CodesConfig, Config, ModelConfig
 from globe.errors import ConfigError
-from globe.problem import Matrices, parse_layers, plan, resolve_size
+from globe.fit.plan import Matrices, parse_layers, plan, resolve_size
 
 ALL = tuple(range(24))
 DEEP = tuple(range(3, 24))

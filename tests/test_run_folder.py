@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from globe import run_folder
+from globe.runs import folder as run_folder
 from globe.am.records import FitState
-from globe.fit_state import Fitting, read_state, remove_state, write_state
-from globe.run_folder import BankStatus, RunFolder, State, read_json, write_json, write_text
+from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
+from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json, write_text
 
 FITTING = Fitting("abc", attempt=1, step=7)
 
@@ -170,7 +170,7 @@ def test_the_newest_state_counts_and_old_ones_go(tmp_path: Path) -> None:
 def test_a_kill_while_writing_leaves_the_last_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    import globe.fit_state as module
+    import globe.fit.unfinished_fit as module
 
     write_state(tmp_path, state(1.0), FITTING)
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import globe.learn
-from globe.artefact import read_artefact
+import globe.fit.one_bank
+from globe.bank.file import read_artefact
 from globe.checkpoint import open_checkpoint
-from globe.choices import Centre, Family, Scope
-from globe.compose import rebuild
-from globe.config import BankConfig, Config, ModelConfig, NormaliseConfig
+from globe.config.choices import Centre, Family, Scope
+from globe.bank.compose import rebuild
+from globe.config.schema import BankConfig, Config, ModelConfig, NormaliseConfig
 from globe.errors import ConfigError
-from globe.problem import Matrices, Outline, outline, plan
+from globe.fit.plan import Matrices, Outline, outline, plan
 from run_support import FakeFit, bytes_of, load, run_in
 
 FEW = ("train.steps=3", "model.max_experts=6", "bank.m=5", "bank.r=11")
@@ -152,7 +152,7 @@ def test_a_bank_of_layers_joins_members_that_are_normalised_by_themselves(
         seen.append(experts)
         return inner(experts, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(globe.learn, "fit_bank", watching)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", watching)
     _, folder = run_in(tmp_path, "layer=2-4", "bank.scope=layers", *FEW)
     (X,) = seen
     assert X.shape == (18, 44, 64)
@@ -179,7 +179,7 @@ def test_the_jaccard_of_joined_families_compares_their_own_rows(
             codes[6:, 3:] = 0
             return result
 
-    monkeypatch.setattr(globe.learn, "fit_bank", Sparse())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", Sparse())
     _, folder = run_in(tmp_path, "layer=4", "family=both", "bank.scope=families", *FEW)
     assert load(folder / "summary.json")["metrics"]["support_jaccard"] == pytest.approx(1 / 3)
 
@@ -192,11 +192,11 @@ def test_a_resumed_joined_fit_equals_an_undisturbed_one(
             raise KeyboardInterrupt
 
     options = ("layer=4-5", "bank.scope=layers", "train.checkpoint_every=0", *FEW)
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit(stop))
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit(stop))
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "a", *options)
     second = FakeFit()
-    monkeypatch.setattr(globe.learn, "fit_bank", second)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", second)
     _, cut = run_in(tmp_path / "a", *options)
     assert second.resumed_at == [2]
     _, whole = run_in(tmp_path / "b", *options)
@@ -213,7 +213,7 @@ def test_a_run_of_joined_banks_patches_the_model(tmp_path: Path, monkeypatch: py
     def model() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(embedded(), dtype=torch.float32).eval()
 
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
     tokens = torch.arange(40).view(2, 20)
     options = ("family=both", "layer=3-4", "bank.m=6", "bank.r=11", "export_dtype=float32", "train.steps=1")
     with torch.no_grad():

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe.seeding import _without_empty, first_codes, group_basis, kmeans_groups, seed_bank
-from globe.warm_start import right_basis, truncated_svd
+from globe.am.seeding import _without_empty, first_codes, group_basis, kmeans_groups, seed_bank
+from globe.am.warm_start import right_basis, truncated_svd
 
 N, P, D, R, M = 10, 5, 7, 2, 3
 METHODS = ("random", "kmeans", "group_svd", "aligned", "aligned_svd")

@@ -17,12 +17,12 @@ from run_support import change_tensor, composed, lines, load, run_in, small_chec
 sys.path.insert(0, str(Path(__file__).parent / "am"))
 import sharded_worker
 
-from globe.am.ranks import ALONE
-from globe.artefact import read_artefact
+from globe.numerics.ranks import ALONE
+from globe.bank.file import read_artefact
 from globe.checkpoint import open_checkpoint
-from globe.composition import to_config
+from globe.config.composition import to_config
 from globe.errors import ConfigError
-from globe.torchrun import own_device, refuse, refuse_sweep
+from globe.processes.torchrun import own_device, refuse, refuse_sweep
 
 KEY = "layer003.up+gate"
 FIT = (

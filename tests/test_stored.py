@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from globe.composition import plain, to_config
+from globe.config.composition import plain, to_config
 from globe.errors import CheckpointError, ConfigError
-from globe.identity import run_name
-from globe.input_metric import second_moment_metric
-from globe.metrics import spread, squared_norms
-from globe.normalise import join, normalise
-from globe.stored import StoredExperts
+from globe.config.identity import run_name
+from globe.fit.input_metric import second_moment_metric
+from globe.numerics.metrics import spread, squared_norms
+from globe.fit.normalise import join, normalise
+from globe.fit.stored_experts import StoredExperts
 from run_support import bytes_of, composed, run_in, small_checkpoint
 
 N, P, D = 5, 4, 6

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from globe.charts import BankCharts
-from globe.summary import BankReport, BankRuntime, RunSummary, print_summary, read_summary
+from globe.runs.chart_data import BankCharts
+from globe.runs.summary import BankReport, BankRuntime, RunSummary, print_summary, read_summary
 
 REPORT = BankReport(
     key="layer003.up",

@@ -14,14 +14,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import globe.learn
-from globe import sweep
-from globe.artefact import read_artefact
-from globe.composition import conf_dir, plain
+import globe.fit.one_bank
+from globe.processes import sweep
+from globe.bank.file import read_artefact
+from globe.config.composition import conf_dir, plain
 from globe.errors import SweepError
 from globe.hf.run_banks import recorded_cache
-from globe.identity import identity
-from globe.run_folder import RunFolder, State
+from globe.config.identity import identity
+from globe.runs.folder import RunFolder, State
 from run_support import FakeFit, bytes_of, composed, lines, load, run_in
 
 SMALL = ("model.max_experts=4", "bank.m=2", "bank.r=5")
@@ -72,14 +72,14 @@ def test_submitit_does_every_run_in_a_process_of_its_own(tmp_path: Path) -> None
 
 _KILLED = """
 import os, signal, sys
-import globe.learn
+import globe.fit.one_bank
 from globe.train import main
-fit = globe.learn.fit_bank
+fit = globe.fit.one_bank.fit_bank
 def fit_or_die(experts, sizes, config, **options):
     if config.seed == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return fit(experts, sizes, config, **options)
-globe.learn.fit_bank = fit_or_die
+globe.fit.one_bank.fit_bank = fit_or_die
 main()
 """
 
@@ -242,7 +242,7 @@ def test_a_failed_trial_is_one_less_and_the_exit_code_says_so(tmp_path: Path) ->
 def test_a_run_returns_the_objectives_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
     one, folder = run_in(tmp_path, "train.steps=1")
     both, same = run_in(tmp_path, "train.steps=1", "objectives=[kept,relfrob]")
     summary = load(folder / "summary.json")
@@ -287,7 +287,7 @@ def test_only_what_failed_in_this_sweep_counts(tmp_path: Path, monkeypatch: pyte
 
 def test_runs_that_differ_in_S_cache_share_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = FakeFit()
-    monkeypatch.setattr(globe.learn, "fit_bank", fit)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", fit)
     options = ("layer=4-5", "bank.r=7", "train.steps=2")
     figure, first = run_in(tmp_path, *options)
     again, second = run_in(tmp_path, *options, "S_cache=3")
@@ -316,7 +316,7 @@ def test_the_same_folder_with_another_S_cache_is_recorded_and_not_fitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = FakeFit()
-    monkeypatch.setattr(globe.learn, "fit_bank", fit)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", fit)
     for cache in ("all", "5"):
         globe.train.run(composed("train.steps=1", f"S_cache={cache}"), tmp_path / "here")
     assert fit.fits == 1
@@ -325,7 +325,7 @@ def test_the_same_folder_with_another_S_cache_is_recorded_and_not_fitted(
 
 def test_an_unfinished_twin_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = FakeFit()
-    monkeypatch.setattr(globe.learn, "fit_bank", fit)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", fit)
     _, first = run_in(tmp_path, "train.steps=1")
     status = load(first / "status.json") | {"state": "interrupted"}
     (first / "status.json").write_text(json.dumps(status))
@@ -336,12 +336,12 @@ def test_an_unfinished_twin_is_not_used(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_fit_that_another_process_does_is_waited_for(tmp_path: Path) -> None:
     """The first holds the fit until the second has said that it waits."""
     first = (
-        "import sys; from pathlib import Path; from globe.sweep import one_at_a_time\n"
+        "import sys; from pathlib import Path; from globe.processes.sweep import one_at_a_time\n"
         "with one_at_a_time(Path('.'), 'abc'):\n"
         "    Path('held').touch(); sys.stdin.readline(); Path('done').touch()"
     )
     second = (
-        "import logging; from pathlib import Path; from globe.sweep import one_at_a_time\n"
+        "import logging; from pathlib import Path; from globe.processes.sweep import one_at_a_time\n"
         "logging.basicConfig(level='INFO', format='%(message)s')\n"
         "with one_at_a_time(Path('.'), 'other'): print(Path('done').exists())\n"
         "with one_at_a_time(Path('.'), 'abc'): print(Path('done').exists())"

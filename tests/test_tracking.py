@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-import globe.learn
-from globe import tracking
-from globe.choices import WandbMode
-from globe.config import WandbConfig
-from globe.tracking import (
+import globe.fit.one_bank
+from globe.runs import tracking
+from globe.config.choices import WandbMode
+from globe.config.schema import WandbConfig
+from globe.runs.tracking import (
     Background,
     Fanout,
     Guarded,
@@ -188,7 +188,7 @@ class CsvSink:
 
 def test_another_tracker_is_at_most_forty_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(inspect.getsource(CsvSink).splitlines()) <= 40
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
     table = tmp_path / "table.csv"
 
     def with_table(config: WandbConfig, metrics: Path, run: RunInfo) -> Fanout:
@@ -290,7 +290,7 @@ def test_a_sink_that_was_never_opened_finishes_at_once(tmp_path: Path) -> None:
 def test_a_tracker_that_breaks_in_the_middle_does_not_change_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
     plain, _ = run_in(tmp_path / "plain", "train.steps=3")
 
     class Broken(FakeWandb):
@@ -360,7 +360,7 @@ def test_banks_are_logged_as_artefacts_when_asked_for(tmp_path: Path, wandb: Fak
 def test_a_run_tells_the_keys_that_sweeps_are_read_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb
 ) -> None:
-    monkeypatch.setattr(globe.learn, "fit_bank", FakeFit())
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
     options = ("bank.m=n/4", "bank.r=p/4", "codes.target_support=m/2", "S_cache=5", "train.steps=1")
     run_in(tmp_path, *options, "wandb=offline")
     (init,) = wandb.inits

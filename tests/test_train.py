@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-import globe.learn
-from globe import entry
+import globe.fit.one_bank
+from globe.config import commands as entry
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, StepRecord
-from globe.artefact import read_artefact
+from globe.bank.file import read_artefact
 from globe.checkpoint import open_checkpoint
-from globe.compose import rebuild
-from globe.composition import config_dict, to_config
+from globe.bank.compose import rebuild
+from globe.config.composition import config_dict, to_config
 from globe.errors import ArtefactError, CheckpointError, ConfigError, FitError
-from globe.run_folder import RunFolder
+from globe.runs.folder import RunFolder
 from globe.train import run
 from run_support import FakeFit, bytes_of, change_tensor, composed, lines, load, run_in, small_checkpoint
 
@@ -36,7 +36,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeFit:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fit: FakeFit) -> FakeFit:
-    monkeypatch.setattr(globe.learn, "fit_bank", fit)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", fit)
     return fit
 
 
@@ -135,7 +135,7 @@ def test_one_bank_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         alive.append(weakref.ref(experts))
         return inner(experts, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(globe.learn, "fit_bank", watching)
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", watching)
     run_in(tmp_path, "layer=2-4", "train.steps=1")
     assert len(alive) == 3
 
@@ -280,11 +280,11 @@ def test_a_resumed_fit_equals_an_undisturbed_one_bit_for_bit(
     )
     _, whole = run_in(tmp_path / "whole", *options)
     for stop_after in (1, 5, 10):
-        monkeypatch.setattr(globe.learn, "fit_bank", cut_off(stop_after))
+        monkeypatch.setattr(globe.fit.one_bank, "fit_bank", cut_off(stop_after))
         root = tmp_path / str(stop_after)
         with pytest.raises(KeyboardInterrupt):
             run_in(root, *options)
-        monkeypatch.setattr(globe.learn, "fit_bank", fit_bank)
+        monkeypatch.setattr(globe.fit.one_bank, "fit_bank", fit_bank)
         _, resumed = run_in(root, *options)
         assert bytes_of(resumed, "layer012.up") == bytes_of(whole, "layer012.up")
         record = "banks/layer012.up/globe.json"
@@ -434,7 +434,7 @@ def test_a_layer_that_cannot_be_read_is_reported_and_not_retried(tmp_path: Path,
 def test_a_full_disk_stops_the_run_with_a_sentence_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeFit
 ) -> None:
-    whole = globe.learn.write_artefact
+    whole = globe.fit.one_bank.write_artefact
 
     def full(artefact: object, folder: Path) -> None:
         if folder.name == "layer005.up":
@@ -442,7 +442,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_loses_nothing(
             raise ArtefactError(f"{folder} can't be written: free space or give another folder") from cause
         whole(artefact, folder)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(globe.learn, "write_artefact", full)
+    monkeypatch.setattr(globe.fit.one_bank, "write_artefact", full)
     with pytest.raises(ArtefactError) as caught:
         run_in(tmp_path, "layer=4-6", "train.steps=1")
     assert entry.is_disk_full(caught.value)
@@ -450,7 +450,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_loses_nothing(
     (folder,) = tmp_path.iterdir()
     assert load(folder / "status.json")["state"] == "failed"
     read_artefact(folder / "banks" / "layer004.up")
-    monkeypatch.setattr(globe.learn, "write_artefact", whole)
+    monkeypatch.setattr(globe.fit.one_bank, "write_artefact", whole)
     run_in(tmp_path, "layer=4-6", "train.steps=1")
     assert fake.fits == 4
 
@@ -461,7 +461,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_sentence_too(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state.json")
 
-    monkeypatch.setattr(globe.learn, "write_state", full)
+    monkeypatch.setattr(globe.fit.one_bank, "write_state", full)
     with pytest.raises(OSError, match="No space left") as caught:
         run_in(tmp_path, "train.checkpoint_every=0", "train.steps=2")
     sentence = entry.explain(caught.value)

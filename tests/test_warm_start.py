@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.errors import FitError
-from globe.metrics import squared_norms
-from globe.warm_start import (
+from globe.numerics.metrics import squared_norms
+from globe.am.warm_start import (
     align,
     energy_captured,
     logits_from_codes,

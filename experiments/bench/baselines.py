@@ -34,7 +34,7 @@ from globe.baselines import (
 )
 from globe.checkpoint import open_checkpoint
 from globe.errors import ConfigError, GlobeError
-from globe.normalise import normalise
+from globe.fit.normalise import normalise
 
 
 def arguments() -> argparse.Namespace:

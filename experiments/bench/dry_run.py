@@ -76,17 +76,17 @@ def child(options: argparse.Namespace) -> None:
     from hydra import compose, initialize_config_dir
 
     import globe.am.loop
-    import globe.dry_run
-    from globe.composition import conf_dir, to_config
-    from globe.run_folder import RunFolder
+    import globe.sizes.dry_run
+    from globe.config.composition import conf_dir, to_config
+    from globe.runs.folder import RunFolder
     from globe.train import train
 
     clock = time.process_time if options.cpu_time else time.perf_counter
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
         config = to_config(compose("config", overrides=options.option))
     if options.child == "predict":
-        globe.dry_run.time.perf_counter = clock  # type: ignore[attr-defined]
-        (found,) = globe.dry_run.dry_run(config)
+        globe.sizes.dry_run.time.perf_counter = clock  # type: ignore[attr-defined]
+        (found,) = globe.sizes.dry_run.dry_run(config)
         print(json.dumps([found.bytes, found.seconds]))
         return
     times: list[float] = []

@@ -37,10 +37,10 @@ from globe.am.records import Sizes, StepRecord
 from globe.baselines import ADAM_METHODS, Method, run_baseline
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.checkpoint import open_checkpoint
-from globe.choices import Activation
-from globe.config import Config, CurveConfig
+from globe.config.choices import Activation
+from globe.config.schema import Config, CurveConfig
 from globe.errors import GlobeError
-from globe.normalise import normalise
+from globe.fit.normalise import normalise
 
 _DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "globe-ref"
 _CLOSED = (Method.svd, Method.shared_basis, Method.mean_svd)

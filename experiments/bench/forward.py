@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from globe.artefact import BankArtefact, Member, write_artefact
+from globe.bank.file import BankArtefact, Member, write_artefact
 from globe.hf import patch_model
 from globe.hf.experts import GlobeExperts
 from globe.hf.footprint import Footprint, footprint

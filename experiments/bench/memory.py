@@ -27,7 +27,7 @@ from typing import Any
 
 _GROWTH = 1.05
 _PHASES = ("source_of", "read_experts", "fit_bank", "finalise", "bank_figures", "write_artefact")
-"""What `globe.learn` calls for a bank, in this order."""
+"""What `globe.fit.one_bank` calls for a bank, in this order."""
 
 
 def arguments() -> argparse.Namespace:
@@ -127,12 +127,12 @@ def measure(model: Path, output: Path, options: argparse.Namespace) -> dict[str,
 
 
 def worker(figures: Path, command: list[str]) -> None:
-    import globe.learn
+    import globe.fit.one_bank
     from globe.train import main as train
 
     peaks: dict[str, int] = {}
     for name in _PHASES:
-        setattr(globe.learn, name, watched(name, getattr(globe.learn, name), peaks))
+        setattr(globe.fit.one_bank, name, watched(name, getattr(globe.fit.one_bank, name), peaks))
     begun, idle = time.monotonic(), resident("VmRSS")
     sys.argv = ["globe.train", *command]
     reset_peak()

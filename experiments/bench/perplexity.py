@@ -31,22 +31,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import globe.fit_baseline
-import globe.learn
+import globe.fit.baseline
+import globe.fit.one_bank
 import globe.train
 from globe.checkpoint import open_checkpoint
-from globe.composition import conf_dir, plain, to_config
-from globe.entry import explain
+from globe.config.composition import conf_dir, plain, to_config
+from globe.config.commands import explain
 from globe.errors import ConfigError, GlobeError
 from globe.evaluation.divergence import divergence
 from globe.evaluation.perplexity import perplexity, rise, score
 from globe.evaluation.subject import Subject, check_model, load_tokenizer
 from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
 from globe.hf import patch_model
-from globe.identity import identity
-from globe.problem import plan
-from globe.run_folder import read_json, write_json
-from globe.summary import read_summary
+from globe.config.identity import identity
+from globe.fit.plan import plan
+from globe.runs.folder import read_json, write_json
+from globe.runs.summary import read_summary
 
 _DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 METHODS = ("globe", "svd", "shared_basis", "mobe")
@@ -231,7 +231,7 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
 @contextmanager
 def processor_seconds() -> Iterator[None]:
     """Fits count their limits in seconds of the processor, of all threads."""
-    modules = ((globe.learn, "fit_bank"), (globe.fit_baseline, "run_baseline"))
+    modules = ((globe.fit.one_bank, "fit_bank"), (globe.fit.baseline, "run_baseline"))
     before = [getattr(module, name) for module, name in modules]
     for (module, name), function in zip(modules, before, strict=True):
         setattr(module, name, functools.partial(function, clock=time.process_time))

@@ -24,10 +24,10 @@ from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
 from globe.baselines import Method, run_baseline
 from globe.checkpoint import open_checkpoint
-from globe.choices import Activation, Dictionary
-from globe.config import Config, CurveConfig
+from globe.config.choices import Activation, Dictionary
+from globe.config.schema import Config, CurveConfig
 from globe.errors import GlobeError
-from globe.normalise import normalise
+from globe.fit.normalise import normalise
 
 _DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "globe-ref"
 

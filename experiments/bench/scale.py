@@ -6,7 +6,7 @@
 
 Doublings: n, p, d, r and m are doubled twice, one at a time, from a small bank. Exponents are slopes of log (seconds
 or bytes) against log (size); beside them stand those of the counted multiply-adds and of the counted memory
-(`globe.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a shared
+(`globe.sizes.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a shared
 part, made on the spot, with its peak memory above the process after its imports; then the rate of the
 conjugate-gradient loop, in multiply-adds that the method needs, against the fastest large product of the same dtype in
 the same process. Each measurement has a process of its own. Seconds are CPU seconds of one thread, wall-clock with
@@ -29,15 +29,15 @@ from typing import Any
 
 import torch
 
-from globe.am.gauss_newton import gauss_newton_direction
+from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.loop import fit_bank
-from globe.am.low_precision import curvature_dtype
+from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, start_state
-from globe.am.tangent import tangent
-from globe.config import Config
-from globe.costs import fit_bytes, step_work
-from globe.normalise import normalise
+from globe.am.dictionary.tangent import tangent
+from globe.config.schema import Config
+from globe.sizes.costs import fit_bytes, step_work
+from globe.fit.normalise import normalise
 
 BASE = {"n": 32, "p": 352, "d": 512, "r": 88, "m": 8}
 ITERATIONS = 10

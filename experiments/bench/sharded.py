@@ -3,7 +3,7 @@
     python experiments/bench/sharded.py                  # two processes on this machine
     python experiments/bench/sharded.py --ranks 4
 
-Every exchange of `globe.am.ranks.Sharded` is counted by its numbers, once however many ranks take part. Random experts;
+Every exchange of `globe.numerics.ranks.Sharded` is counted by its numbers, once however many ranks take part. Random experts;
 two directions at one point, of 3 and of 13 iterations, differ by ten iterations and nothing else. Then fits of the
 embedded model's layer 12, up, with default options, by the ranks and by the first of them alone; and by that one again
 with its sums over experts in chunks of four, which is what rounding does to a fit without any ranks.
@@ -25,19 +25,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from globe.am import chunks
-from globe.am.gauss_newton import gauss_newton_direction
+from globe.numerics import chunks
+from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.loop import fit_bank
-from globe.am.ranks import ALONE, Ranks, Sharded
+from globe.numerics.ranks import ALONE, Ranks, Sharded
 from globe.am.records import FitResult, Sizes
 from globe.am.start import first_atoms
 from globe.am.state import start_state
 from globe.am.step import am_step
-from globe.am.tangent import tangent
+from globe.am.dictionary.tangent import tangent
 from globe.checkpoint import open_checkpoint
-from globe.choices import Activation, CurvatureDtype
-from globe.config import BankConfig, Config, InitConfig, TrainConfig
-from globe.normalise import normalise
+from globe.config.choices import Activation, CurvatureDtype
+from globe.config.schema import BankConfig, Config, InitConfig, TrainConfig
+from globe.fit.normalise import normalise
 
 SIZES = (
     Sizes(12, 20, 32, 3, 10),

@@ -156,7 +156,7 @@ def fit_when_told(folder: Path, steps: int) -> int:
     import torch
     from hydra import compose, initialize_config_dir
 
-    from globe.composition import conf_dir
+    from globe.config.composition import conf_dir
     from globe.train import run
 
     torch.set_num_threads(1)

@@ -126,8 +126,8 @@ def one_run(name: str, folder: Path, options: argparse.Namespace) -> Timed:
     from hydra import compose, initialize_config_dir
 
     import globe.train
-    from globe.composition import conf_dir
-    from globe.tracking import Background, Fanout, Guarded, open_sinks
+    from globe.config.composition import conf_dir
+    from globe.runs.tracking import Background, Fanout, Guarded, open_sinks
 
     watches: list[Timed] = []
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from globe import config
-from globe.composition import conf_dir
-from globe.config import Config, CurveConfig
+from globe.config import schema as config
+from globe.config.composition import conf_dir
+from globe.config.schema import Config, CurveConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """\

@@ -36,9 +36,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from globe.command_line import parse_options
-from globe.device import pick_device
-from globe.entry import start
+from globe.config.command_line import parse_options
+from globe.numerics.device import pick_device
+from globe.config.commands import start
 from globe.evaluation.activation_error import LayerError, activation_errors
 from globe.evaluation.divergence import divergence
 from globe.evaluation.options import EvaluateOptions, output_file
@@ -56,7 +56,7 @@ from globe.evaluation.subject import (
 from globe.evaluation.tasks import check_tasks, run_tasks
 from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
 from globe.hf.run_banks import SOURCE_HASH
-from globe.run_folder import write_json
+from globe.runs.folder import write_json
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,8 +22,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from globe.command_line import parse_options
-from globe.entry import start
+from globe.config.command_line import parse_options
+from globe.config.commands import start
 from globe.errors import ArtefactError, ConfigError
 from globe.inspection.banks import inspect_banks, is_banks
 from globe.inspection.models import inspect_model

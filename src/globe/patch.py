@@ -23,12 +23,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from globe.command_line import parse_options
-from globe.entry import start
+from globe.config.command_line import parse_options
+from globe.config.commands import start
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
 from globe.hf.run_banks import open_run, open_source, recorded_cache
-from globe.run_folder import RunFolder, State
+from globe.runs.folder import RunFolder, State
 
 
 class Format(StrEnum):

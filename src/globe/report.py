@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from globe.command_line import parse_options
-from globe.entry import start
+from globe.config.command_line import parse_options
+from globe.config.commands import start
 from globe.errors import ConfigError
 from globe.reporting.labels import varied_options
 from globe.reporting.markdown import to_markdown
@@ -28,7 +28,7 @@ from globe.reporting.runs import ReportRun, read_runs
 from globe.reporting.sections import Report, build
 from globe.reporting.style import require_matplotlib
 from globe.reporting.tables import runs_csv
-from globe.run_folder import write_bytes, write_text
+from globe.runs.folder import write_bytes, write_text
 
 _OURS = re.compile(r"fig-[a-z]+(-\d+)?\.png")
 """Names of our pictures; those of an earlier report in the same folder are removed."""

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from planted import configured, plant, sizes_of
 
 from globe.am.loop import fit_bank
-from globe.am.ranks import Ranks, Sharded
+from globe.numerics.ranks import Ranks, Sharded
 from globe.am.records import FitState, StepRecord
-from globe.choices import Seeding
-from globe.config import InitConfig
-from globe.normalise import normalise
+from globe.config.choices import Seeding
+from globe.config.schema import InitConfig
+from globe.fit.normalise import normalise
 
 N, M, R = 11, 5, 4
 DENSE = InitConfig()

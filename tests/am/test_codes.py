@@ -12,7 +12,7 @@ from torch import Tensor
 
 from globe.am.coding import code_system, contributions, entmax_support, propose_codes, support_of_median
 from globe.am.controls import median_support
-from globe.am.descent import Numbers
+from globe.am.dictionary.descent import Numbers
 from globe.am.objective import evaluate, mix
 from globe.am.state import Atoms, Constraint, start_state
 from globe.am.step import coding_step

@@ -8,8 +8,8 @@ import pytest
 import torch
 from planted import configured, fitted, plant, sizes_of
 
-from globe.choices import Dictionary
-from globe.config import InitConfig
+from globe.config.choices import Dictionary
+from globe.config.schema import InitConfig
 
 
 @pytest.mark.gpu

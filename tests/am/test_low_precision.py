@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from globe.am import low_precision
-from globe.am.low_precision import curvature_dtype
+from globe.am.dictionary import low_precision
+from globe.am.dictionary.low_precision import curvature_dtype
 
 LARGE, SMALL = (3, 128, 256), (300, 64, 256)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Factors, FitResult, FitState
-from globe.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
-from globe.config import CurveConfig, InitConfig
+from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
+from globe.config.schema import CurveConfig, InitConfig
 
 HOMOTOPY = {"lam": CurveConfig(Curve.cosine, 0.0, 1.0, warmup=0.1, hold=0.3)}
 WARM = {"beta": CurveConfig(Curve.linear, 0.0, 1.0, hold=0.5)}

@@ -11,8 +11,8 @@ from planted import configured, fitted, plant, sizes_of
 
 from globe.am.controls import CONTROL_FROM, FREEZE_FROM, Phase, controls_at, median_support, share_of_fit
 from globe.am.records import FitResult, Sizes, StepRecord
-from globe.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
-from globe.config import CurveConfig, InitConfig, ScheduleConfig, TrainConfig
+from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
+from globe.config.schema import CurveConfig, InitConfig, ScheduleConfig, TrainConfig
 
 M = 6
 STEPS = 20

@@ -11,8 +11,8 @@ from planted import configured, fitted, plant, sizes_of
 from globe.am.objective import evaluate
 from globe.am.records import StopReason
 from globe.am.temperature import prune
-from globe.choices import Curve, FirstCodes, Seeding
-from globe.config import CurveConfig, InitConfig
+from globe.config.choices import Curve, FirstCodes, Seeding
+from globe.config.schema import CurveConfig, InitConfig
 from globe.errors import FitError
 
 

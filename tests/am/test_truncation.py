@@ -9,12 +9,12 @@ import torch
 from planted import configured, fitted, normal, plant, sizes_of
 from torch import Tensor
 
-import globe.am.preconditioner as module
-from globe.am.gauss_newton import Direction, gauss_newton_direction
+import globe.am.dictionary.preconditioner as module
+from globe.am.dictionary.gauss_newton import Direction, gauss_newton_direction
 from globe.am.objective import Point, evaluate
-from globe.am.preconditioner import Preconditioner, precondition
+from globe.am.dictionary.preconditioner import Preconditioner, precondition
 from globe.am.state import Atoms, low_rank_atoms
-from globe.am.tangent import Tangent, tangent
+from globe.am.dictionary.tangent import Tangent, tangent
 
 N, P, D, M, R, K = 12, 9, 14, 7, 6, 2
 

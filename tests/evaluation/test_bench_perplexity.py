@@ -98,7 +98,7 @@ def test_a_cell_is_the_run_put_into_the_model(
     """The figures are those of `globe.evaluate` on the same run."""
     import json
 
-    from globe.command_line import parse_options
+    from globe.config.command_line import parse_options
     from globe.evaluate import EvaluateOptions, evaluate
 
     shown = run_bench("--methods", "svd", "--kept", "0.8")

@@ -14,8 +14,8 @@ import pytest
 from evaluation_support import TEXT, write_tokenizer
 
 import globe.evaluate as command
-from globe.command_line import parse_options
-from globe.entry import start
+from globe.config.command_line import parse_options
+from globe.config.commands import start
 from globe.evaluate import EvaluateOptions
 from globe.patch import parse, patch
 

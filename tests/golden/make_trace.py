@@ -12,8 +12,8 @@ import torch
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
-from globe.choices import Activation, Curve, Dictionary
-from globe.config import BankConfig, CodesConfig, Config, CurveConfig, ScheduleConfig, TrainConfig
+from globe.config.choices import Activation, Curve, Dictionary
+from globe.config.schema import BankConfig, CodesConfig, Config, CurveConfig, ScheduleConfig, TrainConfig
 
 FILE = Path(__file__).with_name("trace.json")
 N, P, D, M, R = 9, 8, 13, 4, 5

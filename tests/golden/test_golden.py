@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from globe.am import chunks
+from globe.numerics import chunks
 
 _FILE = Path(__file__).with_name("make_trace.py")
 _SPEC = importlib.util.spec_from_file_location("make_trace", _FILE)

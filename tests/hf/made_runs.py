@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from globe.artefact import BankArtefact, Member, write_artefact
+from globe.bank.file import BankArtefact, Member, write_artefact
 from globe.checkpoint import Checkpoint, open_checkpoint
 
 ATOMS = 4

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import globe.checkpoint.rewrite as rewrite
-from globe.artefact import read_artefact
+from globe.bank.file import read_artefact
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.errors import ArtefactError, CheckpointError, ConfigError, GlobeError
 from globe.hf.destination import RECORD

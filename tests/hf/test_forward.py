@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import globe.hf.projection as projection_module
-from globe.am.activation import phi
+from globe.numerics.activation import phi
 from globe.hf.atoms import Atoms
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import BankLayout, Mean, MemberLayout

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import globe
-from globe.artefact import BankArtefact, read_artefact
+from globe.bank.file import BankArtefact, read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.errors import ArtefactError, CheckpointError, ConfigError
 from globe.hf import load, patch_model

@@ -12,7 +12,7 @@ from made_runs import dense_experts, put_dense, random_run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from globe.artefact import read_artefact
+from globe.bank.file import read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.errors import CheckpointError
 from globe.hf import load, patch_model

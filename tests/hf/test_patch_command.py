@@ -13,11 +13,11 @@ from made_runs import random_bank, random_run, write_run
 
 import globe.patch as command
 from globe.checkpoint import open_checkpoint
-from globe.entry import start
+from globe.config.commands import start
 from globe.errors import ConfigError
 from globe.hf.destination import RECORD
 from globe.patch import Format, parse
-from globe.run_folder import BankStatus, RunFolder, State
+from globe.runs.folder import BankStatus, RunFolder, State
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

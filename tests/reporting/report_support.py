@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import globe.learn
+import globe.fit.one_bank
 from globe.errors import ConfigError
 from globe.evaluation.bootstrap import Interval
 from globe.evaluation.divergence import Divergence
@@ -17,7 +17,7 @@ from globe.evaluation.perplexity import Perplexity, Rise
 from globe.evaluation.report import Evaluation
 from globe.evaluation.sizes import Change, ModelSizes
 from globe.hf.footprint import Footprint
-from globe.run_folder import RunFolder, State, write_json
+from globe.runs.folder import RunFolder, State, write_json
 from run_support import FakeFit, run_in
 
 STEPS = 4
@@ -27,7 +27,7 @@ OPTIONS = ("model.max_experts=6", "bank.r=11", f"train.steps={STEPS}")
 def train(root: Path, *overrides: str, trouble: Callable[[int, int], None] | None = None) -> Path:
     """One run below `root`; errors are left to its status.json. Its banks are removed: nobody reads them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(globe.learn, "fit_bank", FakeFit(trouble or (lambda fit, step: None)))
+        patch.setattr(globe.fit.one_bank, "fit_bank", FakeFit(trouble or (lambda fit, step: None)))
         before = set(root.glob("*"))
         with suppress(ConfigError, KeyboardInterrupt):
             run_in(root, *OPTIONS, *overrides)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from globe.charts import BankCharts
+from globe.runs.chart_data import BankCharts
 from globe.reporting import bank_plots, sweep_plots
 from globe.reporting.front import Track, tracks
 from globe.reporting.labels import labels

@@ -16,7 +16,7 @@ import pytest
 from report_support import STEPS, train
 
 import globe.report as command
-from globe.entry import start
+from globe.config.commands import start
 from globe.report import ReportOptions, parse, report
 from globe.reporting.markdown import escape
 from globe.reporting.runs import ReportRun

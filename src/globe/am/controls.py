@@ -15,7 +15,7 @@ from torch import Tensor
 
 from globe.am.records import Sizes
 from globe.am.schedules import curve_value
-from globe.config import CurveConfig, ScheduleConfig, TrainConfig
+from globe.config.schema import CurveConfig, ScheduleConfig, TrainConfig
 
 CONTROL_FROM, FREEZE_FROM = 0.3, 0.7
 """Shares of a fit at which the control and the frozen phase begin, when there is a target."""

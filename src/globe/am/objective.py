@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.activation import phi, phi_prime
-from globe.am.chunks import expert_chunks
-from globe.am.ranks import ALONE, Ranks
+from globe.numerics.activation import phi, phi_prime
+from globe.numerics.chunks import expert_chunks
+from globe.numerics.ranks import ALONE, Ranks
 from globe.am.refit import Refit, refit
 
 _WORTH_RELEASING = 1 << 24
-"""Bytes of a tensor that is released; its pages are its own by then: `globe.device.keep_less_memory`."""
+"""Bytes of a tensor that is released; its pages are its own by then: `globe.numerics.device.keep_less_memory`."""
 
 
 class Point(NamedTuple):

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from globe.am.coding import support_of_median
 from globe.am.controls import Controls
-from globe.am.descent import Numbers
-from globe.am.low_precision import curvature_dtype
+from globe.am.dictionary.descent import Numbers
+from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.objective import objective_at
-from globe.am.ranks import ALONE, Ranks
+from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Sizes, StepRecord
-from globe.am.resume import Running
+from globe.am.running import Running
 from globe.am.state import AMState
 from globe.am.step import StepFigures, coding_step
 from globe.am.temperature import prune
-from globe.config import Config
-from globe.metrics import support_sizes
+from globe.config.schema import Config
+from globe.numerics.metrics import support_sizes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

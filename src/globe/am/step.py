@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from globe.am.coding import entmax_support, propose_codes
-from globe.am.descent import Numbers, gauss_newton_step, mod_dictionary_step
+from globe.am.dictionary.descent import Numbers, gauss_newton_step, mod_dictionary_step
 from globe.am.objective import release
-from globe.am.ranks import ALONE, Ranks
+from globe.numerics.ranks import ALONE, Ranks
 from globe.am.state import AMState, Constraint, start_state
 
 

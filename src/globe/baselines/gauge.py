@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from globe.precision import widen
+from globe.numerics.precision import widen
 
 
 def pivot_rows(U: Float[Tensor, "m r k"]) -> Int[Tensor, "m k"]:

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from globe.baselines.linear import LinearFactors
-from globe.metrics import squared_norms
-from globe.seeding import group_basis
+from globe.numerics.metrics import squared_norms
+from globe.am.seeding import group_basis
 
 MAX_ROUNDS = 20
 """Rounds of assignment at most; groups of experts are usually stable after a few."""

@@ -26,7 +26,7 @@ from globe.am.refit import refit
 from globe.baselines.adam import grad, leaf
 from globe.baselines.group_svd import consecutive_groups, k_subspaces
 from globe.baselines.mixture import Mixture
-from globe.compose import mixed_bases
+from globe.bank.compose import mixed_bases
 
 LEARNING_RATE = 0.07
 """Published: the paper's setting and the script's default."""

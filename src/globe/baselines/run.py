@@ -27,9 +27,9 @@ from globe.baselines.records import (
 )
 from globe.baselines.shared_basis import shared_basis
 from globe.baselines.svd import svd
-from globe.compose import mixed_bases
+from globe.bank.compose import mixed_bases
 from globe.errors import ConfigError
-from globe.metrics import relfrob, squared_errors, squared_norms
+from globe.numerics.metrics import relfrob, squared_errors, squared_norms
 
 
 @torch.no_grad()

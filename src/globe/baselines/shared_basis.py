@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.baselines.linear import LinearFactors
-from globe.seeding import group_basis
+from globe.am.seeding import group_basis
 
 
 def shared_basis(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:

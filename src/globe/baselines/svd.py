@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.baselines.linear import LinearFactors
-from globe.warm_start import truncated_svd
+from globe.am.warm_start import truncated_svd
 
 
 def svd(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:

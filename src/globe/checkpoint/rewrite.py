@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from globe.checkpoint.folders import FreshFolder, unwritable
+from globe.files import FreshFolder, unwritable
 from globe.checkpoint.shards import INDEX, ShardReader
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
 from globe.errors import CheckpointError

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from globe.checkpoint.folders import FreshFolder, write_text
+from globe.files import FreshFolder, write_text
 from globe.checkpoint.tensorfile import Index, TensorEntry, TensorFile, write_tensorfile
 from globe.errors import CheckpointError
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.checkpoint.folders import unwritable
+from globe.files import unwritable
 from globe.errors import CheckpointError
 
 _NAMES = {

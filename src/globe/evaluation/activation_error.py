@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from globe.evaluation.text import Tokens, Window, batches
 from globe.hf.structure import experts_modules
-from globe.precision import widen
+from globe.numerics.precision import widen
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
-from globe.choices import Device
+from globe.config.choices import Device
 from globe.errors import ConfigError
 from globe.evaluation.subject import EMBEDDED
 

@@ -20,7 +20,7 @@ from globe.errors import CheckpointError
 from globe.evaluation.bootstrap import Interval, ratio_interval
 from globe.evaluation.divergence import kl_divergence, top1_agreement
 from globe.evaluation.text import Tokens, Window, batches
-from globe.precision import widen
+from globe.numerics.precision import widen
 
 AT_ONCE = 1 << 22
 """Logits that are widened to float32 at once."""

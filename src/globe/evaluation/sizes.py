@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from globe.artefact import BankArtefact
+from globe.bank.file import BankArtefact
 from globe.checkpoint import Checkpoint, ShardReader
 from globe.evaluation.subject import Subject
 from globe.hf.footprint import Footprint, footprint

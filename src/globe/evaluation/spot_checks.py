@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.experts import SHARED
-from globe.compose import mixed_bases, rebuild
+from globe.bank.compose import mixed_bases, rebuild
 from globe.evaluation.sizes import compressed_places
 from globe.evaluation.subject import Subject
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import Mean
 from globe.hf.projection import Projection
 from globe.hf.structure import experts_modules, irregularity
-from globe.metrics import effective_rank
-from globe.precision import widen
+from globe.numerics.metrics import effective_rank
+from globe.numerics.precision import widen
 
 PROBES = 7
 """Random inputs that parity is measured with."""

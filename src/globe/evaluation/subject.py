@@ -20,7 +20,7 @@ from globe.hf.register import PREFIX
 from globe.hf.run_banks import RECORD_FILE, BankEntry, open_run, verify_source
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
-from globe.run_folder import read_json
+from globe.runs.folder import read_json
 
 EMBEDDED = "embedded"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint import Checkpoint
-from globe.checkpoint.folders import unwritable, write_text
+from globe.files import unwritable, write_text
 from globe.errors import ConfigError
 from globe.hf.run_banks import BankEntry
 

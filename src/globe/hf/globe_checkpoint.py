@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from globe.checkpoint import Checkpoint, ShardWriter, copy_support_files
-from globe.checkpoint.folders import write_text
+from globe.files import write_text
 from globe.errors import CheckpointError
 from globe.hf.dense_checkpoint import rewriters
 from globe.hf.destination import destination, write_record

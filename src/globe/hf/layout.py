@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from globe.artefact import BankArtefact
+from globe.bank.file import BankArtefact
 from globe.errors import ArtefactError
 
 VERSION_KEY = "globe_version"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from globe.am.activation import phi
-from globe.compose import BasisCache, mixed_bases
+from globe.numerics.activation import phi
+from globe.bank.compose import BasisCache, mixed_bases
 from globe.hf.atoms import Atoms, Bank
 from globe.hf.layout import BankLayout, Mean, MemberLayout
 

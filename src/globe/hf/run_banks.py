@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.artefact import BankArtefact, Member, read_artefact
+from globe.bank.file import BankArtefact, Member, read_artefact
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.hub import EMBEDDED_ID
-from globe.compose import rebuild
+from globe.bank.compose import rebuild
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf.layout import BankLayout, layout_of
-from globe.run_folder import RunFolder
-from globe.summary import read_summary
+from globe.runs.folder import RunFolder
+from globe.runs.summary import read_summary
 
 SOURCE_HASH = "sha256"
 """Key of an artefact's `source` that holds the hash of the tensors the bank was learned from."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from globe.artefact import BankArtefact
+from globe.bank.file import BankArtefact
 from globe.errors import ArtefactError
 from globe.hf.atoms import Atoms
 from globe.hf.experts import GlobeExperts

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from globe.artefact import RECORD_FILE, TENSORS_FILE, BankArtefact, read_artefact
+from globe.bank.file import RECORD_FILE, TENSORS_FILE, BankArtefact, read_artefact
 from globe.errors import ArtefactError
-from globe.run_folder import RunFolder, State
-from globe.summary import RunSummary, read_summary
+from globe.runs.folder import RunFolder, State
+from globe.runs.summary import RunSummary, read_summary
 
 _RUN_MARKS = ("status.json", "summary.json")
 

@@ -13,13 +13,13 @@ from globe.checkpoint.experts import SHARED
 from globe.checkpoint.hub import Source
 from globe.checkpoint.model_config import read_config
 from globe.checkpoint.remote import headers_only
-from globe.choices import Centre
-from globe.config import NormaliseConfig
+from globe.config.choices import Centre
+from globe.config.schema import NormaliseConfig
 from globe.errors import CheckpointError
-from globe.expressions import exact_size
+from globe.config.size_expressions import exact_size
 from globe.hf.destination import RECORD
 from globe.hf.register import PREFIX
-from globe.run_folder import read_json
+from globe.runs.folder import read_json
 
 EMBEDDED = "embedded"
 COMPRESSED = ("up", "gate")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from globe.layers import ranges
+from globe.config.layers import ranges
 
 _FIGURES = (
     *(

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from globe.charts import BankCharts
+from globe.runs.chart_data import BankCharts
 from globe.reporting.front import Track
 from globe.reporting.runs import ReportRun
 from globe.reporting.style import Picture, draw, legend_below, series_style
-from globe.summary import BankReport
+from globe.runs.summary import BankReport
 
 _MEMBER = re.compile(r"relfrob_layer(\d+)_(\w+)")
 _ONE_LAYER = re.compile(r"layer(\d+)\.(\w+)")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from globe.charts import spread_out
+from globe.runs.chart_data import spread_out
 from globe.reporting.labels import group_of
 from globe.reporting.runs import ReportRun
-from globe.summary import BankReport
+from globe.runs.summary import BankReport
 
 CURVES = 8
 """Runs that are told apart in a picture of curves; the others are grey."""

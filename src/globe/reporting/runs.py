@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from globe.errors import ConfigError
-from globe.identity import numerics
-from globe.run_folder import RunFolder, State, read_json
-from globe.summary import RunSummary, read_summary
+from globe.config.identity import numerics
+from globe.runs.folder import RunFolder, State, read_json
+from globe.runs.summary import RunSummary, read_summary
 
 UNKNOWN = "unknown"
 """State of a run without a `status.json` that can't be told from its other files."""

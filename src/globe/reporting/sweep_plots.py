@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from globe.charts import spread_out
+from globe.runs.chart_data import spread_out
 from globe.reporting.front import Track, coordinates, pareto
 from globe.reporting.labels import group_of, methods_of, option_text, short_names
 from globe.reporting.runs import ReportRun, Trace

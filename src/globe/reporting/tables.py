@@ -12,7 +12,7 @@ from typing import Any
 from globe.reporting.front import fronts
 from globe.reporting.labels import methods_of, option_text
 from globe.reporting.runs import ReportRun
-from globe.summary import BankReport
+from globe.runs.summary import BankReport
 
 
 @dataclass(frozen=True, slots=True)

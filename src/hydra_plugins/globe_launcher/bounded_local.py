@@ -27,7 +27,7 @@ if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
             self.n_jobs = n_jobs
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            from globe.launch import cores, jobs_at_once, remember_gpus
+            from globe.config.launchers import cores, jobs_at_once, remember_gpus
 
             if self.params.get("gpus_per_node") is None:
                 remember_gpus(

@@ -69,7 +69,7 @@ if find_spec("hydra_plugins.hydra_joblib_launcher") is not None:
         def setup(
             self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
         ) -> None:
-            from globe.forks import can_fork
+            from globe.processes.forks import can_fork
 
             super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
             self.fork = self.fork and can_fork()
@@ -77,7 +77,7 @@ if find_spec("hydra_plugins.hydra_joblib_launcher") is not None:
                 self.composed = hydra_context.config_loader = Remembering(hydra_context.config_loader)
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            from globe.forks import Forks, LostProcessError, shared_memory
+            from globe.processes.forks import Forks, LostProcessError, shared_memory
 
             if not self.fork:
                 return super().launch(job_overrides, initial_job_idx)

@@ -1,0 +1,133 @@
+"""A running fit, as the loop holds it and as tensors and plain numbers to continue from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from globe.numerics.ranks import ALONE, Ranks
+from globe.am.records import FitState
+from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The numbers of a fit beside its state."""
+
+    seed: int
+    relfrob_start: float
+    step: int = 0
+    seconds: float = 0.0
+    accepted: int = 0
+    rejected: int = 0
+    refused_in_a_row: int = 0
+    regularised: int = 0
+    temperature_factor: float = 1.0
+    """what the support control has made of the scheduled temperature"""
+    frozen: bool = False
+    """whether the support has been cut to its target"""
+    best_validation: float = 1e300
+    validations_without: int = 0
+    """since the validation error last improved or the support last changed"""
+
+
+class Best(NamedTuple):
+    """A state without its point, whose memory the steps after it have used again."""
+
+    atoms: Atoms
+    objective: float
+    lam: float
+    constraint: Constraint
+
+    @classmethod
+    def of(cls, state: AMState) -> Best:
+        return cls(state.atoms, state.objective, state.lam, state.constraint)
+
+
+class Running(NamedTuple):
+    """A fit between two steps."""
+
+    state: AMState
+    best: Best
+    """lowest objective since lam, beta or the support last changed"""
+    progress: Progress
+    seen: Bool[Tensor, "n m"] | None
+    """codes in use at the last validation"""
+
+
+def snapshot(running: Running, ranks: Ranks = ALONE) -> FitState:
+    """Everything `restore` needs to continue, with the codes of all ranks."""
+    state = running.state
+    tensors = _pack("now", state.atoms, ranks) | _pack("anchor", state.anchor, ranks)
+    if running.best.atoms is not state.atoms:
+        tensors |= _pack("best", running.best.atoms, ranks)
+    for name, mask in (("support", state.constraint.support), ("seen", running.seen)):
+        if mask is not None:
+            tensors[name] = ranks.gather(mask.to(torch.uint8))
+    numbers = asdict(running.progress)
+    numbers |= {
+        f"state.{name}": getattr(state, name) for name in ("momentum_steps", "damping", "lam", "fine")
+    }
+    return FitState(tensors, numbers | {"state.simplex": state.constraint.simplex})
+
+
+def restore(
+    saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lambda_A: float, ranks: Ranks = ALONE
+) -> Running:
+    """The fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine.
+
+    The state is that of all experts, so that it may go on with another number of ranks, up to rounding.
+    """
+    numbers, tensors = saved.numbers, {name: _own(t, X) for name, t in saved.tensors.items()}
+    for name in tensors:
+        if name.endswith("codes") or name in ("support", "seen"):
+            tensors[name] = ranks.own(tensors[name])
+    masks = {name: tensors[name] > 0 for name in ("support", "seen") if name in tensors}
+    constraint = Constraint(masks.get("support"), bool(numbers["state.simplex"]))
+    lam = float(numbers["state.lam"] or 0.0)
+
+    def at_rest(name: str) -> AMState:
+        return start_state(
+            X,
+            _unpack(name, tensors),
+            lam=lam,
+            activation=activation,
+            lambda_A=lambda_A,
+            constraint=constraint,
+            ranks=ranks,
+        )
+
+    state = at_rest("now")._replace(
+        anchor=_unpack("anchor", tensors),
+        momentum_steps=int(numbers["state.momentum_steps"] or 0),
+        damping=float(numbers["state.damping"] or 0.0),
+        fine=bool(numbers["state.fine"]),
+    )
+    best = Best.of(at_rest("best") if "best.codes" in tensors else state)
+    progress = Progress(**{field.name: numbers[field.name] for field in fields(Progress)})  # type: ignore[arg-type]
+    return Running(state, best, progress, masks.get("seen"))
+
+
+def _pack(name: str, atoms: Atoms, ranks: Ranks) -> dict[str, Tensor]:
+    kept = {"codes": ranks.gather(atoms.codes), "left": atoms.left, "right": atoms.right}
+    if atoms.left is None:
+        kept["bank"] = atoms.bank
+    return {f"{name}.{field}": tensor for field, tensor in kept.items() if tensor is not None}
+
+
+def _unpack(name: str, tensors: dict[str, Tensor]) -> Atoms:
+    codes = tensors[f"{name}.codes"]
+    if f"{name}.bank" in tensors:
+        return Atoms(tensors[f"{name}.bank"], codes)
+    return low_rank_atoms(tensors[f"{name}.left"], tensors[f"{name}.right"], codes)
+
+
+def _own(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy in memory of our own: products of tensors at other alignments can differ in the last bit."""
+    if tensor.is_floating_point():
+        return tensor.to(device=like.device, dtype=like.dtype, copy=True)
+    return tensor.to(device=like.device, copy=True)

@@ -1,0 +1,245 @@
+"""The file format of a learned bank: a folder with `bank.safetensors` and `globe.json` that describes it.
+
+A reader checks everything before use and refuses with one sentence; a writer makes the whole folder appear,
+or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, member_of, require, validate
+from globe.errors import ArtefactError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "BankArtefact",
+    "Member",
+    "is_intact",
+    "member_of",
+    "read_artefact",
+    "validate",
+    "write_artefact",
+]
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "bank.safetensors"
+RECORD_FILE = "globe.json"
+METADATA_KEY = "globe"
+"""The only metadata key: two or more come out in random order, and equal runs would give unequal bytes."""
+
+
+def write_artefact(artefact: BankArtefact, folder: str | os.PathLike[str]) -> None:
+    """Write `folder/bank.safetensors` and `folder/globe.json`; the whole folder appears, or nothing does.
+
+    Both files are made and synced in a hidden folder beside the target, which is then renamed. An earlier
+    artefact at the same place is moved aside first and removed last, so a kill leaves at least one of the
+    two whole, if only under its hidden name. Equal tensors, members and source give equal bytes of
+    `bank.safetensors`: times and metrics stand in `globe.json`.
+
+    Raises ArtefactError when the artefact is not valid, when its records are not plain JSON with finite
+    numbers, when `folder` is something else than an artefact, or when the disk refuses.
+    """
+    target = Path(folder).absolute()
+    validate(artefact, "the artefact to be written")
+    if target.exists() and not _replaceable(target):
+        raise ArtefactError(
+            f"{target} exists and is not a GloBE artefact: give another folder or remove this one"
+        )
+    mark = secrets.token_hex(4)
+    fresh = target.with_name(f".{target.name}.new-{mark}")
+    aside = target.with_name(f".{target.name}.old-{mark}")
+    try:
+        fresh.mkdir(parents=True)
+        _write_files(artefact, fresh)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(fresh, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{target} can't be written ({error}): free space or give another folder"
+        ) from error
+    finally:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        for leftover in (fresh, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _replaceable(target: Path) -> bool:
+    return target.is_dir() and {entry.name for entry in target.iterdir()} <= {TENSORS_FILE, RECORD_FILE}
+
+
+def _write_files(artefact: BankArtefact, folder: Path) -> None:
+    tensors, storages = {}, set()
+    for name, tensor in artefact.tensors().items():
+        whole = tensor.detach().cpu().contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        # safetensors refuses two tensors that share memory, as two slices of one batch do
+        tensors[name] = whole.clone() if storage in storages else whole
+        storages.add(storage)
+    try:
+        header = json.dumps(_identity(artefact), sort_keys=True, allow_nan=False)
+        save_file(tensors, folder / TENSORS_FILE, metadata={METADATA_KEY: header})
+        record = _identity(artefact) | {
+            "config": artefact.config or {},
+            "metrics": artefact.metrics or {},
+            "kept_parameters": artefact.kept_parameters,
+            "family_parameters": artefact.family_parameters,
+            "sha256": _sha256(folder / TENSORS_FILE),
+        }
+        text = json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"the artefact's source, config or metrics are not plain JSON: {error}"
+        ) from error
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    # safetensors makes its file readable by the owner alone, whatever the umask says
+    shutil.copymode(folder / RECORD_FILE, folder / TENSORS_FILE)
+    for path in (folder / TENSORS_FILE, folder / RECORD_FILE, folder):
+        _sync(path)
+
+
+def _identity(artefact: BankArtefact) -> dict[str, Any]:
+    """What the tensors mean, without anything that two equal runs could differ in."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "members": [asdict(member) for member in artefact.members],
+        "sizes": _sizes(artefact),
+        "activation": artefact.activation,
+        "lam": artefact.lam,
+        "seed": artefact.seed,
+        "source": artefact.source or {},
+    }
+
+
+def _sizes(artefact: BankArtefact) -> dict[str, int | None]:
+    return {name: getattr(artefact, name) for name in ("n", "p", "d", "m", "r", "atom_rank")}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -> BankArtefact:
+    """Read and check an artefact; tensors come on the CPU in the dtypes they were written in.
+
+    `verify_hash` compares the SHA-256 of `bank.safetensors` with the one in `globe.json`, which reads the
+    file once more. Raises ArtefactError when a file is missing, truncated, foreign, changed, of another
+    format version, or when `validate` finds the tensors unusable.
+    """
+    root = Path(folder)
+    record = _read_record(root)
+    where = str(root)
+    if verify_hash and _digest(root / TENSORS_FILE) != record.get("sha256"):
+        raise ArtefactError(
+            f"{root / TENSORS_FILE} is not the file {RECORD_FILE} was written for: copy both again"
+        )
+    tensors, header = _read_tensors(root / TENSORS_FILE)
+    for key in ("format_version", "members", "sizes", "activation", "lam", "seed", "source"):
+        require(key in record, where, f"{RECORD_FILE} has no {key!r}")
+        require(record[key] == header.get(key), where, f"{RECORD_FILE} and {TENSORS_FILE} differ in {key!r}")
+    require(
+        "codes" in tensors and "adapters" in tensors, where, f"{TENSORS_FILE} lacks 'codes' or 'adapters'"
+    )
+    unknown = sorted(set(tensors) - set(TENSOR_NAMES))
+    require(not unknown, where, f"{TENSORS_FILE} holds unknown tensors {unknown}")
+    try:
+        members = tuple(_member(entry) for entry in record["members"])
+        artefact = BankArtefact(
+            members=members,
+            activation=str(record["activation"]),
+            lam=float(record["lam"]),
+            source=dict(record["source"]),
+            config=dict(record.get("config", {})),
+            seed=int(record["seed"]),
+            metrics=dict(record.get("metrics", {})),
+            **tensors,
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{root / RECORD_FILE} is damaged ({error}): export the run again") from error
+    validate(artefact, where)
+    require(
+        record["sizes"] == _sizes(artefact), where, f"the sizes in {RECORD_FILE} are not those of the tensors"
+    )
+    return artefact
+
+
+def is_intact(folder: str | os.PathLike[str]) -> bool:
+    """Are both files there, and is the tensor file, by its SHA-256, the one that the record was written for?"""
+    root = Path(folder)
+    try:
+        return _digest(root / TENSORS_FILE) == _read_record(root).get("sha256")
+    except ArtefactError:
+        return False
+
+
+def _member(entry: Any) -> Member:
+    layer, start, stop = (int(entry[key]) for key in ("layer", "start", "stop"))
+    return Member(layer, str(entry["family"]), start, stop, tuple(int(one) for one in entry["experts"]))
+
+
+def _digest(path: Path) -> str:
+    try:
+        return _sha256(path)
+    except OSError as error:
+        raise ArtefactError(
+            f"{path} can't be read ({error.strerror}): give the folder of a GloBE artefact"
+        ) from error
+
+
+def _read_record(root: Path) -> dict[str, Any]:
+    path = root / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtefactError(
+            f"{path} can't be read ({error.strerror}): give the folder of a GloBE artefact"
+        ) from error
+    except ValueError as error:
+        raise ArtefactError(
+            f"{path} is not JSON: the file is truncated or foreign, export the run again"
+        ) from error
+    if not isinstance(record, dict) or "format_version" not in record:
+        raise ArtefactError(f"{path} is not the record of a GloBE artefact: give the folder of one")
+    version = record["format_version"]
+    if version != FORMAT_VERSION:
+        raise ArtefactError(
+            f"{path} has format version {version!r} where {FORMAT_VERSION} is read: export the run again"
+        )
+    return record
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtefactError(
+            f"{path} can't be read ({error}): the file is missing, truncated or foreign"
+        ) from error
+    if not isinstance(header, dict):
+        raise ArtefactError(f"{path} has no {METADATA_KEY!r} metadata: it was not written by GloBE")
+    return tensors, header

@@ -1,0 +1,177 @@
+"""The last step of a fit: freeze the supports, refit once, fold the scale back, round to the export dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.numerics.ranks import ALONE, Ranks
+from globe.am.records import Factors
+from globe.am.temperature import prune as prune_codes
+from globe.bank.compose import mixed_bases
+from globe.errors import FitError
+from globe.fit.input_metric import InputMetric
+from globe.numerics.metrics import CHUNK, pruned_share, relfrob, squared_norms
+from globe.fit.normalise import Joined, Normalised, fold_scale, join
+
+Refit = Callable[[Float[Tensor, "n p d"], Float[Tensor, "n r d"]], Float[Tensor, "n p r"]]
+"""Least squares adapters: (X, M) -> argmin over A_i of ||X_i - A_i M_i||."""
+
+
+class Finalised(NamedTuple):
+    """Factors as they are exported, and what they cost in accuracy."""
+
+    factors: Factors
+    """pruned, in the exported dtype, the scale folded into the adapters: W_i ~ adapters_i M_i + mean"""
+    mean: Tensor | None
+    """nothing, one number per member (members,) in the fit's dtype, or (members, p, d) in the exported one"""
+    scale: Tensor | None
+    """the folded scale, (n,) or (n, p); provenance"""
+    errors: Float[Tensor, " n"]
+    """squared Frobenius errors of the exported factors, in the units of the normalised experts"""
+    norms: Float[Tensor, " n"]
+    """squared Frobenius norms of the normalised experts"""
+    relfrob: float
+    """sqrt(sum errors / sum norms): the headline figure"""
+    pruned: float
+    """share of the positive codes that the prune set to zero"""
+    relfrob_metric: float | None = None
+    """the same figure with errors and norms in the metric, where there is one"""
+
+
+def finalise(
+    factors: Factors,
+    normalised: Normalised | Joined,
+    *,
+    lam: float,
+    activation: str,
+    export_dtype: torch.dtype,
+    prune: float,
+    refit: Refit | None = None,
+    metric: InputMetric | None = None,
+    ranks: Ranks = ALONE,
+) -> Finalised:
+    """Prune, round bank and codes, refit the adapters to the rounded bases, fold the scale, round, measure.
+
+    With low-rank atoms their two halves are what is exported; `factors.bank` is then their product again.
+
+    `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
+    rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are. With a
+    metric L the refit is that of X L to M L, whatever the activation.
+
+    The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
+    experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
+
+    With several `ranks`, factors and experts are this one's and the result is that of all, but for the adapters, which
+    are all on rank 0 alone.
+
+    Raises FitError when `export_dtype` can't hold the factors: overflow, or an expert whose codes all vanish.
+    """
+    joined = normalised if isinstance(normalised, Joined) else join([normalised])
+    X = joined.experts
+    kept = prune_codes(factors.codes, prune)
+    exported = _round_atoms(factors._replace(codes=kept), export_dtype)
+    adapters = X.new_empty(factors.adapters.shape, dtype=export_dtype)
+    for rows in _chunks(X):
+        own = factors.adapters[rows]
+        if refit is not None:
+            own = refit(*_seen(metric, X[rows], _bases(exported, rows, lam, activation).to(X)))
+        adapters[rows] = fold_scale(own, None if joined.scale is None else joined.scale[rows])
+    exported = exported._replace(adapters=adapters)
+    mean = joined.mean
+    if mean is not None and mean.dim() == 3:
+        mean = mean.to(export_dtype)
+    _check(exported, kept, mean, export_dtype)
+    errors, seen = _exported_errors(exported, joined, mean, lam, activation, metric)
+    errors, norms = ranks.gather(errors), ranks.gather(squared_norms(X))
+    codes, adapters = ranks.gather(exported.codes), ranks.collect(exported.adapters)
+    return Finalised(
+        exported._replace(codes=codes, adapters=adapters),
+        mean,
+        None if joined.scale is None else ranks.gather(joined.scale),
+        errors,
+        norms,
+        relfrob(errors, norms),
+        pruned_share(ranks.gather(factors.codes), codes),
+        None if metric is None else relfrob(ranks.gather(seen), ranks.gather(metric.norms(X))),
+    )
+
+
+def _round_atoms(factors: Factors, dtype: torch.dtype) -> Factors:
+    """The same factors with codes and atoms in another dtype."""
+    codes = factors.codes.to(dtype)
+    if factors.left is None or factors.right is None:
+        return factors._replace(codes=codes, bank=factors.bank.to(dtype))
+    left, right = factors.left.to(dtype), factors.right.to(dtype)
+    bank = (left.to(factors.left.dtype) @ right.to(factors.right.dtype)).to(dtype)
+    return factors._replace(codes=codes, bank=bank, left=left, right=right)
+
+
+def _bases(factors: Factors, rows: slice, lam: float, activation: str) -> Float[Tensor, "chosen r d"]:
+    low_rank = factors.left is not None
+    return mixed_bases(
+        factors.codes[rows],
+        None if low_rank else factors.bank,
+        atoms_left=factors.left,
+        atoms_right=factors.right,
+        lam=lam,
+        activation=activation,
+    )
+
+
+def _check(exported: Factors, kept: Float[Tensor, "n m"], mean: Tensor | None, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    remedy = "choose export_dtype=bfloat16 or float32" if dtype != torch.float32 else "restart the fit"
+    for which, tensor in {**exported._asdict(), "mean": mean}.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise FitError(
+                f"the {which} can't be written in export_dtype={name} (not finite there): {remedy}"
+            )
+    lost = (kept > 0).any(dim=1) & (exported.codes == 0).all(dim=1)
+    if bool(lost.any()):
+        raise FitError(f"codes of {int(lost.sum())} experts vanish in export_dtype={name}: {remedy}")
+
+
+def _seen(metric: InputMetric | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if metric is None else tuple(one @ metric.forward for one in tensors)
+
+
+def _exported_errors(
+    exported: Factors,
+    joined: Joined,
+    mean: Tensor | None,
+    lam: float,
+    activation: str,
+    metric: InputMetric | None,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Squared errors of the experts, plain and in the metric."""
+    X, scale = joined.experts, joined.scale
+    parts, seen = [], []
+    for rows in _chunks(X):
+        M = _bases(exported, rows, lam, activation).to(X)
+        inverse = None if scale is None else 1 / scale[rows]
+        approximation = fold_scale(exported.adapters[rows].to(X), inverse) @ M
+        if mean is not None and joined.mean is not None and mean.dim() == 3:
+            shift = (mean.to(X) - joined.mean)[_members(joined, rows)]
+            approximation += fold_scale(shift, inverse)
+        left = X[rows] - approximation
+        parts.append(squared_norms(left))
+        seen.append(parts[-1] if metric is None else metric.norms(left))
+    return torch.cat(parts), torch.cat(seen)
+
+
+def _chunks(X: Float[Tensor, "n p d"]) -> Iterator[slice]:
+    for start in range(0, X.shape[0], CHUNK):
+        yield slice(start, min(start + CHUNK, X.shape[0]))
+
+
+def _members(joined: Joined, rows: slice) -> list[int]:
+    """Position of the member that each row belongs to."""
+    return [
+        next(at for at, stop in enumerate(joined.starts[1:]) if row < stop)
+        for row in range(rows.start, rows.stop)
+    ]

@@ -1,0 +1,350 @@
+"""One bank, from the checkpoint's experts to its artefact: read, normalise, fit, finalise, write.
+
+What is there already is used: a complete artefact is not learned again, a fit that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.loop import fit_bank
+from globe.numerics.ranks import ALONE, Ranks
+from globe.am.records import FitResult, FitState, StepRecord
+from globe.am.refit import refit
+from globe.bank.file import BankArtefact, Member, write_artefact
+from globe.runs.chart_data import BankCharts
+from globe.checkpoint import Checkpoint
+from globe.config.schema import Config, is_linear
+from globe.numerics.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
+from globe.errors import FitError
+from globe.fit.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra, expert_spread
+from globe.fit.finalise import Finalised, finalise
+from globe.fit.baseline import fit_baseline
+from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
+from globe.fit.input_metric import metric_of
+from globe.numerics.metrics import atom_usage, relfrob, support_sizes
+from globe.fit.normalise import Joined
+from globe.fit.plan import BankPlan
+from globe.fit.provenance import bank_options, complete_artefact, experts_of, fit_fingerprint, source_of
+from globe.fit.reading import ReadExperts, read_experts
+from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json
+from globe.runs.summary import BankReport, BankRuntime
+from globe.processes.torchrun import Group, Order
+
+_log = logging.getLogger(__name__)
+_BROKEN = (FitError, torch.linalg.LinAlgError)
+"""What another seed may cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all banks of a run share."""
+
+    config: Config
+    checkpoint: Checkpoint
+    folder: RunFolder
+    device: torch.device
+    on_step: Callable[[str, StepRecord], None]
+    """called with the bank's key after every step"""
+    group: Group | None = None
+    """the processes that share each bank's experts, of which this is the first"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    report: BankReport
+    runtime: BankRuntime | None
+    """None when only the artefact of an earlier process is left"""
+    codes: dict[tuple[int, str], Float[Tensor, "_ m"]]
+    """of each member, by layer and family"""
+    fitted: bool
+    """by this process; not if its artefact was complete already"""
+
+
+def learn_bank(run: Run, bank: BankPlan) -> Learned:
+    """Learn one bank and write its artefact, or take what an earlier process left.
+
+    A fit that breaks down (FitError, a factorisation that fails) is tried once more with another seed, unless several
+    processes share it.
+    Raises FitError when that fails too or memory runs out, CheckpointError when the experts can't be read,
+    ArtefactError or OSError when the results can't be written.
+    """
+    source = source_of(run.config, run.checkpoint, bank)
+    partial = run.folder.partial(bank.key)
+    if (
+        artefact := complete_artefact(run.folder.bank(bank.key), run.config, run.checkpoint, bank, source)
+    ) is not None:
+        remove_state(partial)  # left by a kill between writing the one and removing the other
+        return _taken(run, bank, artefact)
+    fingerprint = fit_fingerprint(run.config, bank, source, run.device.type)
+    state, fitting = read_state(partial, fingerprint) or (None, Fitting(fingerprint, 0, 0))
+    try:
+        return _attempt(run, bank, source, state, fitting, error=None)
+    except _BROKEN as error:
+        if fitting.attempt > 0 or run.group is not None:  # the others have given up as well
+            raise FitError(_sentence(error)) from error
+        first = _sentence(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_large(run, bank) from error
+    _log.warning("%s failed (%s): trying once more with another seed", bank.key, first)
+    remove_state(partial)
+    try:
+        return _attempt(run, bank, source, None, Fitting(fingerprint, 1, 0), error=first)
+    except _BROKEN as error:
+        raise FitError(f"{_sentence(error)} (twice, with two seeds)") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_large(run, bank) from error
+
+
+def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
+    """What an earlier process learned."""
+    report = BankReport.from_dict(artefact.metrics or {})
+    run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
+    runtime = read_json(run.folder.runtime(bank.key))
+    return Learned(report, BankRuntime(**runtime) if runtime else None, _codes(artefact), fitted=False)
+
+
+def _codes(artefact: BankArtefact) -> dict[tuple[int, str], Float[Tensor, "_ m"]]:
+    codes = artefact.codes.cpu()
+    return {(one.layer, one.family): codes[one.start : one.stop] for one in artefact.members}
+
+
+def _attempt(
+    run: Run,
+    bank: BankPlan,
+    source: dict[str, Any],
+    state: FitState | None,
+    fitting: Fitting,
+    error: str | None,
+) -> Learned:
+    """One fit, from the start or from a state, to the artefact."""
+    clock = time.perf_counter()
+    config, key = run.config, bank.key
+    seed = bank_seed(config.seed, key, fitting.attempt)
+    run.folder.report(key, BankStatus(State.running, fitting.attempt, seed, error))
+    run.folder.rewind_metrics(key, fitting.step)
+    if state is not None:
+        _log.info("%s: going on after step %d", key, fitting.step)
+    give_back_memory()  # of the bank before
+    ranks: Ranks = ALONE
+    if run.group is not None:
+        ranks = run.group.ranks(bank.sizes.n)
+        run.group.tell(Order(key, seed, state))
+    read = read_experts(config, run.checkpoint, bank.outline, run.device, ranks)
+    joined = read.joined
+    watch = _Watch(run, key, fitting)
+    generator = torch.Generator().manual_seed(seed)
+    activation = str(config.bank.activation)
+    if bank.baseline is None:
+        result, done = fit_globe(
+            config, bank, read, generator, state, ranks, on_step=watch.step, on_checkpoint=watch.checkpoint
+        )
+    else:
+        result, done, activation = fit_baseline(
+            joined,
+            bank.baseline,
+            config,
+            generator=generator,
+            export_dtype=read.export_dtype,
+            on_step=watch.step,
+        )
+    scheduled = watch.last if bank.baseline is None else None
+    spectra, spread = expert_spectra(joined.experts, ranks), expert_spread(joined.experts, ranks)
+    if run.group is not None:
+        joined = replace(joined, scale=done.scale, starts=bank.outline.starts)
+    artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
+    figures = bank_figures(spread, spectra, result, done, scheduled) | _of_members(artefact, done)
+    charts = bank_charts(spectra, joined, artefact)
+    report = _report(run, artefact, bank, result, done, fitting.attempt, figures, charts)
+    artefact = replace(artefact, metrics=report.to_dict())
+    runtime = watch.runtime(result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read)
+    write_json(run.folder.runtime(key), asdict(runtime))
+    write_artefact(artefact, run.folder.bank(key))
+    remove_state(run.folder.partial(key))
+    run.folder.report(key, BankStatus(State.finished, fitting.attempt, seed, error))
+    return Learned(report, runtime, _codes(artefact), fitted=True)
+
+
+def fit_globe(
+    config: Config,
+    bank: BankPlan,
+    read: ReadExperts,
+    generator: torch.Generator,
+    state: FitState | None,
+    ranks: Ranks,
+    *,
+    on_step: Callable[[StepRecord], None],
+    on_checkpoint: Callable[[FitState], None],
+) -> tuple[FitResult, Finalised]:
+    """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `ranks`."""
+    X = read.joined.experts
+    metric = metric_of(config, X, ranks)
+    inside = metric is not None and is_linear(config)
+    if metric is not None and inside:
+        metric.enter(X)
+    result = fit_bank(
+        X,
+        bank.sizes,
+        config,
+        generator=generator,
+        export_dtype=read.export_dtype,
+        resume=state,
+        on_step=on_step,
+        on_checkpoint=on_checkpoint,
+        ranks=ranks,
+    )
+    give_back_memory()  # of the steps
+    if metric is not None and inside:
+        metric.leave(X)
+        result = replace(result, factors=metric.of_model(result.factors))
+    done = finalise(
+        result.factors,
+        read.joined,
+        lam=result.lam,
+        activation=str(config.bank.activation),
+        export_dtype=read.export_dtype,
+        prune=config.codes.prune,
+        refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
+        metric=metric,
+        ranks=ranks,
+    )
+    return result, done
+
+
+class _Watch:
+    """Follows one fit: passes its steps on, writes its checkpoints, adds up its times."""
+
+    def __init__(self, run: Run, key: str, fitting: Fitting) -> None:
+        self.run, self.key, self.fitting = run, key, fitting
+        self.last: StepRecord | None = None
+        self.phases = {"coding": 0.0, "dictionary": 0.0, "refit": 0.0}
+
+    def step(self, record: StepRecord) -> None:
+        self.last = record
+        for phase in self.phases:
+            self.phases[phase] += getattr(record, f"seconds_{phase}")
+        self.run.on_step(self.key, record)
+
+    def checkpoint(self, state: FitState) -> None:
+        step = self.fitting.step if self.last is None else self.last.step
+        fitting = Fitting(self.fitting.fingerprint, self.fitting.attempt, step)
+        write_state(self.run.folder.partial(self.key), state, fitting)
+
+    def runtime(self, result: FitResult, *, seconds: float, experts: int, read: ReadExperts) -> BankRuntime:
+        """Phases are those of this process; `result.seconds` counts what came before a resumption too."""
+        return BankRuntime(
+            seconds=result.seconds,
+            seconds_total=seconds,
+            seconds_coding=self.phases["coding"],
+            seconds_dictionary=self.phases["dictionary"],
+            seconds_refit=self.phases["refit"],
+            steps_per_second=result.steps / max(result.seconds, 1e-9),
+            experts_per_second=experts / max(seconds, 1e-9),
+            read_bytes_per_second=read.bytes / max(read.seconds, 1e-9),
+            peak_host_bytes=peak_host_bytes(),
+            peak_device_bytes=peak_device_bytes(self.run.device),
+        )
+
+
+def _artefact(
+    run: Run,
+    bank: BankPlan,
+    joined: Joined,
+    lam: float,
+    activation: str,
+    done: Finalised,
+    source: dict[str, Any],
+    seed: int,
+) -> BankArtefact:
+    low_rank = done.factors.left is not None
+    bounds = zip(bank.members, joined.starts[:-1], joined.starts[1:], strict=True)
+    return BankArtefact(
+        members=tuple(
+            Member(one.layer, one.family, start, stop, experts_of(run.config, run.checkpoint, one))
+            for one, start, stop in bounds
+        ),
+        codes=done.factors.codes,
+        adapters=done.factors.adapters,
+        activation=activation,
+        lam=lam,
+        bank=None if low_rank else done.factors.bank,
+        atoms_left=done.factors.left,
+        atoms_right=done.factors.right,
+        mean=done.mean,
+        scale=done.scale,
+        source=source,
+        config=bank_options(run.config),
+        seed=seed,
+    )
+
+
+def _of_members(artefact: BankArtefact, done: Finalised) -> dict[str, float | None]:
+    """RelFrob of each member of a bank that has several."""
+    if len(artefact.members) == 1:
+        return {}
+    rows = {
+        f"relfrob_layer{one.layer:03d}_{one.family}": slice(one.start, one.stop) for one in artefact.members
+    }
+    return {name: relfrob(done.errors[part], done.norms[part]) for name, part in rows.items()}
+
+
+def _report(
+    run: Run,
+    artefact: BankArtefact,
+    bank: BankPlan,
+    result: FitResult,
+    done: Finalised,
+    attempt: int,
+    figures: dict[str, float | None],
+    charts: BankCharts,
+) -> BankReport:
+    sizes, codes = bank.sizes, artefact.codes
+    return BankReport(
+        key=bank.key,
+        n=sizes.n,
+        p=sizes.p,
+        d=sizes.d,
+        m=sizes.m,
+        r=sizes.r,
+        target_support=sizes.target_support,
+        parameters=artefact.family_parameters,
+        kept_parameters=bank.kept_parameters,
+        relfrob_start=result.relfrob_start,
+        relfrob_fit=result.relfrob,
+        relfrob=done.relfrob,
+        export_dtype=str(codes.dtype).removeprefix("torch."),
+        stop=result.stop.sentence,
+        steps=result.steps,
+        accepted=result.accepted,
+        rejected=result.rejected,
+        regularised_solves=result.regularised_solves,
+        seed=artefact.seed,
+        attempt=attempt,
+        supports=tuple(support_sizes(codes).tolist()),
+        atom_usage=tuple(atom_usage(codes).tolist()),
+        expert_relfrob=expert_relfrob(done),
+        metrics=figures,
+        method=str(run.config.method),
+        atom_rank=sizes.atom_rank,
+        charts=charts,
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _too_large(run: Run, bank: BankPlan) -> FitError:
+    n, p, d = bank.sizes.n, bank.sizes.p, bank.sizes.d
+    return FitError(
+        f"{bank.key} ({n} x {p} x {d}) does not fit into the memory of device={run.device.type}: lower "
+        "model.max_experts, bank.m or bank.r, or use another device"
+    )

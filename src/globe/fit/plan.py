@@ -1,0 +1,272 @@
+"""From a configuration and a checkpoint to plain integers: which layers, which banks, how large each one is.
+
+Resolved once, after the checkpoint is open; nothing is written back into the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from globe.am.records import Sizes
+from globe.baselines.budget import allowed_parameters
+from globe.baselines.budget import resolve_sizes as baseline_sizes
+from globe.baselines.records import BaselineSizes
+from globe.config.choices import Centre, Family, Method, Scope
+from globe.config.schema import Config
+from globe.errors import ConfigError
+from globe.config.size_expressions import resolve_size
+from globe.config.identity import DEFAULT_SIZES
+from globe.config.layers import parse_layers, ranges
+
+_LONGEST_KEY = 100
+"""Characters of a key's layers, which become a folder name."""
+
+
+@runtime_checkable
+class Shape(Protocol):
+    """Of the routed experts of one layer and family."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def p(self) -> int: ...
+    @property
+    def d(self) -> int: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a plan needs to know of a checkpoint; `globe.checkpoint.Checkpoint` is one."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def moe_layers(self) -> tuple[int, ...]: ...
+    def shape(self, layer: int, family: str, /) -> Shape: ...
+
+
+class Matrices(NamedTuple):
+    """The experts of one layer and family."""
+
+    layer: int
+    family: str
+
+
+class BankSize(NamedTuple):
+    """What `bank.kept` chooses."""
+
+    m: int
+    r: int
+    atom_rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """Whose experts share a bank, before its sizes are known."""
+
+    members: tuple[Matrices, ...]
+    counts: tuple[int, ...]
+    """experts of each member"""
+    p: int
+    d: int
+
+    @property
+    def n(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each member, and n at the end."""
+        return tuple(accumulate(self.counts, initial=0))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, p, d); banks of one shape get one choice of sizes."""
+        return self.n, self.p, self.d
+
+    @property
+    def key(self) -> str:
+        """Name in folders, logs and tables: `layer012.up`, `layer012.up+gate`, `layers004-008.up`."""
+        layers = sorted({member.layer for member in self.members})
+        families = "+".join(dict.fromkeys(member.family for member in self.members))
+        if len(layers) == 1:
+            return f"layer{layers[0]:03d}.{families}"
+        name = ranges(layers, join="+", digits=3)
+        if len(name) > _LONGEST_KEY:
+            name = f"{layers[0]:03d}-{layers[-1]:03d}x{len(layers)}"
+        return f"layers{name}.{families}"
+
+
+@dataclass(frozen=True, slots=True)
+class BankPlan:
+    """One bank to learn: whose experts share it, its sizes, and what they keep."""
+
+    outline: Outline
+    sizes: Sizes
+    baseline: BaselineSizes | None
+    """the same sizes, counted as the method counts; None is method=globe"""
+    mean_parameters: int
+    """numbers of the stored means"""
+
+    @property
+    def key(self) -> str:
+        return self.outline.key
+
+    @property
+    def members(self) -> tuple[Matrices, ...]:
+        return self.outline.members
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense experts."""
+        return self.sizes.n * self.sizes.p * self.sizes.d
+
+    @property
+    def kept_parameters(self) -> int:
+        """Adapters, atoms, codes and stored means: the artefact's own count, or the method's tightest form."""
+        return (self.baseline or self.sizes).parameters + self.mean_parameters
+
+    @property
+    def kept(self) -> float:
+        return self.kept_parameters / self.parameters
+
+
+def cache_bytes(bank: BankPlan, S_cache: int | str, itemsize: int) -> int:
+    """Bytes of the mixed bases (r x d) that stay composed once every member's cache is full, at `itemsize` a number."""
+    held = sum(count if S_cache == "all" else min(int(S_cache), count) for count in bank.outline.counts)
+    return held * bank.sizes.r * bank.sizes.d * itemsize
+
+
+def outline(config: Config, checkpoint: Source) -> tuple[Outline, ...]:
+    """The banks of a run in the order they are learned: layer by layer, up before gate.
+
+    `bank.scope` says whose experts share one: those of a layer and family (`family`), up and gate of a layer
+    (`families`), or one family's in all selected layers (`layers`). A member has min(experts, model.max_experts)
+    routed experts, and the shared expert if `model.include_shared` asks for it. Raises ConfigError when a layer
+    does not exist, or when members of a bank differ in p or d.
+    """
+    families = [
+        str(one) for one in ((Family.up, Family.gate) if config.family is Family.both else (config.family,))
+    ]
+    layers = parse_layers(config.layer, checkpoint.moe_layers, checkpoint.num_layers)
+    match config.bank.scope:
+        case Scope.family:
+            groups = [[Matrices(layer, family)] for layer in layers for family in families]
+        case Scope.families:
+            groups = [[Matrices(layer, family) for family in families] for layer in layers]
+        case Scope.layers:
+            groups = [[Matrices(layer, family) for layer in layers] for family in families]
+    return tuple(_outline_of(config, checkpoint, tuple(members)) for members in groups)
+
+
+def _outline_of(config: Config, checkpoint: Source, members: tuple[Matrices, ...]) -> Outline:
+    shapes = [checkpoint.shape(*member) for member in members]
+    p, d = shapes[0].p, shapes[0].d
+    for member, shape in zip(members, shapes, strict=True):
+        if (shape.p, shape.d) != (p, d):
+            raise ConfigError(
+                f"bank.scope={config.bank.scope} joins matrices of one size, and layer {member.layer} {member.family} "
+                f"has {shape.p} x {shape.d} where layer {members[0].layer} {members[0].family} has {p} x {d}: select "
+                "layers of one size, or give bank.scope=family"
+            )
+    most = config.model.max_experts
+    counts = (shape.n if most is None else min(shape.n, most) for shape in shapes)
+    return Outline(members, tuple(count + config.model.include_shared for count in counts), p, d)
+
+
+def plan(
+    config: Config, checkpoint: Source, chosen: Mapping[tuple[int, int, int], BankSize] | None = None
+) -> tuple[BankPlan, ...]:
+    """The banks of a run with their sizes. Raises ConfigError when a layer does not exist or a size can't be.
+
+    With `bank.kept` and method=globe the sizes are `chosen` by search, for each shape (n, p, d) of a bank.
+    """
+    return tuple(plan_bank(config, one, (chosen or {}).get(one.shape)) for one in outline(config, checkpoint))
+
+
+def plan_bank(config: Config, bank: Outline, chosen: BankSize | None = None) -> BankPlan:
+    """One bank with the sizes it is given, or that its method makes of the budget."""
+    means = mean_parameters(config, bank)
+    if config.method is Method.globe:
+        return BankPlan(bank, resolve_sizes(config, bank, chosen), None, means)
+    own = _baseline_sizes(config, bank)
+    sizes = Sizes(*bank.shape, m=own.m, r=own.r, atom_rank=own.atom_rank)
+    return BankPlan(bank, sizes, own, means)
+
+
+def mean_parameters(config: Config, bank: Outline) -> int:
+    """Numbers of the stored means: none, one per member, or a p x d matrix per member."""
+    if (
+        config.method is Method.mean_svd
+    ):  # its own mean expert takes the other in, and is counted with its sizes
+        return 0
+    match config.normalise.centre:
+        case Centre.none:
+            return 0
+        case Centre.scalar:
+            return len(bank.members)
+        case Centre.expert_mean:
+            return len(bank.members) * bank.p * bank.d
+
+
+def allowed(config: Config, bank: Outline) -> int:
+    """Numbers that `bank.kept` leaves for adapters, atoms and codes: a share of n p d, less the stored means."""
+    assert config.bank.kept is not None
+    return allowed_parameters(config.bank.kept, n=bank.n, p=bank.p, d=bank.d) - mean_parameters(config, bank)
+
+
+def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None) -> Sizes:
+    """The sizes of a GloBE bank, given in the configuration or `chosen`. Raises ConfigError naming what can't be."""
+    n, p, d = bank.shape
+    if chosen is None:
+        assert config.bank.kept is None, "sizes within a budget are chosen by search"
+        m = resolve_size(
+            "bank.m", config.bank.m or DEFAULT_SIZES["m"], {"n": n}, n, f"the {n} experts that share the bank"
+        )
+        rank = f"min(p, d)={min(p, d)}, the rank of a {p} x {d} expert"
+        r = resolve_size("bank.r", config.bank.r or DEFAULT_SIZES["r"], {"p": p, "d": d}, min(p, d), rank)
+        k = config.bank.atom_rank
+        if k is not None:
+            rank = f"min(r, d)={min(r, d)}, the rank of an {r} x {d} atom"
+            k = resolve_size("bank.atom_rank", k, {"r": r, "p": p, "d": d}, min(r, d), rank)
+        chosen = BankSize(m, r, k)
+    support = target_support(config, chosen.m)
+    return Sizes(n, p, d, chosen.m, chosen.r, target_support=support, atom_rank=chosen.atom_rank)
+
+
+def target_support(config: Config, m: int) -> int | None:
+    """`codes.target_support` for m atoms. Raises ConfigError when it does not come out."""
+    support = config.codes.target_support
+    if support is None:
+        return None
+    return resolve_size("codes.target_support", support, {"m": m}, m, f"the {m} atoms of the bank")
+
+
+def _baseline_sizes(config: Config, bank: Outline) -> BaselineSizes:
+    """The largest sizes of a baseline that keep no more than the GloBE bank of the same options, or than `kept`.
+
+    Where a method has them, m and r are the given ones: group_svd and MoBE take both, SLBF takes r (and atom_rank,
+    which then is no longer filled up).
+    """
+    n, p, d = bank.shape
+    method, name = config.method, str(config.method)
+    if config.bank.kept is not None:
+        budget = allowed(config, bank)
+        if budget < 1:
+            raise ConfigError(
+                f"bank.kept={config.bank.kept} leaves no parameter for method={name}: give a larger share"
+            )
+        return baseline_sizes(name, n=n, p=p, d=d, budget=budget)
+    same = resolve_sizes(config, bank)
+    match method:
+        case Method.group_svd | Method.mobe | Method.mobe_corrected:
+            return baseline_sizes(name, n=n, p=p, d=d, m=same.m, r=same.r)
+        case Method.slbf if same.atom_rank is not None:
+            return baseline_sizes(name, n=n, p=p, d=d, r=same.r, atom_rank=same.atom_rank)
+        case Method.slbf:
+            return baseline_sizes(name, n=n, p=p, d=d, r=same.r, budget=same.parameters)
+        case _:
+            return baseline_sizes(name, n=n, p=p, d=d, budget=same.parameters)

@@ -1,0 +1,94 @@
+"""What a bank is learned from, and whether an artefact or an unfinished fit is still of just that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from globe.bank.file import BankArtefact, read_artefact
+from globe.checkpoint import Checkpoint
+from globe.checkpoint.experts import SHARED, choose_experts
+from globe.config.composition import config_dict
+from globe.config.schema import Config
+from globe.errors import ArtefactError
+from globe.config.identity import NUMERICS_VERSION, numerics
+from globe.fit.plan import BankPlan, Matrices, Outline
+from globe.runs.summary import BankReport
+
+_log = logging.getLogger(__name__)
+
+
+def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tuple[int, ...]:
+    """Routed expert number of each row that is read of a layer and family; -1 is the shared one."""
+    n = checkpoint.shape(*member).n
+    chosen = choose_experts(n, config.model.max_experts, str(config.model.sample_method))
+    return (*chosen, SHARED) if config.model.include_shared else chosen
+
+
+def source_of(config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline) -> dict[str, Any]:
+    """Where a bank's experts come from, with a hash of the stored tensors that hold them."""
+    names = {
+        checkpoint.locate(*member, expert).tensor
+        for member in bank.members
+        for expert in experts_of(config, checkpoint, member)
+    }
+    return {**checkpoint.source(), "sha256": checkpoint.hash_tensors(sorted(names))}
+
+
+def bank_options(config: Config) -> dict[str, Any]:
+    """The options that change a bank's numbers, whichever layers and families the run has besides.
+
+    Where the checkpoint lies does not count: the hash of its tensors does.
+    """
+    kept = numerics(config_dict(config))
+    model = {key: value for key, value in kept["model"].items() if key not in ("path", "revision")}
+    rest = {key: value for key, value in kept.items() if key not in ("layer", "family", "model")}
+    return rest | {"model": model, "numerics_version": NUMERICS_VERSION}
+
+
+def fit_fingerprint(config: Config, bank: BankPlan, source: dict[str, Any], device: str) -> str:
+    """Hash of all that decides a fit's numbers on a kind of device."""
+    what = [bank_options(config), bank.key, asdict(bank.sizes), source["sha256"], device]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def complete_artefact(
+    folder: Path, config: Config, checkpoint: Checkpoint, bank: BankPlan, source: dict[str, Any]
+) -> BankArtefact | None:
+    """The artefact in `folder` if it is whole and is what this run would learn; None, with the reason logged."""
+    if not folder.exists():
+        return None
+    try:
+        artefact = read_artefact(folder)
+        BankReport.from_dict(artefact.metrics or {})
+    except (ArtefactError, KeyError, TypeError) as error:
+        _log.warning("%s: the artefact there can't be used and is learned anew: %s", bank.key, error)
+        return None
+    members = [(member.layer, member.family, member.experts) for member in artefact.members]
+    wanted = [(*member, experts_of(config, checkpoint, member)) for member in bank.members]
+    sizes = (bank.sizes.m, bank.sizes.r, bank.sizes.atom_rank)
+    same_sizes = (artefact.m, artefact.r, artefact.atom_rank) == sizes
+    same_experts = (artefact.source or {}).get("sha256") == source["sha256"] and members == wanted
+    if not same_experts or not same_sizes or artefact.config != bank_options(config):
+        _log.warning(
+            "%s: the artefact there is of other experts, sizes or options and is learned anew", bank.key
+        )
+        return None
+    return artefact
+
+
+def stamp(path: str | None) -> str:
+    """A cheap mark of a checkpoint folder's files (names, sizes, times); empty for what is not a folder.
+
+    If it is unchanged the experts are; if it has changed, only their hash can tell.
+    """
+    folder = None if path is None else Path(path).expanduser()
+    if folder is None or not folder.is_dir():
+        return ""
+    files = sorted(one for one in folder.iterdir() if one.suffix in (".safetensors", ".json"))
+    facts = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""The experts of a bank, read from the checkpoint and normalised member by member."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from globe.numerics.ranks import ALONE, Ranks
+from globe.checkpoint import Checkpoint
+from globe.config.choices import ExportDtype, Store
+from globe.config.schema import Config
+from globe.fit.normalise import Joined, join, normalise
+from globe.fit.plan import Outline
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class ReadExperts(NamedTuple):
+    joined: Joined
+    export_dtype: torch.dtype
+    """what `export_dtype` says, or the checkpoint's own"""
+    bytes: int
+    seconds: float
+    """of reading alone"""
+
+
+def read_experts(
+    config: Config, checkpoint: Checkpoint, bank: Outline, device: torch.device, ranks: Ranks = ALONE
+) -> ReadExperts:
+    """The experts of all members that this rank holds, each member normalised by itself (over all ranks).
+
+    Raises CheckpointError when they can't be read or are not finite.
+    """
+    model, options = config.model, config.normalise
+    before, parts, seconds = checkpoint.reader.bytes_read, [], 0.0
+    dtype, start = torch.float32, 0
+    for member, count in zip(bank.members, bank.counts, strict=True):
+        part = ranks.within(start, start + count)
+        start += count
+        clock = time.perf_counter()
+        experts = checkpoint.read_experts(
+            member.layer,
+            member.family,
+            include_shared=model.include_shared,
+            max_experts=model.max_experts,
+            sample_method=str(model.sample_method),
+            rows=part.rows,
+        )
+        seconds += time.perf_counter() - clock
+        dtype = experts.weights.dtype
+        parts.append(
+            normalise(
+                experts.weights.to(device),
+                centre=str(options.centre),
+                scale=str(options.scale),
+                dtype=DTYPES[config.dtype],
+                ranks=part,
+                store=options.store is Store.checkpoint,
+            )
+        )
+        del experts  # in the checkpoint's dtype; the normalised ones are all that is needed from here on
+    if config.export_dtype is not ExportDtype.auto:
+        dtype = DTYPES[config.export_dtype]
+    return ReadExperts(join(parts), dtype, checkpoint.reader.bytes_read - before, seconds)

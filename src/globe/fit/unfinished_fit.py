@@ -1,0 +1,137 @@
+"""The checkpoint of a fit that is not finished: written while it runs, read when it goes on.
+
+A folder with `state.json` and one safetensors file that it names. A new tensor file gets a new name, then
+`state.json` is replaced, then the old tensor file goes: at every moment one of the two is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from globe.am.records import FitState
+from globe.runs.folder import read_json, write_json
+
+_log = logging.getLogger(__name__)
+_RECORD = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """Which fit a state belongs to. A state of another one is not used."""
+
+    fingerprint: str
+    """hash of everything that changes the fit's numbers: configuration, sizes, source tensors, device kind"""
+    attempt: int
+    """0, or 1 after a failure; decides the seed"""
+    step: int
+    """last step whose line is in `metrics.jsonl`"""
+
+
+def write_state(folder: Path, state: FitState, fitting: Fitting) -> None:
+    """Write `state` in the place of the last one.
+
+    Raises OSError when the disk refuses; what was there before stays usable then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"state-{secrets.token_hex(4)}.safetensors"
+    temporary = folder / f".{name}"
+    try:
+        try:
+            save_file(_own_memory(state.tensors), temporary)
+        except SafetensorError as error:
+            raise OSError(f"{folder} can't be written: {error}") from error
+        _sync(temporary)
+        digest = _sha256(temporary)
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    record = {
+        "fingerprint": fitting.fingerprint,
+        "attempt": fitting.attempt,
+        "step": fitting.step,
+        "tensors": name,
+        "sha256": digest,
+        "numbers": {key: _pack(value) for key, value in state.numbers.items()},
+    }
+    write_json(folder / _RECORD, record)
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def read_state(folder: Path, fingerprint: str) -> tuple[FitState, Fitting] | None:
+    """The state in `folder` if it belongs to the fit with this fingerprint; None if there is none to use.
+
+    A damaged or foreign one is ignored with a warning: the fit then starts anew, which costs time and
+    nothing else.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):  # empty: a kill in the middle of the first one
+        return None
+    record = read_json(folder / _RECORD)
+    try:
+        if record is None:
+            raise ValueError(f"it has no readable {_RECORD}")
+        if record["fingerprint"] != fingerprint:
+            raise ValueError("it belongs to a fit with other options or experts")
+        file = folder / Path(record["tensors"]).name
+        if _sha256(file) != record["sha256"]:
+            raise ValueError(f"{file.name} is damaged")
+        numbers = {key: _unpack(value) for key, value in record["numbers"].items()}
+        fitting = Fitting(fingerprint, int(record["attempt"]), int(record["step"]))
+        return FitState(load_file(file), numbers), fitting
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        _log.warning("the checkpoint %s is ignored, the fit starts anew: %s", folder, error)
+        return None
+
+
+def remove_state(folder: Path) -> None:
+    """Remove the state of a fit that is done; the record goes first, so that a kill leaves no half of it."""
+    (folder / _RECORD).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and none sharing memory with another, which safetensors refuses."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        if where in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        owned[name] = tensor
+    return owned
+
+
+def _pack(value: float | int | bool | str | None) -> Any:
+    """JSON has no infinity and no NaN; float.hex has both, and loses nothing."""
+    return {"float": value.hex()} if isinstance(value, float) else value
+
+
+def _unpack(value: Any) -> float | int | bool | str | None:
+    return float.fromhex(value["float"]) if isinstance(value, dict) else value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,49 @@
+"""The one progress bar of a run. Log lines go above it; without a terminal it is silent."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from globe.am.records import StepRecord
+from globe.runs.tracking import Fanout
+
+
+class Progress:
+    """Counts the steps of all banks, and passes each on to the sinks."""
+
+    def __init__(self, banks: int, steps: int, sinks: Fanout) -> None:
+        self.banks, self.steps, self.sinks = banks, steps, sinks
+        self._stack = ExitStack()
+        self._done = 0
+
+    def __enter__(self) -> Progress:
+        # Hydra's console handler keeps the stream it was made with, so that its lines would land on the bar
+        self._stack.enter_context(logging_redirect_tqdm())
+        self._bar = self._stack.enter_context(
+            tqdm(total=self.banks * self.steps, unit="step", disable=None, dynamic_ncols=True, leave=False)
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def begin(self, key: str) -> None:
+        """The next bank."""
+        self._bar.set_description(key)
+
+    def step(self, key: str, record: StepRecord) -> None:
+        """One step of the bank `key`."""
+        self.sinks.log(key, record.step, record.flat())
+        self._bar.set_postfix(RelFrob=f"{record.relfrob:.4f}", refresh=False)
+        self._bar.update(self._done + min(record.step, self.steps) - self._bar.n)
+
+    def end(self) -> None:
+        """The bank is done, early perhaps, or was there already."""
+        self._done += self.steps
+        self._bar.update(self._done - self._bar.n)

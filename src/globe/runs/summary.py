@@ -1,0 +1,301 @@
+"""The figures of a run, as records, as `summary.json` and as the table printed at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from globe.runs.chart_data import BankCharts
+from globe.runs.folder import read_json
+
+FORMAT_VERSION = 1
+_LISTS = ("supports", "atom_usage", "expert_relfrob")
+
+
+@dataclass(frozen=True, slots=True)
+class BankReport:
+    """Figures of one bank that equal runs share: they go into the artefact as well."""
+
+    key: str
+    n: int
+    p: int
+    d: int
+    m: int
+    r: int
+    target_support: int | None
+    parameters: int
+    """of the dense experts, n p d"""
+    kept_parameters: int
+    """adapters, atoms, codes and the stored means; k (r + d) for a low-rank atom. Baselines in their tightest form"""
+    relfrob_start: float
+    """after the warm start, before the first step; in the metric of the fit (`normalise.metric`)"""
+    relfrob_fit: float
+    """of the fitted factors, before pruning and export; in the metric of the fit"""
+    relfrob: float
+    """of the artefact: after pruning, in the exported dtype"""
+    export_dtype: str
+    stop: str
+    """why the fit ended"""
+    steps: int
+    accepted: int
+    rejected: int
+    regularised_solves: int
+    seed: int
+    """of the bank's generator"""
+    attempt: int
+    supports: tuple[int, ...]
+    """atoms each expert uses"""
+    atom_usage: tuple[int, ...]
+    """experts that use each atom"""
+    expert_relfrob: tuple[float, ...]
+    """RelFrob of each expert"""
+    metrics: dict[str, float | None]
+    """further figures, by name; None stands for an infinite one"""
+    method: str = "globe"
+    atom_rank: int | None = None
+    """k of low-rank atoms; None for dense ones"""
+    charts: BankCharts | None = None
+    """what the report draws; None in the summaries of earlier versions, which had none"""
+
+    @property
+    def kept(self) -> float:
+        """Share of the family's own parameters that is kept."""
+        return self.kept_parameters / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        own: dict[str, Any] = {name: list(getattr(self, name)) for name in _LISTS}
+        own |= {"charts": None if self.charts is None else self.charts.to_dict()}
+        return asdict(self) | own | {"kept": self.kept, "support_median": median(self.supports)}
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> BankReport:
+        """Raises KeyError or TypeError when the record was written by another version."""
+        known = {one.name: record[one.name] for one in fields(BankReport) if one.name != "charts"}
+        drawn = record.get("charts")
+        charts = None if drawn is None else BankCharts.from_dict(drawn)
+        return BankReport(**known | {name: tuple(record[name]) for name in _LISTS} | {"charts": charts})
+
+
+@dataclass(frozen=True, slots=True)
+class BankRuntime:
+    """What differs between equal runs."""
+
+    seconds: float
+    """of the fit alone"""
+    seconds_total: float
+    """with reading, warm start, final figures and writing"""
+    seconds_coding: float
+    seconds_dictionary: float
+    seconds_refit: float
+    steps_per_second: float
+    experts_per_second: float
+    """experts read, fitted and written, by all seconds"""
+    read_bytes_per_second: float
+    peak_host_bytes: int | None
+    """largest resident memory of the process until the bank's end"""
+    peak_device_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    name: str
+    source: dict[str, Any]
+    """id, revision and model_type of the checkpoint"""
+    stamp: str
+    """of the checkpoint's files, to notice that they were changed"""
+    total_parameters: int
+    """of the whole model"""
+    device: str
+    banks: tuple[BankReport, ...] = ()
+    runtimes: dict[str, BankRuntime] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """key of each bank that failed, with the reason"""
+    seconds: float = 0.0
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """figures of more than one bank"""
+    S_cache: int | str = "all"
+    """experts per layer and family whose bases stay composed in the patched model"""
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    """of each bank's composed bases at this S_cache, in the exported dtype"""
+
+    @property
+    def relfrob(self) -> float:
+        """Mean over the banks; NaN for none."""
+        return sum(bank.relfrob for bank in self.banks) / len(self.banks) if self.banks else math.nan
+
+    @property
+    def kept(self) -> float:
+        """Share of the parameters of all compressed experts that is kept; NaN for no bank."""
+        dense = sum(bank.parameters for bank in self.banks)
+        return sum(bank.kept_parameters for bank in self.banks) / dense if dense else math.nan
+
+    @property
+    def failure(self) -> str:
+        """One sentence for the banks that failed."""
+        names = ", ".join(self.failed)
+        if len(self.failed) == 1:
+            return f"{names} failed: {next(iter(self.failed.values()))}"
+        count = len(self.failed) + len(self.banks)
+        return f"{len(self.failed)} of {count} banks failed ({names}): the same command tries them once more"
+
+    def kept_model(self, banks: Sequence[BankReport] | None = None) -> float:
+        """Share of the whole model's parameters that is left when these banks (all) replace their experts."""
+        chosen = self.banks if banks is None else banks
+        saved = sum(bank.parameters - bank.kept_parameters for bank in chosen)
+        return 1 - saved / self.total_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON. A figure that is not finite is null."""
+        banks = []
+        for bank in self.banks:
+            runtime = self.runtimes.get(bank.key)
+            record = bank.to_dict() | {"kept_model": self.kept_model([bank])}
+            banks.append(record | {"runtime": None if runtime is None else asdict(runtime)})
+        return {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "source": self.source,
+            "stamp": self.stamp,
+            "total_parameters": self.total_parameters,
+            "relfrob": _finite(self.relfrob),
+            "kept": _finite(self.kept),
+            "kept_model": self.kept_model(),
+            "seconds": self.seconds,
+            "device": self.device,
+            "metrics": self.metrics,
+            "S_cache": self.S_cache,
+            "cache_bytes": self.cache_bytes,
+            "failed": self.failed,
+            "banks": banks,
+        }
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> RunSummary:
+        """Raises KeyError, TypeError or ValueError when the record was written by another version."""
+        if record["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"summary.json has format version {record['format_version']}")
+        known = {one.name: record[one.name] for one in fields(RunSummary) if one.name != "runtimes"}
+        return RunSummary(
+            **known
+            | {
+                "banks": tuple(BankReport.from_dict(bank) for bank in record["banks"]),
+                "runtimes": {
+                    bank["key"]: BankRuntime(**bank["runtime"]) for bank in record["banks"] if bank["runtime"]
+                },
+            }
+        )
+
+
+def read_summary(path: Path) -> RunSummary | None:
+    """The summary in a file; None when there is none, or none of this version."""
+    record = read_json(path)
+    try:
+        return None if record is None else RunSummary.from_dict(record)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def print_summary(summary: RunSummary, folder: Path, console: Console | None = None) -> None:
+    """The table of a run and where its artefacts are. Without a terminal, lines are not cut to 80 columns."""
+    console = console or Console()
+    if not console.is_terminal and console.width < 120:
+        console = Console(file=console.file, width=120)
+    console.print(summary_table(summary))
+    console.print(_footer(summary, folder), soft_wrap=True, highlight=False)
+
+
+def summary_table(summary: RunSummary) -> Table:
+    """One row per bank, and a row for all where there are several."""
+    methods = {bank.method for bank in summary.banks} - {"globe"}
+    title = summary.name if not methods else f"{summary.name}: {', '.join(sorted(methods))}"
+    table = Table(title=title, title_justify="left", show_footer=False)
+    table.add_column("bank", no_wrap=True)
+    low_rank = any(bank.atom_rank is not None for bank in summary.banks)
+    for heading in (
+        "n x p x d",
+        "m",
+        "r",
+        *(["k"] if low_rank else []),
+        "kept of\nfamily",
+        "kept of\nmodel",
+        "RelFrob\nstart",
+        "RelFrob\nend",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("support\nmedian", "steps", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for bank in summary.banks:
+        runtime = summary.runtimes.get(bank.key)
+        table.add_row(
+            bank.key,
+            f"{bank.n} x {bank.p} x {bank.d}",
+            str(bank.m),
+            str(bank.r),
+            *(["-" if bank.atom_rank is None else str(bank.atom_rank)] if low_rank else []),
+            f"{bank.kept:.1%}",
+            f"{summary.kept_model([bank]):.1%}",
+            f"{bank.relfrob_start:.4f}",
+            f"{bank.relfrob:.4f}",
+            f"{median(bank.supports):g}",
+            str(bank.steps),
+            "-" if runtime is None else f"{runtime.seconds:.1f}",
+        )
+    for key in summary.failed:
+        table.add_row(key, *["-"] * (6 + low_rank), "failed", *["-"] * 3, style="red")
+    if len(summary.banks) > 1:
+        table.add_section()
+        total = _total(summary)
+        table.add_row(*total[:3], *([""] if low_rank else []), *total[3:], style="bold")
+    return table
+
+
+def _total(summary: RunSummary) -> list[str]:
+    banks = summary.banks
+    supports = [size for bank in banks for size in bank.supports]
+    return [
+        f"all {len(banks)}",
+        f"{sum(bank.n for bank in banks)} experts",
+        "",
+        "",
+        f"{summary.kept:.1%}",
+        f"{summary.kept_model():.1%}",
+        f"{sum(bank.relfrob_start for bank in banks) / len(banks):.4f}",
+        f"{summary.relfrob:.4f}",
+        f"{median(supports):g}",
+        str(sum(bank.steps for bank in banks)),
+        f"{sum(runtime.seconds for runtime in summary.runtimes.values()):.1f}",
+    ]
+
+
+def _footer(summary: RunSummary, folder: Path) -> str:
+    here = Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    where = folder / "banks" / (summary.banks[0].key if len(summary.banks) == 1 else "<bank>")
+    lines = [
+        f"family: {sum(bank.kept_parameters for bank in summary.banks):,} of "
+        f"{sum(bank.parameters for bank in summary.banks):,} parameters kept; "
+        f"model: {summary.total_parameters:,} parameters before",
+    ]
+    peaks = [("host", "peak_host_bytes"), ("device", "peak_device_bytes")]
+    memory = []
+    for label, name in peaks:
+        sizes = [getattr(one, name) for one in summary.runtimes.values() if getattr(one, name) is not None]
+        if sizes:
+            memory.append(f"{label} {max(sizes) / 2**20:,.0f} MiB")
+    if memory:
+        lines.append(f"peak memory: {', '.join(memory)}; on {summary.device}; {summary.seconds:.1f} s in all")
+    for key, reason in summary.failed.items():
+        lines.append(f"{key} failed: {reason}")
+    lines.append(f"artefact: {where}")
+    return "\n".join(lines)

@@ -1,0 +1,215 @@
+"""The sizes that `bank.kept` chooses for each shape of bank, searched once per run and kept in `frontier.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from globe.sizes.budget import Room, candidates, too_small
+from globe.checkpoint import Checkpoint
+from globe.config.schema import Config
+from globe.numerics.device import bank_seed
+from globe.errors import ConfigError
+from globe.fit.plan import BankSize, Outline, allowed, mean_parameters, target_support
+from globe.fit.provenance import bank_options, source_of
+from globe.fit.reading import read_experts
+from globe.runs.folder import read_json, write_json
+from globe.sizes.search import RATIO, Frontier, Probe, search
+
+_log = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A search and what it belongs to."""
+
+    probed: str
+    """key of the bank whose experts were fitted"""
+    fingerprint: str
+    """hash of all that decides the choice"""
+    frontier: Frontier
+
+
+def room_of(config: Config, bank: Outline) -> Room:
+    """What `bank.kept` leaves for adapters, atoms and codes. Raises ConfigError where nothing fits."""
+    assert config.bank.kept is not None
+    room = Room(*bank.shape, max(0, allowed(config, bank)))
+    if not candidates(room, ratio=RATIO, low_rank=False):
+        raise too_small(config.bank.kept, room, means=mean_parameters(config, bank))
+    if not any(_allows(config, m) for m in range(1, bank.n + 1)):
+        target_support(config, bank.n)  # raises, with the sentence for a number that no bank can have
+    if not candidates(room, ratio=RATIO, low_rank=False, allows=lambda m: _allows(config, m)):
+        raise ConfigError(
+            f"bank.kept={config.bank.kept} leaves no room for the atoms that "
+            f"codes.target_support={config.codes.target_support} needs: give a larger share or a smaller support"
+        )
+    return room
+
+
+def _allows(config: Config, m: int) -> bool:
+    """Whether `codes.target_support` comes out for m atoms."""
+    try:
+        target_support(config, m)
+    except ConfigError:
+        return False
+    return True
+
+
+def choose_sizes(
+    config: Config, checkpoint: Checkpoint, banks: Sequence[Outline], device: torch.device, file: Path
+) -> dict[Shape, BankSize]:
+    """Sizes by shape. A search that `file` already holds is not repeated; a new one is added to it.
+
+    Of the banks of a shape the middle one is probed. Raises ConfigError where nothing fits in the budget,
+    CheckpointError when its experts can't be read, FitError when every probe breaks.
+    """
+    by_shape: dict[Shape, list[Outline]] = {}
+    for bank in banks:
+        by_shape.setdefault(bank.shape, []).append(bank)
+    rooms = {shape: room_of(config, alike[0]) for shape, alike in by_shape.items()}
+    known, chosen = _read(file), {}
+    for shape, alike in by_shape.items():
+        probed = alike[len(alike) // 2]
+        fingerprint = _fingerprint(config, checkpoint, probed, rooms[shape], device)
+        searched = known.get(shape)
+        if searched is None or searched.fingerprint != fingerprint:
+            searched = Searched(
+                probed.key, fingerprint, _search(config, checkpoint, probed, rooms[shape], device)
+            )
+            known[shape] = searched
+            _write(file, known)
+            print_frontier(searched)
+        chosen[shape] = searched.frontier.chosen
+        _log.info("%s: m=%d, r=%d, atom rank %s", _name(shape), *searched.frontier.chosen)
+    return chosen
+
+
+def _search(
+    config: Config, checkpoint: Checkpoint, probed: Outline, room: Room, device: torch.device
+) -> Frontier:
+    experts = read_experts(config, checkpoint, probed, device).joined.experts
+    seed = bank_seed(config.seed, f"sizes of {_name(probed.shape)}")
+    return search(experts, room, config, seed=seed, allows=lambda m: _allows(config, m))
+
+
+def _fingerprint(
+    config: Config, checkpoint: Checkpoint, probed: Outline, room: Room, device: torch.device
+) -> str:
+    sha256 = source_of(config, checkpoint, probed)["sha256"]
+    what = [bank_options(config), probed.key, room, sha256, device.type]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _name(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _write(file: Path, known: dict[Shape, Searched]) -> None:
+    shapes = {_name(shape): _record(searched) for shape, searched in known.items()}
+    write_json(file, {"format_version": FORMAT_VERSION, "shapes": shapes})
+
+
+def _record(searched: Searched) -> dict[str, Any]:
+    frontier = searched.frontier
+    block = frontier.block
+    rows = [
+        {
+            **probe.size._asdict(),
+            "parameters": probe.parameters,
+            "kept": probe.parameters / (block.n * block.p * block.d),
+            "relfrob": {str(steps): _finite(error) for steps, error in probe.errors.items()},
+        }
+        for probe in frontier.probes
+    ]
+    return {
+        "room": frontier.room._asdict(),
+        "block": block._asdict(),
+        "steps": list(frontier.steps),
+        "chosen": frontier.chosen._asdict(),
+        "probes": rows,
+        "probed": searched.probed,
+        "fingerprint": searched.fingerprint,
+    }
+
+
+def _read(file: Path) -> dict[Shape, Searched]:
+    """What a file holds; nothing, with a warning, if it is damaged or of another version."""
+    record = read_json(file)
+    if record is None:
+        return {}
+    try:
+        if record["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"it has format version {record['format_version']}")
+        found = [_of_record(one) for one in record["shapes"].values()]
+        return {(room.n, room.p, room.d): one for one in found for room in [one.frontier.room]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        _log.warning("%s is ignored and the search for sizes repeated: %s", file, error)
+        return {}
+
+
+def _of_record(record: dict[str, Any]) -> Searched:
+    probes = tuple(
+        Probe(
+            BankSize(row["m"], row["r"], row["atom_rank"]),
+            row["parameters"],
+            {int(steps): math.inf if error is None else error for steps, error in row["relfrob"].items()},
+        )
+        for row in record["probes"]
+    )
+    frontier = Frontier(
+        Room(**record["room"]),
+        Room(**record["block"]),
+        tuple(record["steps"]),
+        probes,
+        BankSize(**record["chosen"]),
+    )
+    return Searched(record["probed"], record["fingerprint"], frontier)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def print_frontier(searched: Searched, console: Console | None = None) -> None:
+    """The table of a search: what each candidate keeps, and its error after each rung."""
+    console = console or Console()
+    if not console.is_terminal and console.width < 120:
+        console = Console(file=console.file, width=120)
+    console.print(frontier_table(searched))
+
+
+def frontier_table(searched: Searched) -> Table:
+    """Dense candidates by m, then low-rank ones by rank; the chosen one is bold."""
+    frontier = searched.frontier
+    room, block = frontier.room, frontier.block
+    title = f"sizes within {room.limit / (room.n * room.p * room.d):.1%} of {searched.probed}"
+    if block != room:
+        title += f", probed in blocks of {block.p} x {block.d}: m={frontier.chosen.m}, r={frontier.chosen.r}"
+        title += f", k={frontier.chosen.atom_rank}" if frontier.chosen.atom_rank else ""
+    table = Table(title=title, title_justify="left")
+    steps = sorted(set(frontier.steps))
+    for heading in ("m", "r", "k", "kept", *(f"RelFrob\n{count} steps" for count in steps)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for probe in sorted(frontier.probes, key=lambda one: (one.size.atom_rank or 0, one.size.m)):
+        size = probe.size
+        table.add_row(
+            str(size.m),
+            str(size.r),
+            "-" if size.atom_rank is None else str(size.atom_rank),
+            f"{probe.parameters / (block.n * block.p * block.d):.2%}",
+            *(f"{probe.errors[count]:.4f}" if count in probe.errors else "" for count in steps),
+            style="bold" if block == room and size == frontier.chosen else None,
+        )
+    return table

@@ -1,0 +1,102 @@
+"""What a fit costs, from its sizes alone: the multiply-adds of a step, and the memory it needs at most."""
+
+from __future__ import annotations
+
+from globe.numerics.chunks import chunk_size, product_chunk_size
+from globe.am.records import Sizes
+from globe.config.schema import TrainConfig
+
+REFERENCE_RATE = 2e10
+"""Multiply-adds a second of the reference core, in float32: what one thread of a recent x86 server does in this mix."""
+REFERENCE_OVERHEAD = 0.018
+"""Seconds a step in the starting of kernels on that core: nearly all there is for experts of 44 x 64."""
+EVALUATIONS = 1.15
+"""Of a Gauss-Newton step: one, and another when the extrapolated point is refused."""
+USUAL_ITERATIONS = 9
+"""Of conjugate gradients in a step that the truncation test ends: 7 to 10 on average of 60 steps, on four banks."""
+_SKETCH = 4
+"""Columns of the preconditioner's sketch."""
+
+
+def step_work(
+    sizes: Sizes,
+    *,
+    cg_iterations: int,
+    joint: bool = True,
+    coding_every: int = 5,
+    evaluate_every: int = 5,
+) -> float:
+    """Multiply-adds of an average projected Gauss-Newton step, with coding and validation every so many steps."""
+    n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
+    evaluate = n * (m * r * d + 2 * r * r * d + 3 * p * r * d + 2 * p * r * r + r**3)
+    product = 3 * n * r * r * d + (4 if joint else 2) * n * m * r * d + _of_atoms(sizes)
+    prepare = n * r * (2 * m * d + m * r + d * d) + n * m * r * _SKETCH * (d + r + m) + m * r**3 + d**3
+    coding = n * m * r * d * (3 * r + m + 1)
+    coded = 1 / coding_every if coding_every else 0.0
+    return (
+        (EVALUATIONS + 1 / evaluate_every + 2 * coded) * evaluate
+        + cg_iterations * product
+        + prepare
+        + coded * coding
+    )
+
+
+def _of_atoms(sizes: Sizes) -> float:
+    """Of one conjugate-gradient iteration, for all atoms: the preconditioner, and the halves of low-rank ones."""
+    d, m, r, k = sizes.d, sizes.m, sizes.r, sizes.atom_rank
+    if k is None:
+        return m * r * d * (r + d)
+    return m * (4 * r * k * d + r * k * (r + k) + k * d * (k + d))
+
+
+def usual_iterations(train: TrainConfig) -> int:
+    """Of conjugate gradients in an average step: all, or with the truncation test what fits of 60 steps made."""
+    return train.cg_iterations if train.cg_tolerance == 0 else min(train.cg_iterations, USUAL_ITERATIONS)
+
+
+def chunk_of(sizes: Sizes, *, itemsize: int) -> int:
+    """Experts that a conjugate-gradient product takes at once."""
+    return product_chunk_size(sizes.n, sizes.r, sizes.d, sizes.m, itemsize=itemsize)
+
+
+def reference_seconds(work: float) -> float:
+    """Of one step on the reference core. The same on every machine, so that what is planned by it is too."""
+    return REFERENCE_OVERHEAD + work / REFERENCE_RATE
+
+
+def fit_bytes(
+    sizes: Sizes,
+    *,
+    itemsize: int,
+    source_itemsize: int,
+    curved: bool = True,
+    joint: bool = True,
+    members: int = 1,
+    stored: bool = False,
+) -> int:
+    """The most that reading, fitting and exporting one bank hold at once, beside the program itself.
+
+    Throughout: the normalised experts, or with `stored` those of the checkpoint. While reading: those of one member in
+    the checkpoint's dtype too, and all twice where several members are joined. At a point: the adapters' Gram matrices
+    and the orthonormal rows, slopes and forces of every expert; the bank as it is and as it was; at the first point the
+    adapters too, at later ones two candidates of the bank, and a chunk's temporaries. In the conjugate gradients: the
+    same without the forces, the moves, the inverses. Counted in the dtype of the fit: gradients in bfloat16 take less.
+    """
+    n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
+    k = sizes.atom_rank
+    experts, bank = n * p * d, m * r * d
+    reading = (1 + (members > 1)) * experts * itemsize
+    reading += experts // members * source_itemsize if members == 1 else 0
+    held = experts * itemsize
+    if stored:
+        held = experts * source_itemsize
+        reading = (1 + (members > 1)) * held
+    point = n * r * r + (3 if curved else 2) * n * r * d
+    move = bank if k is None else m * k * (r + d)
+    chunk = chunk_of(sizes, itemsize=itemsize)
+    products = (2 if joint else 1) * bank + bank + 4 * move + 2 * chunk * r * d + chunk * r * r
+    solver = 3 * m * r * r + (n * r * r if curved else 0) + 3 * d * d
+    banks = 2 * bank + (0 if k is None else 2 * move)
+    refits = chunk_size(n, max(r, p), d) * (4 * r * d + 2 * p * d + 3 * r * r)
+    step = point + banks + max(products + solver - n * r * d, 2 * move + refits, n * p * r + refits)
+    return max(reading + 3 * p * d * 8, held + step * itemsize)

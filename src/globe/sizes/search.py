@@ -1,0 +1,191 @@
+"""Successive halving over sizes that fill a budget, by short fits: what `bank.kept` chooses (m, r, atom_rank) with.
+
+Steps, not seconds, are what a fit is given, and their number follows from a count of multiply-adds: equal seeds choose
+equal sizes, on a busy machine as on an idle one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.loop import fit_bank
+from globe.am.records import Sizes
+from globe.sizes.budget import Room, candidates, enlarged, neighbours
+from globe.config.choices import Dictionary
+from globe.config.schema import Config, is_linear
+from globe.sizes.costs import reference_seconds, step_work, usual_iterations
+from globe.errors import FitError
+from globe.fit.input_metric import metric_of
+from globe.fit.plan import BankSize, target_support
+
+_log = logging.getLogger(__name__)
+
+FEWEST_STEPS = 12
+"""Of a first fit. On 60 trained experts the order after 12 steps was nearly that after 70, the one after 5 was not."""
+RATIO = 2.0
+"""Steps of the first grid; the second rung looks halfway between the best candidates and their neighbours."""
+KEPT_OF_FIRST, FINALISTS = 1 / 3, 3
+"""What goes on: a third after the first rung, and three sizes into the last one."""
+_SMALLEST_BLOCK = 12
+"""Rows and columns; a smaller block of the experts has too few ranks to choose from."""
+_SLACK = 0.6
+"""The error falls by this share of what more is kept (log by log), around the best sizes."""
+
+
+class Plan(NamedTuple):
+    """What the time limit allows: in which block of the experts to look, and steps per rung."""
+
+    room: Room
+    first: tuple[BankSize, ...]
+    steps: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One candidate and its errors; fewer if it was left behind or came later."""
+
+    size: BankSize
+    parameters: int
+    errors: dict[int, float]
+    """RelFrob by the steps it was fitted for; infinity for a fit that broke"""
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All that a search saw, and what it chose."""
+
+    room: Room
+    block: Room
+    """what the probes were fitted to: `room`, or a block of fewer rows and columns"""
+    steps: tuple[int, ...]
+    probes: tuple[Probe, ...]
+    chosen: BankSize
+    """sizes for `room`"""
+
+
+def plan_search(room: Room, config: Config, allows: Callable[[int], bool]) -> Plan:
+    """Rungs of equal cost within `budget.seconds` of the reference core.
+
+    Where the experts are too large for even the fewest steps, a block of them stands for all: rows and columns in one
+    proportion, in which the same share is kept by as many atoms. `room` must have a candidate.
+    """
+    low_rank = config.train.dictionary is Dictionary.gauss_newton
+    factor = 1.0
+    while True:
+        block = room if factor == 1 else room.shrunk(factor)
+        first = candidates(block, ratio=RATIO, low_rank=low_rank, allows=allows)
+        smallest = min(block.p, block.d) <= _SMALLEST_BLOCK
+        if first:
+            each = sum(_seconds(block, size, config) for size in first) / len(first)
+            numbers = (len(first), _second(len(first)) + 4, FINALISTS)
+            steps = [int(config.budget.seconds / 3 / number / each) for number in numbers]
+            if steps[0] >= FEWEST_STEPS or smallest:
+                most = config.train.steps
+                found = [min(max(FEWEST_STEPS, step), most) for step in steps]
+                return Plan(block, first, (found[0], max(found[:2]), max(found)))
+        elif smallest:
+            return Plan(
+                room, candidates(room, ratio=RATIO, low_rank=low_rank, allows=allows), (FEWEST_STEPS,) * 3
+            )
+        factor *= 2**0.5
+
+
+def search(
+    X: Float[Tensor, "n p d"], room: Room, config: Config, *, seed: int, allows: Callable[[int], bool]
+) -> Frontier:
+    """Fit the candidates to normalised experts for a few steps, the better third and what lies between for more steps,
+    the best three for the most, and take the one with the least error, in the metric of the fit. Raises FitError if all
+    break.
+
+    A curved phi is fitted in the plain metric whatever `normalise.metric` says, and compared in it: sizes chosen by the
+    error after its last refit, in the other, had a higher KL.
+    """
+    plan = plan_search(room, config, allows)
+    block = plan.room
+    X = X if block is room else _block(X, block, seed)
+    metric = metric_of(config, X) if is_linear(config) else None
+    X = X if metric is None else X @ metric.forward
+    seen: dict[BankSize, dict[int, float]] = {}
+    running = list(plan.first)
+    for rung, steps in enumerate(plan.steps):
+        _log.info("trying %d sizes on %d experts of %d x %d for %d steps", len(running), *X.shape, steps)
+        for size in running:
+            tried = seen.setdefault(size, {})
+            if steps not in tried:
+                tried[steps] = _error(X, block, size, config, steps, seed)
+        merits = {size: _merit(block, size, seen[size][steps], block is not room) for size in running}
+        running.sort(key=merits.__getitem__)
+        if rung == 0:
+            leaders = running[: _second(len(running))]
+            running = [*leaders, *_halfway(block, leaders, tuple(seen), allows)]
+        else:
+            running = running[:FINALISTS]
+    if not math.isfinite(merits[running[0]]):
+        raise FitError(
+            "no size within bank.kept could be fitted: use dtype=float64, or give bank.m and bank.r"
+        )
+    probes = tuple(Probe(size, block.parameters(size), tried) for size, tried in seen.items())
+    chosen = running[0] if block is room else enlarged(room, running[0], block, allows=allows)
+    return Frontier(room, block, plan.steps, probes, chosen)
+
+
+def _halfway(
+    room: Room, leaders: Sequence[BankSize], seen: Sequence[BankSize], allows: Callable[[int], bool]
+) -> tuple[BankSize, ...]:
+    """Around the best dense and the best low-rank candidate."""
+    best = {size.atom_rank is None: size for size in reversed(leaders)}
+    found = [one for size in best.values() for one in neighbours(room, size, seen, allows=allows)]
+    return tuple(dict.fromkeys(found))
+
+
+def _second(first: int) -> int:
+    return max(2, math.ceil(first * KEPT_OF_FIRST))
+
+
+def _seconds(room: Room, size: BankSize, config: Config) -> float:
+    sizes = Sizes(room.n, room.p, room.d, size.m, size.r, atom_rank=size.atom_rank)
+    work = step_work(
+        sizes,
+        cg_iterations=usual_iterations(config.train),
+        joint=config.codes.joint,
+        coding_every=config.codes.every,
+        evaluate_every=config.train.evaluate_every,
+    )
+    return reference_seconds(work)
+
+
+def _error(
+    X: Float[Tensor, "n p d"], room: Room, size: BankSize, config: Config, steps: int, seed: int
+) -> float:
+    """RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks."""
+    support = target_support(config, size.m)
+    sizes = Sizes(room.n, room.p, room.d, size.m, size.r, target_support=support, atom_rank=size.atom_rank)
+    train = replace(config.train, steps=steps, time_limit=None, patience=0, checkpoint_every=1e9)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        return fit_bank(X, sizes, replace(config, train=train), generator=generator).relfrob
+    except (FitError, torch.linalg.LinAlgError) as error:
+        _log.warning("sizes m=%d, r=%d, atom rank %s are left out: %s", *size, error)
+        return math.inf
+
+
+def _merit(room: Room, size: BankSize, error: float, at_equal_budget: bool) -> float:
+    """The error; in a block, whose sizes are coarse, what it would be if the budget were filled."""
+    used = room.parameters(size) / room.limit
+    return error * (used**_SLACK if at_equal_budget else 1.0)
+
+
+def _block(X: Float[Tensor, "n p d"], block: Room, seed: int) -> Float[Tensor, "n q c"]:
+    """Random columns, the same for all experts, and random rows of each."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randperm(X.shape[2], generator=generator)[: block.d].to(X.device)
+    rows = [torch.randperm(X.shape[1], generator=generator)[: block.p].to(X.device) for _ in X]
+    return torch.stack([expert[chosen][:, columns] for expert, chosen in zip(X, rows, strict=True)])
