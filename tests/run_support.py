@@ -13,13 +13,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.refit import refit
 from globe.config.composition import conf_dir, plain, register
+from globe.config.identity import run_name
 from globe.config.schema import Config
 from globe.embedded import path as embedded_path
-from globe.config.identity import run_name
+from globe.numerics.ranks import ALONE, Ranks
 from globe.train import run
 
 register()

@@ -35,16 +35,16 @@ import globe.fit.baseline
 import globe.fit.one_bank
 import globe.train
 from globe.checkpoint import open_checkpoint
-from globe.config.composition import conf_dir, plain, to_config
 from globe.config.commands import explain
+from globe.config.composition import conf_dir, plain, to_config
+from globe.config.identity import identity
 from globe.errors import ConfigError, GlobeError
 from globe.evaluation.divergence import divergence
 from globe.evaluation.perplexity import perplexity, rise, score
 from globe.evaluation.subject import Subject, check_model, load_tokenizer
 from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
-from globe.hf import patch_model
-from globe.config.identity import identity
 from globe.fit.plan import plan
+from globe.hf import patch_model
 from globe.runs.folder import read_json, write_json
 from globe.runs.summary import read_summary
 

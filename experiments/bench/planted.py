@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from globe.numerics.activation import phi
 from globe.am.loop import fit_bank
 from globe.am.objective import objective_at
 from globe.am.records import Sizes, StepRecord
 from globe.config.choices import Activation, FirstCodes, Seeding
 from globe.config.schema import Config, CurveConfig, InitConfig
+from globe.numerics.activation import phi
 from globe.numerics.metrics import squared_norms
 
 FORMS = ("linear", "silu", "tanh", "silu, low-rank")

@@ -30,14 +30,14 @@ from typing import Any
 import torch
 
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
-from globe.am.loop import fit_bank
 from globe.am.dictionary.low_precision import curvature_dtype
+from globe.am.dictionary.tangent import tangent
+from globe.am.loop import fit_bank
 from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, start_state
-from globe.am.dictionary.tangent import tangent
 from globe.config.schema import Config
-from globe.sizes.costs import fit_bytes, step_work
 from globe.fit.normalise import normalise
+from globe.sizes.costs import fit_bytes, step_work
 
 BASE = {"n": 32, "p": 352, "d": 512, "r": 88, "m": 8}
 ITERATIONS = 10

@@ -25,19 +25,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from globe.numerics import chunks
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
+from globe.am.dictionary.tangent import tangent
 from globe.am.loop import fit_bank
-from globe.numerics.ranks import ALONE, Ranks, Sharded
 from globe.am.records import FitResult, Sizes
 from globe.am.start import first_atoms
 from globe.am.state import start_state
 from globe.am.step import am_step
-from globe.am.dictionary.tangent import tangent
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import Activation, CurvatureDtype
 from globe.config.schema import BankConfig, Config, InitConfig, TrainConfig
 from globe.fit.normalise import normalise
+from globe.numerics import chunks
+from globe.numerics.ranks import ALONE, Ranks, Sharded
 
 SIZES = (
     Sizes(12, 20, 32, 3, 10),

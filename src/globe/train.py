@@ -23,30 +23,29 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import Container, OmegaConf
 
-from globe.config import commands as entry
-from globe.processes import sweep
-from globe.processes import torchrun
 from globe.bank.file import is_intact
 from globe.checkpoint import open_checkpoint
+from globe.config import commands as entry
 from globe.config.choices import Method
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
-from globe.config.schema import Config
-from globe.numerics.device import arithmetic, keep_less_memory, spare_threads
-from globe.sizes.dry_run import dry_run
-from globe.processes.joint_end import STOPPED, leave_it_to_the_first
-from globe.errors import CheckpointError, FitError
-from globe.fit.other_ranks import follow
-from globe.sizes.chosen import choose_sizes
 from globe.config.identity import identity
-from globe.fit.one_bank import Run, learn_bank
+from globe.config.schema import Config
+from globe.errors import CheckpointError, FitError
 from globe.fit.ledger import Ledger
+from globe.fit.one_bank import Run, learn_bank
+from globe.fit.other_ranks import follow
 from globe.fit.plan import BankPlan, outline, plan
-from globe.runs.progress import Progress
 from globe.fit.provenance import stamp
+from globe.numerics.device import arithmetic, keep_less_memory, spare_threads
+from globe.processes import sweep, torchrun
+from globe.processes.joint_end import STOPPED, leave_it_to_the_first
 from globe.runs.folder import RunFolder, State
+from globe.runs.progress import Progress
+from globe.runs.shared_fit import adopt
 from globe.runs.summary import RunSummary, print_summary, read_summary
 from globe.runs.tracking import RunInfo, open_sinks
-from globe.runs.shared_fit import adopt
+from globe.sizes.chosen import choose_sizes
+from globe.sizes.dry_run import dry_run
 
 register()
 _log = logging.getLogger("globe.train")

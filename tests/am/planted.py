@@ -8,11 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.activation import phi
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, Sizes, StepRecord
 from globe.config.choices import Activation, CurvatureDtype, Curve, FirstCodes, Seeding
-from globe.config.schema import BankConfig, CodesConfig, Config, CurveConfig, InitConfig, ScheduleConfig, TrainConfig
+from globe.config.schema import (
+    BankConfig,
+    CodesConfig,
+    Config,
+    CurveConfig,
+    InitConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from globe.numerics.activation import phi
 
 N, P, D, M, R = 17, 10, 14, 3, 4
 """of most fits here"""

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from planted import configured, plant, sizes_of
 
 from globe.am.loop import fit_bank
-from globe.numerics.ranks import Ranks, Sharded
 from globe.am.records import FitState, StepRecord
 from globe.config.choices import Seeding
 from globe.config.schema import InitConfig
 from globe.fit.normalise import normalise
+from globe.numerics.ranks import Ranks, Sharded
 
 N, M, R = 11, 5, 4
 DENSE = InitConfig()

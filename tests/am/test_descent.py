@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from planted import configured, fitted, normal, plant, sizes_of
 from torch import Tensor
 
-from globe.numerics import chunks
 from globe.am.coding import code_system
 from globe.am.objective import evaluate
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
 from globe.am.step import am_step
 from globe.config.schema import InitConfig
+from globe.numerics import chunks
 
 
 def sketcher(seed: int = 0) -> torch.Generator:

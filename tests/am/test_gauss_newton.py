@@ -10,16 +10,16 @@ import torch
 from planted import normal
 from torch import Tensor
 
-from globe.numerics import chunks
 from globe.am.dictionary import curvature
 from globe.am.dictionary.curvature import Curvature
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
-from globe.am.objective import Point, evaluate, mix
 from globe.am.dictionary.preconditioner import precondition
+from globe.am.dictionary.tangent import Tangent, tangent
+from globe.am.objective import Point, evaluate, mix
 from globe.am.state import Atoms, Constraint, low_rank_atoms, start_state
 from globe.am.step import am_step
-from globe.am.dictionary.tangent import Tangent, tangent
 from globe.am.warm_start import truncated_svd
+from globe.numerics import chunks
 
 N, P, D, M, R, K = 6, 7, 9, 3, 4, 2
 ENOUGH = 1500

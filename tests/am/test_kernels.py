@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from planted import normal, plant
 from torch import Tensor
 
-from globe.numerics.activation import phi, phi_prime
 from globe.am.dictionary.mod import linearised_targets, mod_step, rescale_gauge
+from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
 from globe.am.objective import adapters_at, evaluate, mix, release
 from globe.am.refit import damped_cholesky, refit
-from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
-from globe.errors import FitError
 from globe.am.warm_start import truncated_svd
+from globe.errors import FitError
+from globe.numerics.activation import phi, phi_prime
 
 N, P, D, M, R = 6, 7, 9, 3, 4
 ACTIVATIONS = ("identity", "silu", "tanh", "gelu")

@@ -9,12 +9,12 @@ import torch
 from planted import configured, fitted, normal, plant, sizes_of
 from torch import Tensor
 
-from globe.am.objective import evaluate
 from globe.am.dictionary.preconditioner import precondition
+from globe.am.dictionary.tangent import tangent
+from globe.am.objective import evaluate
 from globe.am.records import Factors, FitResult
 from globe.am.state import Atoms, low_rank_atoms, start_state
 from globe.am.step import am_step
-from globe.am.dictionary.tangent import tangent
 from globe.config.choices import FirstCodes, Seeding
 from globe.config.schema import InitConfig
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import globe.am.dictionary.preconditioner as module
 from globe.am.dictionary.gauss_newton import Direction, gauss_newton_direction
-from globe.am.objective import Point, evaluate
 from globe.am.dictionary.preconditioner import Preconditioner, precondition
-from globe.am.state import Atoms, low_rank_atoms
 from globe.am.dictionary.tangent import Tangent, tangent
+from globe.am.objective import Point, evaluate
+from globe.am.state import Atoms, low_rank_atoms
 
 N, P, D, M, R, K = 12, 9, 14, 7, 6, 2
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import globe.hf.projection as projection_module
-from globe.numerics.activation import phi
 from globe.hf.atoms import Atoms
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import BankLayout, Mean, MemberLayout
 from globe.hf.projection import COMPOSED_AT_ONCE
+from globe.numerics.activation import phi
 
 P, D, R, M, K = 5, 7, 4, 3, 2
 """Experts: n, which every test chooses, is another number still."""

@@ -11,7 +11,7 @@ import pytest
 
 import globe
 from globe.checkpoint import known_model_types
-from globe.hf.register import PREFIX
+from globe.checkpoint.model_config import PREFIX
 
 SOURCE = Path(globe.__file__).parents[1]
 TABLE = """

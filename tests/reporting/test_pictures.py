@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from globe.runs.chart_data import BankCharts
 from globe.reporting import bank_plots, sweep_plots
 from globe.reporting.front import Track, tracks
 from globe.reporting.labels import labels
 from globe.reporting.runs import ReportRun
 from globe.reporting.style import few_markers, series_style
+from globe.runs.chart_data import BankCharts
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The method: alternating minimisation of codes, bank and adapters."""

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from globe.numerics.chunks import expert_chunks
+from globe.am.nnls import logits_from_codes, nnls_codes
 from globe.am.objective import Point
 from globe.am.temperature import support_from_logits
-from globe.am.warm_start import logits_from_codes, nnls_codes
+from globe.numerics.chunks import expert_chunks
 
 _DAMPING = 1e-3
 """Relative ridge towards the present codes: their scale along Y_i itself is free and would drift."""

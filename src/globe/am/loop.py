@@ -14,18 +14,18 @@ from torch import Tensor
 from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
 from globe.am.objective import release
 from globe.am.problem import Problem, cut_support, step_record, validation_relfrob
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.running import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
 from globe.am.state import AMState, Constraint, start_state
 from globe.am.step import StepFigures, am_step
 from globe.am.temperature import next_temperature
+from globe.am.warm_start import truncated_svd
 from globe.config.choices import Dictionary, FirstCodes
 from globe.config.schema import Config
 from globe.errors import FitError
 from globe.numerics.metrics import energy_of_rank, squared_norms
-from globe.am.warm_start import truncated_svd
+from globe.numerics.ranks import ALONE, Ranks
 
 _STALLED_AFTER = 12
 """Refused steps in a row; the damping has then grown by 5^12 and nothing descends any more."""

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.refit import Refit, refit
 from globe.numerics.activation import phi, phi_prime
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.ranks import ALONE, Ranks
-from globe.am.refit import Refit, refit
 
 _WORTH_RELEASING = 1 << 24
 """Bytes of a tensor that is released; its pages are its own by then: `globe.numerics.device.keep_less_memory`."""

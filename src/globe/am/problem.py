@@ -13,7 +13,6 @@ from globe.am.controls import Controls
 from globe.am.dictionary.descent import Numbers
 from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.objective import objective_at
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Sizes, StepRecord
 from globe.am.running import Running
 from globe.am.state import AMState
@@ -21,6 +20,7 @@ from globe.am.step import StepFigures, coding_step
 from globe.am.temperature import prune
 from globe.config.schema import Config
 from globe.numerics.metrics import support_sizes
+from globe.numerics.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)

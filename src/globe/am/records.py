@@ -9,6 +9,9 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+Move = tuple[Tensor, ...]
+"""A change of bank and codes: (bank,) or (left, right), then (codes,) if the codes move too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import FitState
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
+from globe.numerics.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from globe.numerics.ranks import ALONE, Ranks
+from globe.am.nnls import nnls_codes
+from globe.am.warm_start import WarmStart, align, leading_eigenvectors, right_basis, truncated_svd
 from globe.numerics.metrics import squared_norms
 from globe.numerics.precision import widen
-from globe.am.warm_start import WarmStart, align, leading_eigenvectors, nnls_codes, right_basis, truncated_svd
+from globe.numerics.ranks import ALONE, Ranks
 
 SEEDINGS = ("random", "kmeans", "group_svd", "aligned", "aligned_svd")
 

@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.objective import mix
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Sizes
+from globe.am.seeding import first_codes, seed_bank
 from globe.am.state import Atoms, low_rank_atoms
+from globe.am.warm_start import WarmStart
 from globe.config.choices import FirstCodes
 from globe.config.schema import InitConfig
-from globe.am.seeding import first_codes, seed_bank
-from globe.am.warm_start import WarmStart
+from globe.numerics.ranks import ALONE, Ranks
 
 
 def first_atoms(

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from globe.am.objective import Point, evaluate
+from globe.am.records import Move
 from globe.numerics.ranks import ALONE, Ranks
-from globe.am.dictionary.tangent import Move
 
 
 class Constraint(NamedTuple):

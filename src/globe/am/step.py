@@ -12,8 +12,8 @@ from torch import Tensor
 from globe.am.coding import entmax_support, propose_codes
 from globe.am.dictionary.descent import Numbers, gauss_newton_step, mod_dictionary_step
 from globe.am.objective import release
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.state import AMState, Constraint, start_state
+from globe.numerics.ranks import ALONE, Ranks
 
 
 class StepFigures(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.activation import phi
 from globe.bank.record import BankArtefact
+from globe.numerics.activation import phi
 
 CHUNK = 8
 """Experts that are composed at once when dense matrices are rebuilt."""

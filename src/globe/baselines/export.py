@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from globe.bank.compose import CHUNK, rebuild
 from globe.bank.record import BankArtefact, Member
 from globe.baselines.records import BaselineResult
-from globe.bank.compose import CHUNK, rebuild
 from globe.errors import ConfigError
-from globe.numerics.metrics import relfrob, squared_norms
 from globe.fit.normalise import Normalised, denormalise, fold_scale
+from globe.numerics.metrics import relfrob, squared_norms
 
 
 def to_artefact(

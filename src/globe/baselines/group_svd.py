@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from globe.am.seeding import group_basis
 from globe.baselines.linear import LinearFactors
 from globe.numerics.metrics import squared_norms
-from globe.am.seeding import group_basis
 
 MAX_ROUNDS = 20
 """Rounds of assignment at most; groups of experts are usually stable after a few."""

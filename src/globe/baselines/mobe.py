@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.refit import refit
+from globe.bank.compose import mixed_bases
 from globe.baselines.adam import grad, leaf
 from globe.baselines.group_svd import consecutive_groups, k_subspaces
 from globe.baselines.mixture import Mixture
-from globe.bank.compose import mixed_bases
 
 LEARNING_RATE = 0.07
 """Published: the paper's setting and the script's default."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.refit import refit as least_squares
+from globe.bank.compose import mixed_bases
 from globe.baselines import mobe, slbf
 from globe.baselines.adam import AdamOutcome, Limits, load_optimiser, minimise
 from globe.baselines.budget import resolve_sizes
@@ -27,7 +28,6 @@ from globe.baselines.records import (
 )
 from globe.baselines.shared_basis import shared_basis
 from globe.baselines.svd import svd
-from globe.bank.compose import mixed_bases
 from globe.errors import ConfigError
 from globe.numerics.metrics import relfrob, squared_errors, squared_norms
 

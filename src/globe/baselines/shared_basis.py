@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.baselines.linear import LinearFactors
 from globe.am.seeding import group_basis
+from globe.baselines.linear import LinearFactors
 
 
 def shared_basis(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:

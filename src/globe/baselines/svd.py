@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.baselines.linear import LinearFactors
 from globe.am.warm_start import truncated_svd
+from globe.baselines.linear import LinearFactors
 
 
 def svd(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from globe.errors import CheckpointError
-from globe.hf.register import PREFIX
+
+PREFIX = "globe_"
+"""What the model_type of a compact checkpoint has in front of the original's."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

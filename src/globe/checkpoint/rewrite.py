@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from globe.files import FreshFolder, unwritable
 from globe.checkpoint.shards import INDEX, ShardReader
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
 from globe.errors import CheckpointError
+from globe.files import FreshFolder, unwritable
 
 _WEIGHTS = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")

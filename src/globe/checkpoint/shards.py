@@ -16,9 +16,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from globe.files import FreshFolder, write_text
 from globe.checkpoint.tensorfile import Index, TensorEntry, TensorFile, write_tensorfile
 from globe.errors import CheckpointError
+from globe.files import FreshFolder, write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.files import unwritable
 from globe.errors import CheckpointError
+from globe.files import unwritable
 
 _NAMES = {
     "BOOL": "bool",

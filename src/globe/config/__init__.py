@@ -1,0 +1,1 @@
+"""From what is typed to checked dataclasses; Hydra's errors become sentences."""

@@ -18,8 +18,8 @@ from typing import Any
 from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from globe.errors import GlobeError
 from globe.config.launchers import EXTRAS
+from globe.errors import GlobeError
 
 INTERRUPTED = 130
 _KILLED = ("TerminatedWorkerError", "BrokenProcessPool")

@@ -15,10 +15,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import Container, DictConfig, OmegaConf
 
-from globe.config.schema import Config, InitConfig, ModelConfig, ScheduleConfig, WandbConfig
-from globe.errors import ConfigError
 from globe.config.identity import run_name
 from globe.config.launchers import cores, jobs_at_once
+from globe.config.schema import Config, InitConfig, ModelConfig, ScheduleConfig, WandbConfig
+from globe.errors import ConfigError
 
 
 def register() -> None:

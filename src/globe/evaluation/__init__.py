@@ -1,1 +1,1 @@
-"""What a compressed model is worth: perplexity, divergence, activation errors, spot checks, sizes, tasks."""
+"""What a model is worth beside the one it was made from."""

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from globe.bank.compose import mixed_bases, rebuild
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.experts import SHARED
-from globe.bank.compose import mixed_bases, rebuild
 from globe.evaluation.sizes import compressed_places
 from globe.evaluation.subject import Subject
 from globe.hf.experts import GlobeExperts

@@ -11,12 +11,11 @@ from torch import nn
 
 from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.hub import EMBEDDED_ID, resolve
-from globe.checkpoint.model_config import read_config
+from globe.checkpoint.model_config import PREFIX, read_config
 from globe.errors import ArtefactError, CheckpointError, ConfigError
 from globe.hf.destination import RECORD
 from globe.hf.loading import load
 from globe.hf.patching import patch_model
-from globe.hf.register import PREFIX
 from globe.hf.run_banks import RECORD_FILE, BankEntry, open_run, verify_source
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS

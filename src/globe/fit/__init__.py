@@ -1,0 +1,1 @@
+"""One bank from experts to file: plan, read, normalise, fit, finalise, write, resume."""

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.records import Factors, FitResult, StepRecord, StopReason
+from globe.am.warm_start import truncated_svd
 from globe.baselines import BaselinePoint, BaselineResult, BaselineSizes, run_baseline
 from globe.config.choices import ADAM_METHODS, Method
 from globe.config.schema import Config
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of
-from globe.numerics.metrics import relfrob, squared_norms
 from globe.fit.normalise import Joined
-from globe.am.warm_start import truncated_svd
+from globe.numerics.metrics import relfrob, squared_norms
 
 
 def fit_baseline(

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics import metrics
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import FitResult, StepRecord
-from globe.bank.record import BankArtefact
-from globe.runs.chart_data import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
 from globe.bank.compose import rebuild
+from globe.bank.record import BankArtefact
 from globe.fit.finalise import Finalised
 from globe.fit.normalise import Joined
+from globe.numerics import metrics
 from globe.numerics.precision import widen
+from globe.numerics.ranks import ALONE, Ranks
+from globe.runs.chart_data import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
 
 _SPECTRUM_BUDGET = 2e10
 """Multiply-adds for the spectra behind the effective rank; experts beyond it are left out, evenly."""

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Factors
 from globe.am.temperature import prune as prune_codes
 from globe.bank.compose import mixed_bases
 from globe.errors import FitError
 from globe.fit.input_metric import InputMetric
-from globe.numerics.metrics import CHUNK, pruned_share, relfrob, squared_norms
 from globe.fit.normalise import Joined, Normalised, fold_scale, join
+from globe.numerics.metrics import CHUNK, pruned_share, relfrob, squared_norms
+from globe.numerics.ranks import ALONE, Ranks
 
 Refit = Callable[[Float[Tensor, "n p d"], Float[Tensor, "n r d"]], Float[Tensor, "n p r"]]
 """Least squares adapters: (X, M) -> argmin over A_i of ||X_i - A_i M_i||."""

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.chunks import expert_chunks
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import Factors
 from globe.config.choices import Metric
 from globe.config.schema import Config
+from globe.numerics.chunks import expert_chunks
 from globe.numerics.metrics import squared_norms
+from globe.numerics.ranks import ALONE, Ranks
 
 _FLOOR = 1e-3
 """Weight of a direction that no row has, beside the mean of 1. It bounds what an error there may become."""

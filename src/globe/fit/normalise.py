@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.ranks import ALONE, Ranks
 from globe.errors import CheckpointError
-from globe.numerics.precision import widen
 from globe.fit.stored_experts import StoredExperts, z_score
+from globe.numerics.precision import widen
+from globe.numerics.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,28 +16,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.loop import fit_bank
-from globe.numerics.ranks import ALONE, Ranks
 from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
 from globe.bank.file import BankArtefact, Member, write_artefact
-from globe.runs.chart_data import BankCharts
 from globe.checkpoint import Checkpoint
 from globe.config.schema import Config, is_linear
-from globe.numerics.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
 from globe.errors import FitError
+from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra, expert_spread
 from globe.fit.finalise import Finalised, finalise
-from globe.fit.baseline import fit_baseline
-from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
 from globe.fit.input_metric import metric_of
-from globe.numerics.metrics import atom_usage, relfrob, support_sizes
 from globe.fit.normalise import Joined
 from globe.fit.plan import BankPlan
 from globe.fit.provenance import bank_options, complete_artefact, experts_of, fit_fingerprint, source_of
 from globe.fit.reading import ReadExperts, read_experts
+from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
+from globe.numerics.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
+from globe.numerics.metrics import atom_usage, relfrob, support_sizes
+from globe.numerics.ranks import ALONE, Ranks
+from globe.processes.torchrun import Group, Order
+from globe.runs.chart_data import BankCharts
 from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json
 from globe.runs.summary import BankReport, BankRuntime
-from globe.processes.torchrun import Group, Order
 
 _log = logging.getLogger(__name__)
 _BROKEN = (FitError, torch.linalg.LinAlgError)

@@ -8,12 +8,12 @@ import torch
 
 from globe.checkpoint import open_checkpoint
 from globe.config.schema import Config
-from globe.numerics.device import arithmetic, give_back_memory, spare_threads
 from globe.errors import FitError
 from globe.fit.figures import expert_spectra, expert_spread
 from globe.fit.one_bank import fit_globe
 from globe.fit.plan import plan
 from globe.fit.reading import read_experts
+from globe.numerics.device import arithmetic, give_back_memory, spare_threads
 from globe.processes.torchrun import Group
 
 

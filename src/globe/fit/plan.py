@@ -15,11 +15,11 @@ from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
 from globe.config.choices import Centre, Family, Method, Scope
-from globe.config.schema import Config
-from globe.errors import ConfigError
-from globe.config.size_expressions import resolve_size
 from globe.config.identity import DEFAULT_SIZES
 from globe.config.layers import parse_layers, ranges
+from globe.config.schema import Config
+from globe.config.size_expressions import resolve_size
+from globe.errors import ConfigError
 
 _LONGEST_KEY = 100
 """Characters of a key's layers, which become a folder name."""

@@ -13,9 +13,9 @@ from globe.bank.file import BankArtefact, read_artefact
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.experts import SHARED, choose_experts
 from globe.config.composition import config_dict
+from globe.config.identity import NUMERICS_VERSION, numerics
 from globe.config.schema import Config
 from globe.errors import ArtefactError
-from globe.config.identity import NUMERICS_VERSION, numerics
 from globe.fit.plan import BankPlan, Matrices, Outline
 from globe.runs.summary import BankReport
 

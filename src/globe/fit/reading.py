@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from globe.numerics.ranks import ALONE, Ranks
 from globe.checkpoint import Checkpoint
 from globe.config.choices import ExportDtype, Store
 from globe.config.schema import Config
 from globe.fit.normalise import Joined, join, normalise
 from globe.fit.plan import Outline
+from globe.numerics.ranks import ALONE, Ranks
 
 DTYPES = {
     "float16": torch.float16,

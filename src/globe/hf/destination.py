@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint import Checkpoint
-from globe.files import unwritable, write_text
 from globe.errors import ConfigError
+from globe.files import unwritable, write_text
 from globe.hf.run_banks import BankEntry
 
 RECORD = "globe_patch.json"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from globe.checkpoint import Checkpoint, ShardWriter, copy_support_files
-from globe.files import write_text
+from globe.checkpoint.model_config import PREFIX
 from globe.errors import CheckpointError
+from globe.files import write_text
 from globe.hf.dense_checkpoint import rewriters
 from globe.hf.destination import destination, write_record
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import VERSION, VERSION_KEY, to_json
-from globe.hf.register import PREFIX
 from globe.hf.run_banks import BankEntry, verify_source
 from globe.hf.swap import SHARED_BANKS, bank_values, member_values, swap_in
 

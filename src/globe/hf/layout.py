@@ -15,6 +15,8 @@ from globe.errors import ArtefactError
 
 VERSION_KEY = "globe_version"
 VERSION = 1
+QUANT_METHOD = "globe"
+"""The name under which transformers registers compact checkpoints."""
 
 
 class Mean(StrEnum):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from globe.bank.compose import rebuild
 from globe.bank.file import BankArtefact
 from globe.checkpoint.architecture import Slot, load_architecture
 from globe.checkpoint.experts import SHARED
 from globe.checkpoint.location import locate_matrix
-from globe.bank.compose import rebuild
 from globe.errors import ArtefactError
 from globe.hf.experts import GlobeExperts
 from globe.hf.run_banks import BankEntry, open_run, recorded_cache

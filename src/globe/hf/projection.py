@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from globe.numerics.activation import phi
 from globe.bank.compose import BasisCache, mixed_bases
 from globe.hf.atoms import Atoms, Bank
 from globe.hf.layout import BankLayout, Mean, MemberLayout
+from globe.numerics.activation import phi
 
 COMPOSED_AT_ONCE = 8
 """Bases composed together on the way through the experts; bounds memory when nothing is cached."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PREFIX = "globe_"
-"""What a compact checkpoint's model_type has in front of the original's."""
+from globe.checkpoint.model_config import PREFIX
+
 _TABLE = "transformers.models.auto.configuration_auto"
 _ARCHITECTURES = Path(__file__).parents[1] / "checkpoint" / "architectures"
 """One JSON file per model type; only their names are needed here, and `globe.checkpoint` would import torch."""
@@ -31,7 +31,7 @@ class CompactConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The upstream configuration of a compact checkpoint, as `AutoConfig.from_pretrained` asks for it."""
-        from globe.hf.compact_config import compact_config
+        from globe.hf.quantizer import compact_config
 
         return compact_config(config_dict, **kwargs)
 

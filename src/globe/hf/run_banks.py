@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.bank.compose import rebuild
 from globe.bank.file import BankArtefact, Member, read_artefact
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.hub import EMBEDDED_ID
-from globe.bank.compose import rebuild
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf.layout import BankLayout, layout_of
 from globe.runs.folder import RunFolder

@@ -1,1 +1,1 @@
-"""What a checkpoint or a run holds, as plain records and as tables."""
+"""What a model or a run holds, from its headers and records."""

@@ -11,14 +11,13 @@ from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.architecture import FAMILIES
 from globe.checkpoint.experts import SHARED
 from globe.checkpoint.hub import Source
-from globe.checkpoint.model_config import read_config
+from globe.checkpoint.model_config import PREFIX, read_config
 from globe.checkpoint.remote import headers_only
 from globe.config.choices import Centre
 from globe.config.schema import NormaliseConfig
-from globe.errors import CheckpointError
 from globe.config.size_expressions import exact_size
+from globe.errors import CheckpointError
 from globe.hf.destination import RECORD
-from globe.hf.register import PREFIX
 from globe.runs.folder import read_json
 
 EMBEDDED = "embedded"

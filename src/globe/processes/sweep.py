@@ -19,8 +19,8 @@ import torch
 from hydra.experimental.callback import Callback
 from omegaconf import Container, OmegaConf
 
-from globe.errors import SweepError
 from globe.config.launchers import cores, device_of_job, jobs_at_once, recall_gpus, threads_per_job
+from globe.errors import SweepError
 from globe.runs.folder import RunFolder, State
 
 _log = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
-from globe.numerics.ranks import Sharded, connected
 from globe.am.records import FitState
 from globe.config.choices import Dictionary, Method, Seeding
 from globe.config.schema import Config
-from globe.numerics.device import pick_device
-from globe.processes.joint_end import Ending
 from globe.errors import ConfigError
+from globe.numerics.device import pick_device
+from globe.numerics.ranks import Sharded, connected
+from globe.processes.joint_end import Ending
 
 _TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another in one exchange: rank 0 may hash and write large files in between."""

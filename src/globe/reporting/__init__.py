@@ -1,1 +1,1 @@
-"""The report of a sweep: runs as they are on disk, tables, pictures, and the two documents they go into."""
+"""Tables, pictures and one page about a run or a sweep."""

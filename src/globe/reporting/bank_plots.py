@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from globe.runs.chart_data import BankCharts
 from globe.reporting.front import Track
 from globe.reporting.runs import ReportRun
 from globe.reporting.style import Picture, draw, legend_below, series_style
+from globe.runs.chart_data import BankCharts
 from globe.runs.summary import BankReport
 
 _MEMBER = re.compile(r"relfrob_layer(\d+)_(\w+)")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from globe.runs.chart_data import spread_out
 from globe.reporting.labels import group_of
 from globe.reporting.runs import ReportRun
+from globe.runs.chart_data import spread_out
 from globe.runs.summary import BankReport
 
 CURVES = 8

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from globe.errors import ConfigError
 from globe.config.identity import numerics
+from globe.errors import ConfigError
 from globe.runs.folder import RunFolder, State, read_json
 from globe.runs.summary import RunSummary, read_summary
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from globe.runs.chart_data import spread_out
 from globe.reporting.front import Track, coordinates, pareto
 from globe.reporting.labels import group_of, methods_of, option_text, short_names
 from globe.reporting.runs import ReportRun, Trace
 from globe.reporting.style import GREY, Picture, draw, few_markers, gaps, legend_below, padded, series_style
+from globe.runs.chart_data import spread_out
 
 _SUPPORT = "codes.target_support"
 _MOST_SERIES = 12

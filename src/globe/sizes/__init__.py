@@ -1,0 +1,1 @@
+"""Which sizes fill a budget, what they cost, and the dry run."""

@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from globe.sizes.budget import Room, candidates, too_small
 from globe.checkpoint import Checkpoint
 from globe.config.schema import Config
-from globe.numerics.device import bank_seed
 from globe.errors import ConfigError
 from globe.fit.plan import BankSize, Outline, allowed, mean_parameters, target_support
 from globe.fit.provenance import bank_options, source_of
 from globe.fit.reading import read_experts
+from globe.numerics.device import bank_seed
 from globe.runs.folder import read_json, write_json
+from globe.sizes.budget import Room, candidates, too_small
 from globe.sizes.search import RATIO, Frontier, Probe, search
 
 _log = logging.getLogger(__name__)

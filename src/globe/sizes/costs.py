@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from globe.numerics.chunks import chunk_size, product_chunk_size
 from globe.am.records import Sizes
 from globe.config.schema import TrainConfig
+from globe.numerics.chunks import chunk_size, product_chunk_size
 
 REFERENCE_RATE = 2e10
 """Multiply-adds a second of the reference core, in float32: what one thread of a recent x86 server does in this mix."""

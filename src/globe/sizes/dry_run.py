@@ -22,18 +22,18 @@ from torch import Tensor
 from globe.am.coding import propose_codes
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.low_precision import curvature_dtype
+from globe.am.dictionary.tangent import tangent
 from globe.am.objective import evaluate
 from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
-from globe.am.dictionary.tangent import tangent
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config.choices import Activation, Method, Store
 from globe.config.schema import Config
-from globe.sizes.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
-from globe.numerics.device import arithmetic, peak_host_bytes, spare_threads
-from globe.sizes.chosen import room_of
 from globe.fit.plan import BankPlan, Outline, outline, plan_bank
 from globe.fit.reading import DTYPES
+from globe.numerics.device import arithmetic, peak_host_bytes, spare_threads
+from globe.sizes.chosen import room_of
+from globe.sizes.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
 from globe.sizes.search import plan_search
 
 _EACH = 0.2

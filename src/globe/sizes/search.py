@@ -18,13 +18,13 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
-from globe.sizes.budget import Room, candidates, enlarged, neighbours
 from globe.config.choices import Dictionary
 from globe.config.schema import Config, is_linear
-from globe.sizes.costs import reference_seconds, step_work, usual_iterations
 from globe.errors import FitError
 from globe.fit.input_metric import metric_of
 from globe.fit.plan import BankSize, target_support
+from globe.sizes.budget import Room, candidates, enlarged, neighbours
+from globe.sizes.costs import reference_seconds, step_work, usual_iterations
 
 _log = logging.getLogger(__name__)
 

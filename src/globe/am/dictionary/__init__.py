@@ -1,0 +1,1 @@
+"""The dictionary step: projected Gauss-Newton (the default), and MOD with its targets."""

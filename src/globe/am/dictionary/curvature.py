@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.chunks import expert_chunks, product_chunk_size
+from globe.am.dictionary.tangent import Tangent
 from globe.am.objective import Point, release
-from globe.am.dictionary.tangent import Move, Tangent
+from globe.am.records import Move
+from globe.numerics.chunks import expert_chunks, product_chunk_size
 
 _IN_CACHE = 1 << 20
 """Numbers of a few experts' mixed bases at once: 2 MB in bfloat16."""

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.activation import phi
-from globe.numerics.chunks import expert_chunks
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.mod import linearised_targets, mod_step, rescale_gauge
-from globe.am.objective import Point, adapters_at, evaluate, mix
-from globe.numerics.ranks import ALONE, Ranks
-from globe.am.state import AMState, Atoms
 from globe.am.dictionary.tangent import tangent
 from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
+from globe.am.objective import Point, adapters_at, evaluate, mix
+from globe.am.state import AMState, Atoms
+from globe.numerics.activation import phi
+from globe.numerics.chunks import expert_chunks
 from globe.numerics.metrics import squared_norms
+from globe.numerics.ranks import ALONE, Ranks
 
 _DOWN, _UP = 2.5, 5.0
 _LEAST, _MOST = 1e-6, 1e5

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.dictionary.curvature import Curvature
-from globe.am.objective import Point, release
 from globe.am.dictionary.preconditioner import precondition
-from globe.am.dictionary.tangent import Move, Tangent
+from globe.am.dictionary.tangent import Tangent
+from globe.am.objective import Point, release
+from globe.am.records import Move
 
 
 class Direction(NamedTuple):

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.chunks import expert_chunks
+from globe.am.dictionary.tangent import Tangent
 from globe.am.objective import Point
-from globe.numerics.ranks import Ranks
+from globe.am.records import Move
 from globe.am.refit import damped_cholesky
-from globe.am.dictionary.tangent import Move, Tangent
+from globe.numerics.chunks import expert_chunks
+from globe.numerics.ranks import Ranks
 
 _SKETCH = 4
 """Random directions that stand for the d columns in the codes' blocks, beside the r rows of an atom: 4 do as well

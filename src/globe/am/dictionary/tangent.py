@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from globe.am.records import Move
 from globe.numerics.ranks import ALONE, Ranks
-
-Move = tuple[Tensor, ...]
 
 _COLLINEAR = 1e-4
 """Below this ratio of R's diagonal the codes' columns count as dependent and are used as they are."""

@@ -1,0 +1,54 @@
+"""The points of `make bench-scale` are sizes that a fit takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from globe.am.loop import fit_bank
+from globe.am.records import Sizes
+
+
+@pytest.fixture(scope="module")
+def scale() -> ModuleType:
+    file = Path(__file__).parents[2] / "experiments" / "bench" / "scale.py"
+    spec = importlib.util.spec_from_file_location("bench_scale", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_scale"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_doubling_is_possible_and_doubles_one_size(scale: ModuleType) -> None:
+    points = scale.doubled()
+    assert len(points) == 3 * len(scale.BASE)
+    for (key, factor), sizes in points.items():
+        assert sizes.r <= min(sizes.p, sizes.d)
+        assert sizes.m <= sizes.n
+        assert {one: getattr(sizes, one) // size for one, size in scale.BASE.items()} == {
+            one: factor if one == key else 1 for one in scale.BASE
+        }
+
+
+def test_a_small_fit_runs_with_the_options_of_the_bench(scale: ModuleType) -> None:
+    X = scale.trained_like(8, 12, 16)
+    records = []
+    fit_bank(
+        X,
+        Sizes(8, 12, 16, 2, 6),
+        scale.fixed(3, "same"),
+        generator=torch.Generator().manual_seed(0),
+        on_step=records.append,
+    )
+    assert len(records) == 3
+
+
+def test_the_slope_of_a_power_law_is_its_exponent(scale: ModuleType) -> None:
+    assert scale.slope([2, 4, 8], [3 * one**1.5 for one in (2, 4, 8)]) == pytest.approx(1.5)

@@ -1,0 +1,181 @@
+"""The dry run: what it prints, that it leaves no trace, and that its prediction is put together as it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import globe.fit.one_bank
+import globe.sizes.dry_run
+from globe.am.loop import fit_bank
+from globe.am.records import Sizes
+from globe.config.composition import to_config
+from globe.config.schema import Config
+from globe.errors import ConfigError
+from globe.runs.folder import RunFolder, State
+from globe.sizes.costs import chunk_of, fit_bytes, step_work
+from run_support import composed, run_in
+
+SIZES = Sizes(12, 20, 28, 5, 9)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel runs once and takes a millisecond, whatever the machine is doing."""
+
+    def once(kernel: object, device: object) -> float:
+        kernel()  # type: ignore[operator]
+        return 1e-3
+
+    monkeypatch.setattr(globe.sizes.dry_run, "_time", once)
+
+
+def forbidden(*args: object, **kwargs: object) -> object:
+    raise AssertionError("a dry run must not fit")
+
+
+def test_a_dry_run_prints_every_bank_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    monkeypatch.setattr(globe.fit.one_bank, "fit_bank", forbidden)
+    figure, folder = run_in(tmp_path, "dry_run=true", "layer=3-4", "family=both", "bank.m=n/8")
+    assert math.isnan(figure)
+    assert not folder.exists()
+    printed = capsys.readouterr().out
+    for key in ("layer003.up", "layer003.gate", "layer004.up", "layer004.gate", "16 x 44 x 64", "MiB"):
+        assert key in printed
+    assert "40.7%" in printed  # 22/64 + 2 22/(16 44) + 2/(44 64)
+
+
+def test_a_dry_run_of_a_run_that_is_there_leaves_its_status_alone(tmp_path: Path, quick: None) -> None:
+    options = ("train.steps=1", "model.max_experts=6", "bank.m=2", "bank.r=5")
+    _, folder = run_in(tmp_path, *options)
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    run_in(tmp_path, "dry_run=true", *options)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    with pytest.raises(ConfigError, match="threads"):
+        run_in(tmp_path, "dry_run=true", "threads=0", *options)
+    status = RunFolder(folder).status
+    assert status is not None
+    assert status.state is State.finished
+
+
+def test_within_a_budget_it_shows_the_candidates_and_does_not_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    run_in(tmp_path, "dry_run=true", "bank.kept=0.47", "layer=3-5")
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if "16 x 44 x 64" in line]
+    assert len(rows) > 5  # once, for all three layers
+    assert "chooses among these" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_methods_show_sizes_and_what_they_keep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_in(tmp_path, "dry_run=true", "method=slbf", "bank.m=3", "bank.r=11", "layer=3")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "layer003.up" in line]
+    assert [cell.strip() for cell in row.strip("│|").split("│")][2:5] == ["16", "11", "1"]
+
+
+def test_wrong_options_are_refused_as_in_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bank\.m=17 is more than the 16 experts"):
+        run_in(tmp_path, "dry_run=true", "bank.m=17")
+    with pytest.raises(ConfigError, match=r"bank\.kept=0\.01 is too small"):
+        run_in(tmp_path, "dry_run=true", "bank.kept=0.01")
+
+
+# --- how it predicts --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_put_together_from_its_kernels(quick: None) -> None:
+    config = Config()
+    config.codes.every, config.train.evaluate_every, config.train.cg_iterations = 4, 2, 7
+    # 0 and 4 iterations take equally long under the fixture, so that an iteration costs nothing
+    expected = 1 + (1.15 + 1 / 2 + 2 / 4) + 1 / 4
+    device = torch.device("cpu")
+    assert globe.sizes.dry_run.seconds_per_step(config, SIZES, device) == pytest.approx(1e-3 * expected)
+    config.codes.every = 0
+    low_rank = replace(SIZES, atom_rank=3)
+    assert globe.sizes.dry_run.seconds_per_step(config, low_rank, device) == pytest.approx(
+        1e-3 * (1 + 1.15 + 1 / 2)
+    )
+
+
+def test_many_experts_are_extended_from_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def linear(config: Config, sizes: Sizes, device: torch.device) -> float:
+        timed.append(sizes.n)
+        return 0.5 + 0.25 * sizes.n
+
+    monkeypatch.setattr(globe.sizes.dry_run, "_timed_step", linear)
+    sizes = Sizes(200, 300, 400, 6, 150)
+    assert globe.sizes.dry_run.seconds_per_step(Config(), sizes, torch.device("cpu")) == pytest.approx(
+        0.5 + 0.25 * 200
+    )
+    assert max(timed) == 2 * chunk_of(sizes, itemsize=2) < 200
+
+
+@given(
+    n=st.integers(2, 40),
+    p=st.integers(2, 60),
+    d=st.integers(2, 60),
+    m=st.integers(1, 9),
+    r=st.integers(1, 30),
+)
+def test_costs_rise_with_every_size(n: int, p: int, d: int, m: int, r: int) -> None:
+    sizes = Sizes(n, p, d, m, r)
+    work, memory = step_work(sizes, cg_iterations=10), fit_bytes(sizes, itemsize=4, source_itemsize=2)
+    for name in ("n", "p", "d", "m", "r"):
+        more = replace(sizes, **{name: 2 * getattr(sizes, name)})
+        assert step_work(more, cg_iterations=10) > work
+        assert fit_bytes(more, itemsize=4, source_itemsize=2) >= memory
+    assert fit_bytes(sizes, itemsize=8, source_itemsize=2) > memory
+    assert fit_bytes(sizes, itemsize=4, source_itemsize=2, curved=False) <= memory
+
+
+def test_memory_covers_every_tensor_of_a_fit() -> None:
+    """Beside a slow count: what Python can see alive after each step, temporaries of kernels not included."""
+    import gc
+
+    sizes = Sizes(24, 60, 84, 6, 30)
+    config = to_config(composed("train.steps=4", "train.patience=0"))
+    most = 0
+
+    def count(record: object) -> None:
+        nonlocal most
+        gc.collect()
+        storages = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+            for one in gc.get_objects()
+            if type(one) is torch.Tensor and one.numel() > 1000
+        }
+        most = max(most, sum(storages.values()))
+
+    gc.collect()
+    X = torch.randn(24, 60, 84, generator=torch.Generator().manual_seed(0))
+    fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(0), on_step=count)
+    predicted = fit_bytes(sizes, itemsize=4, source_itemsize=4)
+    assert 0.3 * predicted < most < 1.2 * predicted
+
+
+@pytest.mark.slow
+def test_the_bench_runs_and_memory_is_near() -> None:
+    """Time is only printed: a shared machine may be at anything."""
+    bench = Path(__file__).parents[2] / "experiments" / "bench" / "dry_run.py"
+    command = [sys.executable, str(bench), "--shapes", "12x88x128", "--tolerance", "99"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| 12 x")]
+    assert 0.75 < float(row.split("|")[4]) < 1.25, json.dumps(row)
