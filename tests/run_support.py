@@ -19,7 +19,7 @@ from globe.config.composition import conf_dir, plain, register
 from globe.config.identity import run_name
 from globe.config.schema import Config
 from globe.embedded import path as embedded_path
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 from globe.train import run
 
 register()
@@ -91,7 +91,7 @@ class FakeFit:
         resume: FitState | None = None,
         on_step: Callable[[StepRecord], None],
         on_checkpoint: Callable[[FitState], None],
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = ALONE,
     ) -> FitResult:
         number = self.fits
         self.keys.append(tuple(experts.shape))

@@ -26,7 +26,7 @@ from globe.am.records import Sizes, StepRecord
 from globe.config.choices import Activation, FirstCodes, Seeding
 from globe.config.schema import Config, CurveConfig, InitConfig
 from globe.numerics.activation import phi
-from globe.numerics.metrics import squared_norms
+from globe.numerics.figures import squared_norms
 
 FORMS = ("linear", "silu", "tanh", "silu, low-rank")
 

@@ -6,7 +6,8 @@
 
 Doublings: n, p, d, r and m are doubled twice, one at a time, from a small bank. Exponents are slopes of log (seconds
 or bytes) against log (size); beside them stand those of the counted multiply-adds and of the counted memory
-(`globe.sizes.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a shared
+(`globe.sizes.costs`), over the same points. Shapes: one fit of a few steps on weights with decaying spectra and a
+shared
 part, made on the spot, with its peak memory above the process after its imports; then the rate of the
 conjugate-gradient loop, in multiply-adds that the method needs, against the fastest large product of the same dtype in
 the same process. Each measurement has a process of its own. Seconds are CPU seconds of one thread, wall-clock with

@@ -3,7 +3,8 @@
     python experiments/bench/sharded.py                  # two processes on this machine
     python experiments/bench/sharded.py --ranks 4
 
-Every exchange of `globe.numerics.ranks.Sharded` is counted by its numbers, once however many ranks take part. Random experts;
+Every exchange of `globe.numerics.group.Sharded` is counted by its numbers, once however many ranks take part.
+Random experts;
 two directions at one point, of 3 and of 13 iterations, differ by ten iterations and nothing else. Then fits of the
 embedded model's layer 12, up, with default options, by the ranks and by the first of them alone; and by that one again
 with its sums over experts in chunks of four, which is what rounding does to a fit without any ranks.
@@ -37,7 +38,7 @@ from globe.config.choices import Activation, CurvatureDtype
 from globe.config.schema import BankConfig, Config, InitConfig, TrainConfig
 from globe.fit.normalise import normalise
 from globe.numerics import chunks
-from globe.numerics.ranks import ALONE, Ranks, Sharded
+from globe.numerics.group import ALONE, ProcessGroup, ShardedGroup
 
 SIZES = (
     Sizes(12, 20, 32, 3, 10),
@@ -60,7 +61,7 @@ STEPS = 30
 NEAR = 1e-5
 
 
-class Counted(Sharded):
+class Counted(ShardedGroup):
     """Counts the numbers of every exchange."""
 
     numbers = 0
@@ -90,14 +91,14 @@ def counted(call: Callable[[], object]) -> int:
 
 def measure(sizes: Sizes) -> tuple[int, float, int]:
     """Numbers that the start takes, one iteration, and a step of 10 iterations beside these."""
-    ranks = Counted.of(sizes.n, torch.device("cpu"))
+    group = Counted.of(sizes.n, torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
-    X = ranks.own(torch.randn(sizes.n, sizes.p, sizes.d, generator=draw))
+    X = group.own(torch.randn(sizes.n, sizes.p, sizes.d, generator=draw))
     before = Counted.numbers
-    atoms = first_atoms(X, sizes, InitConfig(), generator=draw, warm=None, ranks=ranks)
+    atoms = first_atoms(X, sizes, InitConfig(), generator=draw, warm=None, group=group)
     start = Counted.numbers - before
-    state = start_state(X, atoms, lam=1.0, activation="silu", lambda_A=1e-4, ranks=ranks)
-    slopes = tangent(atoms.bank, atoms.codes, left=atoms.left, right=atoms.right, ranks=ranks)
+    state = start_state(X, atoms, lam=1.0, activation="silu", lambda_A=1e-4, group=group)
+    slopes = tangent(atoms.bank, atoms.codes, left=atoms.left, right=atoms.right, group=group)
 
     def direction(iterations: int) -> Callable[[], object]:
         sketch = torch.Generator().manual_seed(1)
@@ -117,24 +118,24 @@ def measure(sizes: Sizes) -> tuple[int, float, int]:
             generator=torch.Generator().manual_seed(1),
             cg_iterations=10,
             lambda_A=1e-4,
-            ranks=ranks,
+            group=group,
         )
     )
     return start, (many - few) / 10, round(step - (many - few))
 
 
 def fitted(
-    ranks: Ranks, activation: str, atom_rank: int | None, dtype: torch.dtype, products: str
+    group: ProcessGroup, activation: str, atom_rank: int | None, dtype: torch.dtype, products: str
 ) -> FitResult:
     experts = open_checkpoint(None).read_experts(12, "up").weights
     n, p, d = experts.shape
-    X = normalise(ranks.own(experts), centre="scalar", scale="family", dtype=dtype, ranks=ranks).experts
+    X = normalise(group.own(experts), centre="scalar", scale="family", dtype=dtype, group=group).experts
     config = Config(
         bank=BankConfig(activation=Activation(activation)),
         train=TrainConfig(steps=STEPS, patience=0, curvature_dtype=CurvatureDtype(products)),
     )
     sizes = Sizes(n, p, d, n // 4 if atom_rank is None else n, p // 2, atom_rank=atom_rank)
-    return fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(0), ranks=ranks)
+    return fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(0), group=group)
 
 
 def compare(leads: bool) -> bool:
@@ -147,7 +148,7 @@ def compare(leads: bool) -> bool:
         print("|---|---|---|---|---|---|---|---|---|")
     for activation, k, dtype, products in FITS:
         options = (activation, k, dtype, products)
-        together = fitted(Sharded.of(16, torch.device("cpu")), *options)
+        together = fitted(ShardedGroup.of(16, torch.device("cpu")), *options)
         if not leads:
             continue
         alone = fitted(ALONE, *options)

@@ -36,7 +36,7 @@ from globe.fit.one_bank import Run, learn_bank
 from globe.fit.other_ranks import follow
 from globe.fit.plan import BankPlan, outline, plan
 from globe.fit.provenance import stamp
-from globe.numerics.device import arithmetic, keep_less_memory, spare_threads
+from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun
 from globe.processes.joint_end import STOPPED, leave_it_to_the_first
 from globe.runs.folder import RunFolder, State
@@ -114,7 +114,7 @@ def train(
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
         outlines = outline(config, checkpoint)
-        spare_threads(config, max(math.prod(bank.shape) for bank in outlines))
+        limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
         chosen = None
         if config.method is Method.globe and config.bank.kept is not None:
             chosen = choose_sizes(config, checkpoint, outlines, device, folder.frontier_file)
@@ -244,7 +244,7 @@ def main() -> None:
         if _failure is not None:
             raise _failure
 
-    keep_less_memory()
+    return_large_blocks()
     entry.start(app, say=entry.say if torchrun.speaks() else leave_it_to_the_first)
 
 

@@ -26,7 +26,7 @@ from globe.am.records import FitState, StepRecord
 from globe.config.choices import Seeding
 from globe.config.schema import InitConfig
 from globe.fit.normalise import normalise
-from globe.numerics.ranks import Ranks, Sharded
+from globe.numerics.group import ProcessGroup, ShardedGroup
 
 N, M, R = 11, 5, 4
 DENSE = InitConfig()
@@ -70,13 +70,13 @@ BY_MANY = ("silu, target support", "tanh, low-rank atoms")
 """What more than two processes are given, since exchanges among them are slow where cores are few."""
 
 
-def fit(name: str, ranks: Ranks, dtype: torch.dtype, resume: FitState | None = None) -> dict[str, Any]:
+def fit(name: str, group: ProcessGroup, dtype: torch.dtype, resume: FitState | None = None) -> dict[str, Any]:
     """Factors of all experts, figures of every step and last of the result, and the state after the third step."""
     options, more = CASES[name]
     config = configured(**(_GENTLE | options))
     W = plant(N, m=M, r=R, noise=0.3, activation="tanh", lam=1.0, dtype=dtype).X
     sizes = sizes_of(W, M, R, **more)
-    X = normalise(ranks.own(W), centre="scalar", scale="family", ranks=ranks).experts
+    X = normalise(group.own(W), centre="scalar", scale="family", group=group).experts
     records: list[StepRecord] = []
     states: list[FitState] = []
     generator = torch.Generator().manual_seed(3)
@@ -89,12 +89,12 @@ def fit(name: str, ranks: Ranks, dtype: torch.dtype, resume: FitState | None = N
         resume=resume,
         on_step=records.append,
         on_checkpoint=states.append,
-        ranks=ranks,
+        group=group,
     )
     return {
         "bank": result.factors.bank,
-        "codes": ranks.gather(result.factors.codes),
-        "adapters": ranks.collect(result.factors.adapters),
+        "codes": group.gather(result.factors.codes),
+        "adapters": group.collect(result.factors.adapters),
         "relfrob": [record.relfrob for record in records] + [result.relfrob],
         "captured": result.energy_captured,
         "supports": [[r.support_median, r.support_mean, r.support_min, r.support_max] for r in records],
@@ -103,15 +103,15 @@ def fit(name: str, ranks: Ranks, dtype: torch.dtype, resume: FitState | None = N
     }
 
 
-def all_fits(ranks: Ranks, processes: int) -> dict[str, dict[str, Any]]:
+def all_fits(group: ProcessGroup, processes: int) -> dict[str, dict[str, Any]]:
     """Cases in float64, some in float32 too, and one that goes on from its own state; `processes` says how many."""
     many = processes > 2
-    found = {name: fit(name, ranks, torch.float64) for name in (BY_MANY if many else CASES)}
+    found = {name: fit(name, group, torch.float64) for name in (BY_MANY if many else CASES)}
     for name in IN_FLOAT32[-1:] if many else IN_FLOAT32:
-        found[f"{name}, float32"] = fit(name, ranks, torch.float32)
+        found[f"{name}, float32"] = fit(name, group, torch.float32)
     if not many:
         sparse = "silu, target support"
-        found["resumed"] = fit(sparse, ranks, torch.float64, found[sparse]["state"])
+        found["resumed"] = fit(sparse, group, torch.float64, found[sparse]["state"])
     return found
 
 
@@ -147,7 +147,7 @@ def work(folder: Path, rank: int, processes: int) -> None:
     meeting = f"file://{folder}/{processes}.store"
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes, timeout=limit)
-    found = all_fits(Sharded.of(N, torch.device("cpu")), processes)
+    found = all_fits(ShardedGroup.of(N, torch.device("cpu")), processes)
     for one in found.values():
         first = one["bank"].clone()
         dist.broadcast(first, 0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from globe.am.temperature import next_temperature, prune, simplex_weights, support_from_logits
 from globe.errors import FitError
-from globe.numerics.metrics import summarise_support
+from globe.numerics.figures import summarise_support
 
 N, M = 9, 12
 MAPS = ("entmax15", "sparsemax")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from globe.am.nnls import logits_from_codes, nnls_codes
 from globe.am.warm_start import align, energy_captured, procrustes, right_basis, truncated_svd
 from globe.errors import FitError
-from globe.numerics.metrics import squared_norms
+from globe.numerics.figures import squared_norms
 
 N, P, D, R, M = 6, 5, 9, 3, 4
 

@@ -21,7 +21,7 @@ from globe.bank.file import read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.config.composition import to_config
 from globe.errors import ConfigError
-from globe.numerics.ranks import ALONE
+from globe.numerics.group import ALONE
 from globe.processes.torchrun import own_device, refuse, refuse_sweep
 
 KEY = "layer003.up+gate"

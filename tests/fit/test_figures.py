@@ -20,7 +20,7 @@ from globe.fit.figures import (
 )
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.normalise import Joined, join, normalise
-from globe.numerics.metrics import squared_norms
+from globe.numerics.figures import squared_norms
 from globe.runs.chart_data import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
 from run_support import step_record
 

@@ -15,7 +15,7 @@ from globe.errors import CheckpointError, ConfigError
 from globe.fit.input_metric import second_moment_metric
 from globe.fit.normalise import join, normalise
 from globe.fit.stored_experts import StoredExperts
-from globe.numerics.metrics import spread, squared_norms
+from globe.numerics.figures import spread, squared_norms
 from run_support import bytes_of, composed, run_in, small_checkpoint
 
 N, P, D = 5, 4, 6

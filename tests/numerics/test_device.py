@@ -16,10 +16,10 @@ from globe.errors import ConfigError
 from globe.numerics.device import (
     arithmetic,
     bank_seed,
-    keep_less_memory,
     peak_device_bytes,
     peak_host_bytes,
     pick_device,
+    return_large_blocks,
 )
 
 
@@ -79,7 +79,7 @@ def test_peak_memory_is_in_bytes() -> None:
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="an option of glibc")
 def test_large_blocks_go_back_when_they_are_freed() -> None:
     """A block that was freed once does not make glibc keep the next ones of its size."""
-    keep_less_memory()
+    return_large_blocks()
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

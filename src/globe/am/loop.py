@@ -24,8 +24,8 @@ from globe.am.warm_start import truncated_svd
 from globe.config.choices import Dictionary, FirstCodes
 from globe.config.schema import Config
 from globe.errors import FitError
-from globe.numerics.metrics import energy_of_rank, squared_norms
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.figures import energy_of_rank, squared_norms
+from globe.numerics.group import ALONE, ProcessGroup
 
 _STALLED_AFTER = 12
 """Refused steps in a row; the damping has then grown by 5^12 and nothing descends any more."""
@@ -42,7 +42,7 @@ def fit_bank(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_checkpoint: Callable[[FitState], None] = lambda state: None,
     clock: Callable[[], float] = time.perf_counter,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> FitResult:
     """Learn bank, codes and adapters for normalised experts X (n, p, d).
 
@@ -52,15 +52,17 @@ def fit_bank(
     same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step. `clock` counts
     the seconds of limits and records; `time.process_time` serves benchmarks on a shared machine.
 
-    With several `ranks`, X are this one's experts and `sizes` those of the whole bank; all ranks call this with equal
-    arguments otherwise. Codes and adapters of the result are this rank's, records and states those of all experts.
-    Every conjugate-gradient iteration adds up the move of the atoms over the ranks, m r d numbers or m k (r + d) with
-    low-rank atoms, and two scalars. k-means seeding, MOD and beta < 1 need experts that other ranks hold.
+    With several processes, X are this one's experts and `sizes` those of the whole bank; all processes call this
+    with equal
+    arguments otherwise. Codes and adapters of the result are this process's, records and states those of all experts.
+    Every conjugate-gradient iteration adds up the move of the atoms over the processes, m r d numbers or m k (r +
+    d) with
+    low-rank atoms, and two scalars. k-means seeding, MOD and beta < 1 need experts that other processes hold.
 
     Raises FitError when numbers are no longer finite.
     """
     started = clock()
-    problem, running = _begin(experts, sizes, config, generator, export_dtype, resume, ranks)
+    problem, running = _begin(experts, sizes, config, generator, export_dtype, resume, group)
     before, saved = running.progress.seconds, 0.0
     stop = None
     while stop is None:
@@ -68,13 +70,13 @@ def fit_bank(
         controls = controls_at(config.schedule, sizes, share)
         running = _control(problem, running, controls)
         running, figures = _advance(problem, running, controls)
-        spent = ranks.agreed(clock() - started)  # so that limits end the fit at the same step everywhere
+        spent = group.agreed(clock() - started)  # so that limits end the fit at the same step everywhere
         running = running._replace(progress=_count(running.progress, figures, before + spent))
         running, validation = _validate(problem, running)
         on_step(step_record(problem, running, controls, figures, validation))
         stop = _stop_reason(config, running.progress, controls)
         if stop is None and spent - saved >= config.train.checkpoint_every:
-            on_checkpoint(snapshot(running, ranks))
+            on_checkpoint(snapshot(running, group))
             saved = spent
     return _finish(problem, running, controls, stop)
 
@@ -86,9 +88,9 @@ def _begin(
     generator: torch.Generator,
     export_dtype: torch.dtype | None,
     resume: FitState | None,
-    ranks: Ranks,
+    group: ProcessGroup,
 ) -> tuple[Problem, Running]:
-    total = ranks.total(float(squared_norms(X).sum()))
+    total = group.total(float(squared_norms(X).sum()))
     if not math.isfinite(total):
         raise FitError(
             "an expert's weights are not finite: check the checkpoint for NaN and infinite numbers"
@@ -104,13 +106,13 @@ def _begin(
         export_dtype,
         warm.bases if warm is not None and pulls else None,
         total,
-        ranks,
+        group,
     )
     activation, lambda_A = config.bank.activation, config.train.lambda_A
     if resume is not None:
-        return problem, restore(resume, X, activation=activation, lambda_A=lambda_A, ranks=ranks)
+        return problem, restore(resume, X, activation=activation, lambda_A=lambda_A, group=group)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, ranks=ranks)
+    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, group=group)
     del warm  # as large as the state that comes now
     state = start_state(
         X,
@@ -120,7 +122,7 @@ def _begin(
         constraint=Constraint(None, config.codes.simplex),
         activation=activation,
         lambda_A=lambda_A,
-        ranks=ranks,
+        group=group,
     )
     return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.objective)), None)
 
@@ -134,7 +136,7 @@ def _control(problem: Problem, running: Running, controls: Controls) -> Running:
     if controls.phase is Phase.control:
         if progress.step % codes.control_every:
             return running
-        median = median_support(problem.ranks.gather(running.state.atoms.codes))
+        median = median_support(problem.group.gather(running.state.atoms.codes))
         factor = next_temperature(progress.temperature_factor, median, target, eta=codes.eta)
         return running._replace(progress=replace(progress, temperature_factor=factor))
     return running._replace(
@@ -192,7 +194,7 @@ def _validate(problem: Problem, running: Running) -> tuple[Running, float | None
     error = validation_relfrob(problem, running.state)
     used = running.state.atoms.codes > 0
     changed = (
-        running.seen is None or float(problem.ranks.average((used != running.seen).double().mean())) > 0.01
+        running.seen is None or float(problem.group.average((used != running.seen).double().mean())) > 0.01
     )
     better = error < progress.best_validation * (1 - train.tolerance)
     progress = replace(
@@ -223,7 +225,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
     atoms = state.atoms
     release(state.point.rows, state.point.slope, state.point.force, state.point.gram)
     adapters = problem.numbers(controls).adapters(problem.X, state)
-    captured = problem.ranks.total(energy_of_rank(problem.X, problem.sizes.r))
+    captured = problem.group.total(energy_of_rank(problem.X, problem.sizes.r))
     return FitResult(
         factors=Factors(atoms.bank, atoms.codes, adapters, atoms.left, atoms.right),
         lam=state.lam,
@@ -252,5 +254,5 @@ def _state_of_best(problem: Problem, running: Running) -> AMState:
         lambda_A=problem.config.train.lambda_A,
         constraint=best.constraint,
         into=state.point,
-        ranks=problem.ranks,
+        group=problem.group,
     )

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from globe.errors import FitError
-from globe.numerics.precision import widen
+from globe.numerics.precision import to_float64
 
 _GRAM_FLOOR = 1e-13
 """Eigenvalues of a Gram matrix below this share of the largest are rounding and are left out."""
@@ -64,7 +64,7 @@ def nnls_codes(
         raise ValueError(f"a Gram matrix {tuple(G.shape)} does not fit right-hand sides {tuple(H.shape)}")
     if support is not None and not bool(support.any(dim=1).all()):
         raise ValueError("an expert has an empty support: allow it at least one atom")
-    grams, rights = widen(G).cpu().numpy(), widen(H).cpu().numpy() - l1
+    grams, rights = to_float64(G).cpu().numpy(), to_float64(H).cpu().numpy() - l1
     allowed = None if support is None else support.cpu().numpy()
     codes = torch.zeros(n, m, dtype=torch.float64)
     rows = codes.numpy()

@@ -12,7 +12,7 @@ from torch import Tensor
 from globe.am.refit import Refit, refit
 from globe.numerics.activation import phi, phi_prime
 from globe.numerics.chunks import expert_chunks
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 _WORTH_RELEASING = 1 << 24
 """Bytes of a tensor that is released; its pages are its own by then: `globe.numerics.device.keep_less_memory`."""
@@ -37,9 +37,9 @@ class Point(NamedTuple):
     errors: Float[Tensor, " n"]
     """||X_i - A_i M_i||_F^2"""
     objective: float
-    """sum of `errors`, over all ranks"""
+    """sum of `errors`, over all processes"""
     regularised: int
-    """refits, of all ranks, that needed more than the smallest ridge"""
+    """refits, of all processes, that needed more than the smallest ridge"""
 
 
 def mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
@@ -56,7 +56,7 @@ def evaluate(
     activation: str,
     lambda_A: float = 0.0,
     into: Point | None = None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> Point:
     """Refit the adapters to (bank, codes) and return the point there.
 
@@ -90,7 +90,7 @@ def evaluate(
             force[part] *= slope[part]
         regularised += fit.regularised
         del fit, residual  # before the next chunk makes its own
-    objective, regularised = ranks.total(_sum(errors)), int(ranks.total(regularised))
+    objective, regularised = group.total(_sum(errors)), int(group.total(regularised))
     return Point(adapters, gram, rows, slope, force, errors, objective, regularised)
 
 
@@ -102,12 +102,12 @@ def objective_at(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> float:
     """The objective of `evaluate` alone, which needs no memory beyond a chunk's."""
     refits = _refits(X, bank, codes, lam, activation, lambda_A)
     errors = torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits])
-    return ranks.total(_sum(errors))
+    return group.total(_sum(errors))
 
 
 def adapters_at(

@@ -19,8 +19,8 @@ from globe.am.state import AMState
 from globe.am.step import StepFigures, coding_step
 from globe.am.temperature import prune
 from globe.config.schema import Config
-from globe.numerics.metrics import support_sizes
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.figures import support_sizes
+from globe.numerics.group import ALONE, ProcessGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +34,8 @@ class Problem:
     warm: Float[Tensor, "n r d"] | None
     """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
     total: float
-    """sum_i ||X_i||_F^2, over all ranks"""
-    ranks: Ranks = ALONE
+    """sum_i ||X_i||_F^2, over all processes"""
+    group: ProcessGroup = ALONE
     """who holds the other experts, where X is a part of them"""
 
     def relfrob(self, objective: float) -> float:
@@ -56,7 +56,7 @@ class Problem:
             lambda_T=train.lambda_T,
             curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
             total=self.total,
-            ranks=self.ranks,
+            group=self.group,
         )
 
 
@@ -64,12 +64,12 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
     """Codes on an entmax support whose median meets the target, refit by least squares on it; spends `state`."""
     assert problem.sizes.target_support is not None
     support = support_of_median(
-        problem.ranks.gather(state.atoms.codes),
+        problem.group.gather(state.atoms.codes),
         state.atoms.bank,
         median=problem.sizes.target_support,
         code_map=problem.config.codes.map,
     )
-    support = problem.ranks.own(support)
+    support = problem.group.own(support)
     return coding_step(problem.X, state, problem.numbers(controls), support=support, spend=True)
 
 
@@ -80,7 +80,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
     if problem.export_dtype is not None:
         codes = codes.to(problem.export_dtype).to(codes)
         bank = bank.to(problem.export_dtype).to(bank)
-    elif not problem.ranks.any(not torch.equal(codes, state.atoms.codes)):
+    elif not problem.group.any(not torch.equal(codes, state.atoms.codes)):
         return problem.relfrob(state.objective)
     objective = objective_at(
         problem.X,
@@ -89,7 +89,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         lam=state.lam,
         activation=problem.config.bank.activation,
         lambda_A=problem.config.train.lambda_A,
-        ranks=problem.ranks,
+        group=problem.group,
     )
     return problem.relfrob(objective)
 
@@ -101,9 +101,9 @@ def step_record(
     figures: StepFigures,
     validation: float | None,
 ) -> StepRecord:
-    """The record of the step that led to `running`; supports are those of all ranks' experts."""
+    """The record of the step that led to `running`; supports are those of all processes' experts."""
     state, progress = running.state, running.progress
-    support = problem.ranks.gather(support_sizes(state.atoms.codes)).double()
+    support = problem.group.gather(support_sizes(state.atoms.codes)).double()
     return StepRecord(
         step=progress.step,
         seconds=progress.seconds,

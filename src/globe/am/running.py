@@ -11,7 +11,7 @@ from torch import Tensor
 
 from globe.am.records import FitState
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +59,15 @@ class Running(NamedTuple):
     """codes in use at the last validation"""
 
 
-def snapshot(running: Running, ranks: Ranks = ALONE) -> FitState:
-    """Everything `restore` needs to continue, with the codes of all ranks."""
+def snapshot(running: Running, group: ProcessGroup = ALONE) -> FitState:
+    """Everything `restore` needs to continue, with the codes of all processes."""
     state = running.state
-    tensors = _pack("now", state.atoms, ranks) | _pack("anchor", state.anchor, ranks)
+    tensors = _pack("now", state.atoms, group) | _pack("anchor", state.anchor, group)
     if running.best.atoms is not state.atoms:
-        tensors |= _pack("best", running.best.atoms, ranks)
+        tensors |= _pack("best", running.best.atoms, group)
     for name, mask in (("support", state.constraint.support), ("seen", running.seen)):
         if mask is not None:
-            tensors[name] = ranks.gather(mask.to(torch.uint8))
+            tensors[name] = group.gather(mask.to(torch.uint8))
     numbers = asdict(running.progress)
     numbers |= {
         f"state.{name}": getattr(state, name) for name in ("momentum_steps", "damping", "lam", "fine")
@@ -76,16 +76,21 @@ def snapshot(running: Running, ranks: Ranks = ALONE) -> FitState:
 
 
 def restore(
-    saved: FitState, X: Float[Tensor, "n p d"], *, activation: str, lambda_A: float, ranks: Ranks = ALONE
+    saved: FitState,
+    X: Float[Tensor, "n p d"],
+    *,
+    activation: str,
+    lambda_A: float,
+    group: ProcessGroup = ALONE,
 ) -> Running:
     """The fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine.
 
-    The state is that of all experts, so that it may go on with another number of ranks, up to rounding.
+    The state is that of all experts, so that it may go on with another number of processes, up to rounding.
     """
     numbers, tensors = saved.numbers, {name: _own(t, X) for name, t in saved.tensors.items()}
     for name in tensors:
         if name.endswith("codes") or name in ("support", "seen"):
-            tensors[name] = ranks.own(tensors[name])
+            tensors[name] = group.own(tensors[name])
     masks = {name: tensors[name] > 0 for name in ("support", "seen") if name in tensors}
     constraint = Constraint(masks.get("support"), bool(numbers["state.simplex"]))
     lam = float(numbers["state.lam"] or 0.0)
@@ -98,7 +103,7 @@ def restore(
             activation=activation,
             lambda_A=lambda_A,
             constraint=constraint,
-            ranks=ranks,
+            group=group,
         )
 
     state = at_rest("now")._replace(
@@ -112,8 +117,8 @@ def restore(
     return Running(state, best, progress, masks.get("seen"))
 
 
-def _pack(name: str, atoms: Atoms, ranks: Ranks) -> dict[str, Tensor]:
-    kept = {"codes": ranks.gather(atoms.codes), "left": atoms.left, "right": atoms.right}
+def _pack(name: str, atoms: Atoms, group: ProcessGroup) -> dict[str, Tensor]:
+    kept = {"codes": group.gather(atoms.codes), "left": atoms.left, "right": atoms.right}
     if atoms.left is None:
         kept["bank"] = atoms.bank
     return {f"{name}.{field}": tensor for field, tensor in kept.items() if tensor is not None}

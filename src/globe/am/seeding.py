@@ -12,9 +12,9 @@ from torch import Tensor
 
 from globe.am.nnls import nnls_codes
 from globe.am.warm_start import WarmStart, align, leading_eigenvectors, right_basis, truncated_svd
-from globe.numerics.metrics import squared_norms
-from globe.numerics.precision import widen
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.figures import squared_norms
+from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.precision import to_float64
 
 SEEDINGS = ("random", "kmeans", "group_svd", "aligned", "aligned_svd")
 
@@ -32,7 +32,7 @@ def seed_bank(
     seeding: str,
     generator: torch.Generator,
     warm_start: WarmStart | None = None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> tuple[Float[Tensor, "m r d"], Int[Tensor, " all"]]:
     """First atoms (orthonormal rows) and the group of every expert, for any 1 <= m <= n.
 
@@ -49,10 +49,10 @@ def seed_bank(
     the same on every device. Raises ValueError unless 1 <= m <= n and 1 <= r <= min(p, d), or on an unknown
     method.
 
-    With several `ranks`, X and `warm_start` are this one's experts, and k-means is not possible; bank and groups are
-    those of all experts. At most m d^2 numbers are added up over the ranks.
+    With several processes, X and `warm_start` are this one's experts, and k-means is not possible; bank and groups are
+    those of all experts. At most m d^2 numbers are added up over the processes.
     """
-    n, p, d = ranks.count(X.shape[0]), *X.shape[1:]
+    n, p, d = group.count(X.shape[0]), *X.shape[1:]
     if not 1 <= m <= n:
         raise ValueError(f"bank.m={m} is not between 1 and the {n} experts that share the bank")
     if not 1 <= r <= min(p, d):
@@ -63,15 +63,15 @@ def seed_bank(
     match seeding:
         case "random" | "aligned":
             picks = order[:m].tolist()
-            bank = _bases_of(X, picks, r, warm_start, ranks)
+            bank = _bases_of(X, picks, r, warm_start, group)
         case "group_svd" | "aligned_svd":
-            bank = torch.stack([group_basis(X, assignment == group, r, ranks) for group in range(m)])
+            bank = torch.stack([group_basis(X, assignment == atom, r, group) for atom in range(m)])
         case "kmeans":
             adapters, bases = warm_start or truncated_svd(X, r)
             # U of the SVD is a gauge: U S V^T and S V^T have the same second moment
             rows = bases * adapters.square().sum(dim=1).sqrt().unsqueeze(2)
             assignment = kmeans_groups(rows, m, generator=generator)
-            bank = torch.stack([group_basis(rows, assignment == group, r) for group in range(m)])
+            bank = torch.stack([group_basis(rows, assignment == atom, r) for atom in range(m)])
         case _:
             raise ValueError(f"init.seeding={seeding!r} is not one of {', '.join(SEEDINGS)}")
     if seeding in ("aligned", "aligned_svd"):
@@ -80,20 +80,20 @@ def seed_bank(
 
 
 def _bases_of(
-    X: Float[Tensor, "n p d"], picks: list[int], r: int, warm_start: WarmStart | None, ranks: Ranks
+    X: Float[Tensor, "n p d"], picks: list[int], r: int, warm_start: WarmStart | None, group: ProcessGroup
 ) -> Float[Tensor, "m r d"]:
     """The right singular bases of the picked experts, each made by the rank that holds it."""
-    first = ranks.rows.start or 0
+    first = group.rows.start or 0
     bank = X.new_zeros(len(picks), r, X.shape[2])
     for at, pick in enumerate(picks):
         if 0 <= pick - first < len(X):
             one = right_basis(X[pick - first], r) if warm_start is None else warm_start.bases[pick - first]
             bank[at] = one
-    return ranks.sum(bank)
+    return group.sum(bank)
 
 
 def group_basis(
-    X: Float[Tensor, "n rows d"], chosen: Tensor, r: int, ranks: Ranks = ALONE
+    X: Float[Tensor, "n rows d"], chosen: Tensor, r: int, group: ProcessGroup = ALONE
 ) -> Float[Tensor, "r d"]:
     """Top-r right singular basis of the chosen experts stacked below each other.
 
@@ -102,19 +102,19 @@ def group_basis(
     """
     members = chosen.nonzero().squeeze(1)
     d = X.shape[2]
-    here = ranks.own(chosen).nonzero().squeeze(1).tolist()
+    here = group.own(chosen).nonzero().squeeze(1).tolist()
     if len(members) * X.shape[1] < d:
         stack = X[here]
         if len(here) < len(members):  # the others' experts come from their ranks
             stack = X.new_zeros(len(members), *X.shape[1:])
-            first = ranks.rows.start or 0
+            first = group.rows.start or 0
             stack[torch.isin(members, torch.tensor(here) + first)] = X[here]
-        return right_basis(ranks.sum(stack).reshape(-1, d), r)
-    gram = widen(X[0]).new_zeros(d, d)
+        return right_basis(group.sum(stack).reshape(-1, d), r)
+    gram = to_float64(X[0]).new_zeros(d, d)
     for member in here:
-        wide = widen(X[member])
+        wide = to_float64(X[member])
         gram.addmm_(wide.mT, wide)
-    return leading_eigenvectors(ranks.sum(gram), r).to(X)
+    return leading_eigenvectors(group.sum(gram), r).to(X)
 
 
 def kmeans_groups(rows: Float[Tensor, "n k d"], m: int, *, generator: torch.Generator) -> Int[Tensor, " n"]:

@@ -13,7 +13,7 @@ from globe.am.state import Atoms, low_rank_atoms
 from globe.am.warm_start import WarmStart
 from globe.config.choices import FirstCodes
 from globe.config.schema import InitConfig
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 
 def first_atoms(
@@ -23,7 +23,7 @@ def first_atoms(
     *,
     generator: torch.Generator,
     warm: WarmStart | None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> Atoms:
     """Seeded bank and first codes, scaled so that the entries of the mixed bases have the deviation `init.scale`.
 
@@ -32,32 +32,32 @@ def first_atoms(
     higher.
     """
     bank, groups = seed_bank(
-        X, sizes.m, sizes.r, seeding=init.seeding, generator=generator, warm_start=warm, ranks=ranks
+        X, sizes.m, sizes.r, seeding=init.seeding, generator=generator, warm_start=warm, group=group
     )
-    bank = ranks.same(bank)
+    bank = group.same(bank)
     # drawn for all experts, whoever holds them; fitted expert by expert
     drawn = init.codes is FirstCodes.mixed
     codes = first_codes(
         init.codes,
         bank,
-        groups if drawn else ranks.own(groups),
+        groups if drawn else group.own(groups),
         generator=generator,
         one_hot=init.one_hot,
         concentration=init.concentration,
         bases=None if warm is None else warm.bases,
     )
-    codes = ranks.own(codes) if drawn else codes
+    codes = group.own(codes) if drawn else codes
     if sizes.atom_rank is None:
-        return Atoms(bank * (init.scale / spread(codes, bank, ranks)), codes)
+        return Atoms(bank * (init.scale / spread(codes, bank, group)), codes)
     shape = (sizes.m, sizes.r, sizes.atom_rank)
-    left = ranks.same(torch.linalg.qr(torch.randn(shape, generator=generator).to(bank)).Q)
-    right = ranks.same(left.mT @ bank)
-    size = init.scale / spread(codes, left @ right, ranks)
+    left = group.same(torch.linalg.qr(torch.randn(shape, generator=generator).to(bank)).Q)
+    right = group.same(left.mT @ bank)
+    size = init.scale / spread(codes, left @ right, group)
     balance = torch.linalg.vector_norm(left) / torch.linalg.vector_norm(right)
     return low_rank_atoms(left * (size / balance) ** 0.5, right * (size * balance) ** 0.5, codes)
 
 
-def spread(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], ranks: Ranks = ALONE) -> float:
+def spread(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], group: ProcessGroup = ALONE) -> float:
     """Root mean square of the entries of the mixed bases."""
     rows = [float(mix(one[None], bank).square().mean()) for one in codes]
-    return (ranks.total(sum(rows)) / ranks.count(len(rows))) ** 0.5
+    return (group.total(sum(rows)) / group.count(len(rows))) ** 0.5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from globe.am.objective import Point, evaluate
 from globe.am.records import Move
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 
 class Constraint(NamedTuple):
@@ -104,7 +104,7 @@ def start_state(
     lambda_A: float = 0.0,
     constraint: Constraint = Constraint(),  # noqa: B008  (immutable)
     into: Point | None = None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> AMState:
     """A state at rest with the adapters refit to `atoms`; `into` as in `evaluate`."""
     point = evaluate(
@@ -115,6 +115,6 @@ def start_state(
         activation=activation,
         lambda_A=lambda_A,
         into=into,
-        ranks=ranks,
+        group=group,
     )
     return AMState(atoms, point, atoms, 0, damping, lam, constraint)

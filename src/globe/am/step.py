@@ -13,7 +13,7 @@ from globe.am.coding import entmax_support, propose_codes
 from globe.am.dictionary.descent import Numbers, gauss_newton_step, mod_dictionary_step
 from globe.am.objective import release
 from globe.am.state import AMState, Constraint, start_state
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 
 class StepFigures(NamedTuple):
@@ -52,7 +52,7 @@ def am_step(
     curvature_dtype: torch.dtype | None = None,
     cg_tolerance: float = 0.0,
     total: float | None = None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
     warm: Float[Tensor, "n r d"] | None = None,
     spend: bool = False,
 ) -> tuple[AMState, StepFigures]:
@@ -69,7 +69,7 @@ def am_step(
     spend        the large tensors of the given state's point are overwritten, and the state is of no more use; the
                  new one's point may go without adapters
     total        sum_i ||X_i||_F^2 where it is known, which saves its being taken
-    ranks        who holds the other experts, where X is a part of them
+    group        who holds the other experts, where X is a part of them
     lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
 
     Returns the new state, whose objective is not above the old one's for dictionary=gauss_newton as long as lam, beta
@@ -88,7 +88,7 @@ def am_step(
         lambda_T=lambda_T,
         curvature_dtype=curvature_dtype,
         total=total,
-        ranks=ranks,
+        group=group,
     )
     start = time.perf_counter()
     if spend and dictionary == "gauss_newton" and beta == 1:
@@ -104,7 +104,7 @@ def am_step(
             lambda_A=lambda_A,
             constraint=state.constraint,
             into=state.point if spend else None,
-            ranks=ranks,
+            group=group,
         )
     refitted = time.perf_counter()
     if coding:
@@ -138,7 +138,7 @@ def coding_step(
     the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1
     penalty the proposal is taken as it is. `spend` as in `am_step`.
     """
-    constraint, present, ranks = state.constraint, state.atoms.codes, numbers.ranks
+    constraint, present, group = state.constraint, state.atoms.codes, numbers.group
     if support is not None:
         constraint = Constraint(support, constraint.simplex)
         present = constraint.feasible(present, present)
@@ -153,7 +153,7 @@ def coding_step(
     proposed = constraint.feasible(proposed, present)
     into = state.point if spend else None
     errors = state.point.errors
-    if l1 == 0 and ranks.any(not torch.equal(present, state.atoms.codes)):
+    if l1 == 0 and group.any(not torch.equal(present, state.atoms.codes)):
         errors = numbers.evaluate(X, state.atoms.with_codes(present), into).errors
     point, codes = numbers.evaluate(X, state.atoms.with_codes(proposed), into), proposed
     if l1 == 0:
@@ -161,7 +161,7 @@ def coding_step(
         better = point.errors < errors * (1 - 100 * torch.finfo(errors.dtype).eps)
         codes = torch.where(better[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
-    if ranks.any(not torch.equal(codes, proposed)):
+    if group.any(not torch.equal(codes, proposed)):
         point = numbers.evaluate(X, atoms, point)
     # the bank stands still here, so the extrapolation may go on; the codes' share of it starts anew
     anchor = state.anchor.with_codes(codes)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.metrics import energy_captured
-from globe.numerics.precision import widen
+from globe.numerics.figures import energy_captured
+from globe.numerics.precision import to_float64
 
 __all__ = [
     "WarmStart",
@@ -55,7 +55,7 @@ def right_basis(X: Float[Tensor, "rows d"], r: int) -> Float[Tensor, "r d"]:
     rows, d = X.shape
     if not 1 <= r <= min(rows, d):
         raise ValueError(f"r={r} is not between 1 and {min(rows, d)}, the smaller side of {rows} x {d}")
-    wide = widen(X)
+    wide = to_float64(X)
     if rows >= d:
         basis = leading_eigenvectors(wide.mT @ wide, r)
     else:
@@ -78,7 +78,7 @@ def procrustes(bases: Float[Tensor, "n r d"], target: Float[Tensor, "n r d"]) ->
 
     Where T_i B_i^T is singular the minimiser is not unique and one of them is returned. Schoenemann 1966.
     """
-    U, _, Vh = torch.linalg.svd(widen(target) @ widen(bases).mT)
+    U, _, Vh = torch.linalg.svd(to_float64(target) @ to_float64(bases).mT)
     return (U @ Vh).to(bases)
 
 

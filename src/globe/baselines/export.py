@@ -12,7 +12,7 @@ from globe.bank.record import BankArtefact, Member
 from globe.baselines.records import BaselineResult
 from globe.errors import ConfigError
 from globe.fit.normalise import Normalised, denormalise, fold_scale
-from globe.numerics.metrics import relfrob, squared_norms
+from globe.numerics.figures import relfrob, squared_norms
 
 
 def to_artefact(

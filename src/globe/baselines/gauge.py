@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from globe.numerics.precision import widen
+from globe.numerics.precision import to_float64
 
 
 def pivot_rows(U: Float[Tensor, "m r k"]) -> Int[Tensor, "m k"]:
@@ -16,7 +16,7 @@ def pivot_rows(U: Float[Tensor, "m r k"]) -> Int[Tensor, "m k"]:
     conditioned and the entries of U_j T^-1 moderate. Ties go to the lowest row.
     """
     m, _, k = U.shape
-    rest = widen(U).clone()
+    rest = to_float64(U).clone()
     chosen = torch.empty(m, k, dtype=torch.long, device=U.device)
     atom = torch.arange(m, device=U.device)
     taken = torch.zeros(U.shape[:2], dtype=torch.bool, device=U.device)
@@ -41,7 +41,7 @@ def gauge_fix(
     rows = pivot_rows(U)
     k = U.shape[2]
     atom = torch.arange(U.shape[0], device=U.device)[:, None]
-    T = widen(U)[atom, rows]
-    fixed = widen(U) @ torch.linalg.pinv(T, rtol=1e-12)
+    T = to_float64(U)[atom, rows]
+    fixed = to_float64(U) @ torch.linalg.pinv(T, rtol=1e-12)
     fixed[atom, rows] = torch.eye(k, dtype=fixed.dtype, device=fixed.device)
-    return fixed.to(U.dtype), (T @ widen(V)).to(V.dtype)
+    return fixed.to(U.dtype), (T @ to_float64(V)).to(V.dtype)

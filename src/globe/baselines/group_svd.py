@@ -8,7 +8,7 @@ from torch import Tensor
 
 from globe.am.seeding import group_basis
 from globe.baselines.linear import LinearFactors
-from globe.numerics.metrics import squared_norms
+from globe.numerics.figures import squared_norms
 
 MAX_ROUNDS = 20
 """Rounds of assignment at most; groups of experts are usually stable after a few."""

@@ -29,7 +29,7 @@ from globe.baselines.records import (
 from globe.baselines.shared_basis import shared_basis
 from globe.baselines.svd import svd
 from globe.errors import ConfigError
-from globe.numerics.metrics import relfrob, squared_errors, squared_norms
+from globe.numerics.figures import relfrob, squared_errors, squared_norms
 
 
 @torch.no_grad()

@@ -131,7 +131,8 @@ class BudgetConfig:
     """The search for sizes that `bank.kept` asks for, once for each shape of bank."""
 
     seconds: float = 10.0
-    """What the short fits may take together on one core of the reference machine (see `globe.sizes.costs`); turned into a
+    """What the short fits may take together on one core of the reference machine (see `globe.sizes.costs`); turned
+    into a
     number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from globe.evaluation.text import Tokens, Window, batches
 from globe.hf.structure import experts_modules
-from globe.numerics.precision import widen
+from globe.numerics.precision import to_float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class _Sums:
         self.error = self.norm = 0.0
 
     def add(self, original: Any, compressed: Any) -> None:
-        before, after = widen(_hidden(original)), widen(_hidden(compressed))
+        before, after = to_float64(_hidden(original)), to_float64(_hidden(compressed))
         self.error += float((after - before).square().sum())
         self.norm += float(before.square().sum())
 

@@ -20,7 +20,7 @@ from globe.errors import CheckpointError
 from globe.evaluation.bootstrap import Interval, ratio_interval
 from globe.evaluation.divergence import kl_divergence, top1_agreement
 from globe.evaluation.text import Tokens, Window, batches
-from globe.numerics.precision import widen
+from globe.numerics.precision import to_float64
 
 AT_ONCE = 1 << 22
 """Logits that are widened to float32 at once."""
@@ -122,7 +122,7 @@ def _sums(logits: Sequence[Float[Tensor, "t v"]], targets: Int[Tensor, " t"]) ->
             figures.append(negative_log_likelihood(other, targets[part]))
             figures.append(kl_divergence(other, own))
             figures.append(top1_agreement(other, own))
-        totals += torch.stack([widen(figure).sum().cpu() for figure in figures])
+        totals += torch.stack([to_float64(figure).sum().cpu() for figure in figures])
     return totals.tolist()
 
 

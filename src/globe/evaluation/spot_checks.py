@@ -21,8 +21,8 @@ from globe.hf.experts import GlobeExperts
 from globe.hf.layout import Mean
 from globe.hf.projection import Projection
 from globe.hf.structure import experts_modules, irregularity
-from globe.numerics.metrics import effective_rank
-from globe.numerics.precision import widen
+from globe.numerics.figures import effective_rank
+from globe.numerics.precision import to_float64
 
 PROBES = 7
 """Random inputs that parity is measured with."""
@@ -122,8 +122,8 @@ def compare(
 ) -> SpotCheck:
     """Distances and angles between two matrices, in float64. `top_k` is at most min(p, d)."""
     k = min(top_k, *W.shape)
-    left, values, right = torch.linalg.svd(widen(W), full_matrices=False)
-    left2, values2, right2 = torch.linalg.svd(widen(rebuilt), full_matrices=False)
+    left, values, right = torch.linalg.svd(to_float64(W), full_matrices=False)
+    left2, values2, right2 = torch.linalg.svd(to_float64(rebuilt), full_matrices=False)
     ranks = effective_rank(torch.stack([values, values2])).tolist()
     return SpotCheck(
         *place,
@@ -140,7 +140,7 @@ def stored_matrix(checkpoint: Checkpoint, place: Place) -> Float[Tensor, "p d"]:
     """One matrix of a dense checkpoint in float64; only its own bytes are read."""
     where = checkpoint.locate(*place)
     part = checkpoint.reader.read(where.tensor, where.index)
-    return widen(part.T if where.transposed else part)
+    return to_float64(part.T if where.transposed else part)
 
 
 def rebuilt_matrix(pair: Pair, place: Place) -> Float[Tensor, "p d"]:
@@ -149,7 +149,7 @@ def rebuilt_matrix(pair: Pair, place: Place) -> Float[Tensor, "p d"]:
         for member in entry.members:
             if (member.layer, member.family) == place[:2] and place.expert in member.experts:
                 row = member.start + member.experts.index(place.expert)
-                return widen(rebuild(entry.read(), [row], dtype=torch.float32)[0])
+                return to_float64(rebuild(entry.read(), [row], dtype=torch.float32)[0])
     if pair.subject.checkpoint is not None:
         return stored_matrix(pair.subject.checkpoint, place)
     module = pair.model.get_submodule(experts_modules(pair.model)[place.layer])
@@ -161,21 +161,21 @@ def rebuilt_matrix(pair: Pair, place: Place) -> Float[Tensor, "p d"]:
 def product_of_factors(projection: Projection, expert: int) -> Float[Tensor, "p d"]:
     """W' = A phi(sum_j alpha_j B_j) + mean of one expert in float64, from the factors as they are stored."""
     if expert in projection.dense_row:
-        return widen(projection.dense[projection.dense_row[expert]]).cpu()
+        return to_float64(projection.dense[projection.dense_row[expert]]).cpu()
     layout, bank, row = projection.layout, projection.bank_here(), projection.row[expert]
     assert layout is not None
     assert bank is not None
-    atoms, left, right = (None if part is None else widen(part) for part in bank)
+    atoms, left, right = (None if part is None else to_float64(part) for part in bank)
     M = mixed_bases(
-        widen(projection.codes[row : row + 1]),
+        to_float64(projection.codes[row : row + 1]),
         atoms,
         atoms_left=left,
         atoms_right=right,
         lam=layout.lam,
         activation=layout.activation,
     )[0]
-    W = widen(projection.adapters[row]) @ M
-    return (W if layout.mean is Mean.none else W + widen(projection.mean)).cpu()
+    W = to_float64(projection.adapters[row]) @ M
+    return (W if layout.mean is Mean.none else W + to_float64(projection.mean)).cpu()
 
 
 def parity_error(
@@ -194,10 +194,10 @@ def parity_error(
     x = x.to(down)
     chosen = torch.full((x.shape[0], 1), expert, device=x.device)
     y = module(x, chosen, torch.ones_like(chosen, dtype=x.dtype))
-    wide = widen(x)
+    wide = to_float64(x)
     gated: Any = dense._apply_gate
     inner = gated(torch.cat([wide @ one.to(wide.device).mT for one in (gate, up)], dim=1))
-    return _distance(inner @ widen(down[expert]).mT, y)
+    return _distance(inner @ to_float64(down[expert]).mT, y)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -207,6 +207,6 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def _distance(one: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> float:
     """||one - other|| / ||one||; 0 for two zeros."""
-    first, second = widen(one).cpu(), widen(other).cpu()
+    first, second = to_float64(one).cpu(), to_float64(other).cpu()
     error, norm = float((first - second).norm()), float(first.norm())
     return error / norm if norm else 0.0 if error == 0 else math.inf

@@ -17,7 +17,7 @@ from globe.config.schema import Config
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of
 from globe.fit.normalise import Joined
-from globe.numerics.metrics import relfrob, squared_norms
+from globe.numerics.figures import relfrob, squared_norms
 
 
 def fit_baseline(

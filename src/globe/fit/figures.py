@@ -1,4 +1,4 @@
-"""All figures of a finished bank, gathered by name from the pure functions of `globe.numerics.metrics`."""
+"""All figures of a finished bank, gathered by name from the pure functions of `globe.numerics.figures`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from globe.bank.compose import rebuild
 from globe.bank.record import BankArtefact
 from globe.fit.finalise import Finalised
 from globe.fit.normalise import Joined
-from globe.numerics import metrics
-from globe.numerics.precision import widen
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics import figures as error_figures
+from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.precision import to_float64
 from globe.runs.chart_data import MOST_ATOMS, MOST_CODES, MOST_RANKS, BankCharts, largest, spread_out
 
 _SPECTRUM_BUDGET = 2e10
@@ -35,27 +35,27 @@ class Spectra(NamedTuple):
     """largest first"""
 
 
-def expert_spread(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> metrics.Spread:
-    """`metrics.spread` of the experts of all ranks."""
-    own = metrics.spread(X)
-    return metrics.Spread(ranks.gather(own.sums), ranks.gather(own.squares), own.entries)
+def expert_spread(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> error_figures.Spread:
+    """`numerics.figures.spread` of the experts of all processes."""
+    own = error_figures.spread(X)
+    return error_figures.Spread(group.gather(own.sums), group.gather(own.squares), own.entries)
 
 
-def expert_spectra(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> Spectra:
-    """The singular values of all ranks' normalised experts, or of as many as the budget allows, evenly spaced."""
-    n, p, d = ranks.count(X.shape[0]), *X.shape[1:]
+def expert_spectra(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> Spectra:
+    """The singular values of all processes' normalised experts, or of as many as the budget allows, evenly spaced."""
+    n, p, d = group.count(X.shape[0]), *X.shape[1:]
     count = max(int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)), _FEWEST_SPECTRA)
     rows = spread_out(n, count)
-    first = ranks.rows.start or 0
-    values = widen(X.new_zeros(len(rows), min(p, d)))
+    first = group.rows.start or 0
+    values = to_float64(X.new_zeros(len(rows), min(p, d)))
     for at, row in enumerate(rows):  # one by one: a copy of so many experts would be large
         if 0 <= row - first < len(X):
-            values[at] = metrics.singular_values(X[row - first, None])[0]
-    return Spectra(tuple(rows), ranks.sum(values))
+            values[at] = error_figures.singular_values(X[row - first, None])[0]
+    return Spectra(tuple(rows), group.sum(values))
 
 
 def bank_figures(
-    spread: metrics.Spread,
+    spread: error_figures.Spread,
     spectra: Spectra,
     result: FitResult,
     done: Finalised,
@@ -82,7 +82,7 @@ def bank_figures(
 def expert_relfrob(done: Finalised) -> tuple[float, ...]:
     """RelFrob of each expert; 0 for a zero expert that is reproduced."""
     pairs = zip(done.errors, done.norms, strict=True)
-    return tuple(metrics.relfrob(error[None], norm[None]) for error, norm in pairs)
+    return tuple(error_figures.relfrob(error[None], norm[None]) for error, norm in pairs)
 
 
 def jaccard_by_layer(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> dict[int, float]:
@@ -91,7 +91,7 @@ def jaccard_by_layer(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> d
     The keys are (layer, family). Layers whose two banks differ in shape are left out.
     """
     return {
-        layer: metrics.jaccard(up, codes[layer, "gate"])
+        layer: error_figures.jaccard(up, codes[layer, "gate"])
         for (layer, family), up in codes.items()
         if family == "up" and (layer, "gate") in codes and codes[layer, "gate"].shape == up.shape
     }
@@ -106,7 +106,7 @@ def jaccard_figures(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> di
 
 def bank_charts(spectra: Spectra, joined: Joined, artefact: BankArtefact) -> BankCharts:
     """Code shares and singular spectra of an exported bank, within the bounds of `globe.runs.chart_data`."""
-    shares = metrics.code_shares(artefact.codes)
+    shares = error_figures.code_shares(artefact.codes)
     atoms = largest(shares.sum(dim=0).tolist(), MOST_ATOMS)
     experts = spread_out(artefact.n, max(1, MOST_CODES // len(atoms)))
     kept = spread_out(len(spectra.rows), _DRAWN_SPECTRA)
@@ -122,7 +122,7 @@ def bank_charts(spectra: Spectra, joined: Joined, artefact: BankArtefact) -> Ban
         spectrum_experts=tuple(rows),
         spectrum_ranks=tuple(rank + 1 for rank in ranks),
         spectrum_original=_rounded(spectra.values[kept][:, ranks].mean(dim=0)),
-        spectrum_rebuilt=_rounded(rebuilt[:, ranks].mean(dim=0)),
+        spectrum_rebuilt=_rounded(rebuilt[:, group].mean(dim=0)),
     )
 
 
@@ -135,7 +135,7 @@ def _rebuilt_spectrum(joined: Joined, artefact: BankArtefact, row: int) -> Float
     if joined.scale is not None:
         scale = joined.scale[row]
         expert = expert / (scale if scale.dim() == 0 else scale.unsqueeze(1))
-    return metrics.singular_values(expert)[0]
+    return error_figures.singular_values(expert)[0]
 
 
 def _rounded(values: Float[Tensor, " q"]) -> tuple[float, ...]:
@@ -143,16 +143,16 @@ def _rounded(values: Float[Tensor, " q"]) -> tuple[float, ...]:
 
 
 def _reconstruction(
-    spread: metrics.Spread, spectra: Spectra, result: FitResult, done: Finalised
+    spread: error_figures.Spread, spectra: Spectra, result: FitResult, done: Finalised
 ) -> dict[str, float]:
-    per_expert = metrics.explained_variance_per_expert(done.errors, spread)
-    ranks = metrics.effective_rank(spectra.values).double()
+    per_expert = error_figures.explained_variance_per_expert(done.errors, spread)
+    ranks = error_figures.effective_rank(spectra.values).double()
     return {
-        "mse": metrics.mse(done.errors, spread.entries),
-        "explained_variance": metrics.explained_variance(done.errors, spread),
+        "mse": error_figures.mse(done.errors, spread.entries),
+        "explained_variance": error_figures.explained_variance(done.errors, spread),
         "explained_variance_expert_min": float(per_expert.min()),
         "explained_variance_expert_mean": float(per_expert.mean()),
-        "global_mean": metrics.global_mean(spread),
+        "global_mean": error_figures.global_mean(spread),
         "energy_captured": result.energy_captured,
         "effective_rank_mean": float(ranks.mean()),
         "effective_rank_max": float(ranks.max()),
@@ -162,15 +162,15 @@ def _reconstruction(
 
 def _sparsity(done: Finalised) -> dict[str, float]:
     codes = done.factors.codes
-    support, usage = metrics.summarise_support(codes), metrics.atom_usage(codes).double()
+    support, usage = error_figures.summarise_support(codes), error_figures.atom_usage(codes).double()
     return {
         "support_mean": support.mean,
         "support_median": support.median,
         "support_min": support.min,
         "support_max": support.max,
-        "code_entropy": float(metrics.entropy(codes).mean()),
-        "effective_support": float(metrics.effective_support(codes).mean()),
-        "zero_share": metrics.zero_share(codes),
+        "code_entropy": float(error_figures.entropy(codes).mean()),
+        "effective_support": float(error_figures.effective_support(codes).mean()),
+        "zero_share": error_figures.zero_share(codes),
         "pruned_share": done.pruned,
         "code_l1": float(codes.double().sum(dim=1).mean()),
         "atom_usage_min": float(usage.min()),
@@ -180,14 +180,14 @@ def _sparsity(done: Finalised) -> dict[str, float]:
 
 
 def _stability(result: FitResult, done: Finalised) -> dict[str, float]:
-    norms, coherence = metrics.atom_norms(done.factors.bank), metrics.coherence(done.factors.bank)
+    norms, coherence = error_figures.atom_norms(done.factors.bank), error_figures.coherence(done.factors.bank)
     return {
         "atom_norm_min": float(norms.min()),
         "atom_norm_mean": float(norms.mean()),
         "atom_norm_max": float(norms.max()),
         "coherence_mean": coherence.mean,
         "coherence_max": coherence.max,
-        "code_condition": metrics.condition_number(done.factors.codes),
+        "code_condition": error_figures.condition_number(done.factors.codes),
         "accepted": result.accepted,
         "rejected": result.rejected,
         "regularised_solves": result.regularised_solves,

@@ -15,8 +15,8 @@ from globe.bank.compose import mixed_bases
 from globe.errors import FitError
 from globe.fit.input_metric import InputMetric
 from globe.fit.normalise import Joined, Normalised, fold_scale, join
-from globe.numerics.metrics import CHUNK, pruned_share, relfrob, squared_norms
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.figures import CHUNK, pruned_share, relfrob, squared_norms
+from globe.numerics.group import ALONE, ProcessGroup
 
 Refit = Callable[[Float[Tensor, "n p d"], Float[Tensor, "n r d"]], Float[Tensor, "n p r"]]
 """Least squares adapters: (X, M) -> argmin over A_i of ||X_i - A_i M_i||."""
@@ -53,7 +53,7 @@ def finalise(
     prune: float,
     refit: Refit | None = None,
     metric: InputMetric | None = None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> Finalised:
     """Prune, round bank and codes, refit the adapters to the rounded bases, fold the scale, round, measure.
 
@@ -66,8 +66,9 @@ def finalise(
     The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
     experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
 
-    With several `ranks`, factors and experts are this one's and the result is that of all, but for the adapters, which
-    are all on rank 0 alone.
+    With several processes, factors and experts are this one's and the result is that of all, but for the adapters,
+    which
+    are all on process 0 alone.
 
     Raises FitError when `export_dtype` can't hold the factors: overflow, or an expert whose codes all vanish.
     """
@@ -87,17 +88,17 @@ def finalise(
         mean = mean.to(export_dtype)
     _check(exported, kept, mean, export_dtype)
     errors, seen = _exported_errors(exported, joined, mean, lam, activation, metric)
-    errors, norms = ranks.gather(errors), ranks.gather(squared_norms(X))
-    codes, adapters = ranks.gather(exported.codes), ranks.collect(exported.adapters)
+    errors, norms = group.gather(errors), group.gather(squared_norms(X))
+    codes, adapters = group.gather(exported.codes), group.collect(exported.adapters)
     return Finalised(
         exported._replace(codes=codes, adapters=adapters),
         mean,
-        None if joined.scale is None else ranks.gather(joined.scale),
+        None if joined.scale is None else group.gather(joined.scale),
         errors,
         norms,
         relfrob(errors, norms),
-        pruned_share(ranks.gather(factors.codes), codes),
-        None if metric is None else relfrob(ranks.gather(seen), ranks.gather(metric.norms(X))),
+        pruned_share(group.gather(factors.codes), codes),
+        None if metric is None else relfrob(group.gather(seen), group.gather(metric.norms(X))),
     )
 
 

@@ -18,8 +18,8 @@ from globe.am.records import Factors
 from globe.config.choices import Metric
 from globe.config.schema import Config
 from globe.numerics.chunks import expert_chunks
-from globe.numerics.metrics import squared_norms
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.figures import squared_norms
+from globe.numerics.group import ALONE, ProcessGroup
 
 _FLOOR = 1e-3
 """Weight of a direction that no row has, beside the mean of 1. It bounds what an error there may become."""
@@ -50,8 +50,8 @@ class InputMetric(NamedTuple):
         return factors._replace(bank=bank, right=right)
 
 
-def second_moment_metric(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> InputMetric:
-    """The metric C = sum_i X_i^T X_i + floor, scaled so that ||X L|| = ||X||, from normalised experts of all ranks.
+def second_moment_metric(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> InputMetric:
+    """The metric C = sum_i X_i^T X_i + floor, scaled so that ||X L|| = ||X||, from normalised experts of all processes.
 
     Directions without any energy keep 1e-3 of the mean eigenvalue. Zero experts give the plain metric. In float64
     where the device has it, whatever the dtype of X.
@@ -62,7 +62,7 @@ def second_moment_metric(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> Inp
     for part in expert_chunks(*X.shape):
         rows = X[part].flatten(0, 1)
         C += (rows.T @ rows).to(wide)
-    C = ranks.sum(C)
+    C = group.sum(C)
     mean = float(C.diagonal().mean())
     if mean <= 0:
         eye = torch.eye(d, dtype=X.dtype, device=X.device)
@@ -73,7 +73,7 @@ def second_moment_metric(X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> Inp
     # of an energy of d in all, sum_c values_c root_c^2 is what the metric makes of it
     root *= (d / float((values * root**2).sum())) ** 0.5
     forward, back = ((vectors * one) @ vectors.T for one in (root, 1 / root))
-    return InputMetric(ranks.same(forward.to(X.dtype)), ranks.same(back.to(X.dtype)))
+    return InputMetric(group.same(forward.to(X.dtype)), group.same(back.to(X.dtype)))
 
 
 def _multiply(X: Float[Tensor, "n p d"], by: Float[Tensor, "d d"]) -> None:
@@ -81,6 +81,6 @@ def _multiply(X: Float[Tensor, "n p d"], by: Float[Tensor, "d d"]) -> None:
         X[part] = X[part] @ by
 
 
-def metric_of(config: Config, X: Float[Tensor, "n p d"], ranks: Ranks = ALONE) -> InputMetric | None:
+def metric_of(config: Config, X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> InputMetric | None:
     """What `normalise.metric` asks for; None is the plain Frobenius norm."""
-    return second_moment_metric(X, ranks) if config.normalise.metric is Metric.experts else None
+    return second_moment_metric(X, group) if config.normalise.metric is Metric.experts else None

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from globe.errors import CheckpointError
 from globe.fit.stored_experts import StoredExperts, z_score
-from globe.numerics.precision import widen
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.precision import to_float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +49,7 @@ def normalise(
     centre: str,
     scale: str,
     dtype: torch.dtype | None = None,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
     store: bool = False,
 ) -> Normalised:
     """X = (W - mean) / scale with both constants recorded.
@@ -63,7 +63,8 @@ def normalise(
 
     Moments are accumulated in float64, expert by expert, whatever the dtype of W. `dtype` is that of the
     result and of the constants; None keeps float32 and float64 and widens the rest to float32. A group in
-    which centring leaves nothing but rounding (constant rows, equal experts) gets scale 1. With several `ranks`, W are
+    which centring leaves nothing but rounding (constant rows, equal experts) gets scale 1. With several processes,
+    W are
     this one's experts, none perhaps, and the moments are those of all. `store` keeps W and makes X when
     it is read, with the same bits: `StoredExperts`.
 
@@ -81,8 +82,8 @@ def normalise(
         raise CheckpointError(
             f"expert {broken} of the {W.shape[0]} read holds NaN or infinity: repair the checkpoint"
         )
-    mean = _mean(W, centre, dtype, ranks)
-    factor = None if scale == "none" else _scale(W, mean, sizes, scale, dtype, ranks)
+    mean = _mean(W, centre, dtype, group)
+    factor = None if scale == "none" else _scale(W, mean, sizes, scale, dtype, group)
     if store:
         means = None if mean is None else mean.unsqueeze(0)
         own = factor.expand(len(W)) if factor is not None and factor.dim() == 0 else factor
@@ -149,24 +150,26 @@ def join(parts: Sequence[Normalised]) -> Joined:
 
 def _row_squares(expert: Float[Tensor, "p d"]) -> Float[Tensor, " p"]:
     """Sum of squares of each row, in float64."""
-    return widen(expert).square().sum(dim=1)
+    return to_float64(expert).square().sum(dim=1)
 
 
 def _all_row_squares(W: Float[Tensor, "n p d"], mean: Tensor | None) -> Float[Tensor, "n p"]:
     """Of every expert, less the mean."""
     if not len(W):
-        return widen(W.new_zeros(W.shape[:2]))
-    return torch.stack([_row_squares(one if mean is None else widen(one) - widen(mean)) for one in W])
+        return to_float64(W.new_zeros(W.shape[:2]))
+    return torch.stack(
+        [_row_squares(one if mean is None else to_float64(one) - to_float64(mean)) for one in W]
+    )
 
 
-def _mean(W: Float[Tensor, "n p d"], centre: str, dtype: torch.dtype, ranks: Ranks) -> Tensor | None:
+def _mean(W: Float[Tensor, "n p d"], centre: str, dtype: torch.dtype, group: ProcessGroup) -> Tensor | None:
     if centre == "none":
         return None
-    total = widen(W.new_zeros(W.shape[1:]))
+    total = to_float64(W.new_zeros(W.shape[1:]))
     for expert in W:
-        total += widen(expert)
-    total /= ranks.count(W.shape[0])
-    mean = ranks.sum(total if centre == "expert_mean" else total.mean())
+        total += to_float64(expert)
+    total /= group.count(W.shape[0])
+    mean = group.sum(total if centre == "expert_mean" else total.mean())
     return mean.to(device=W.device, dtype=dtype)
 
 
@@ -176,12 +179,12 @@ def _scale(
     sizes: Float[Tensor, "n p"],
     scale: str,
     dtype: torch.dtype,
-    ranks: Ranks,
+    group: ProcessGroup,
 ) -> Float[Tensor, "*groups"]:
     """Root mean square of W - mean over each group; 1 where it is rounding beside the group's own size."""
     left = sizes if mean is None else _all_row_squares(W, mean)
     if scale == "family":
-        left, sizes = ranks.gather(left), ranks.gather(sizes)
+        left, sizes = group.gather(left), group.gather(sizes)
     axes = {"family": (0, 1), "expert": (1,), "row": ()}[scale]
     energy, size = (table.mean(dim=axes) if axes else table for table in (left, sizes))
     # the recorded mean is itself rounded to dtype, so a constant group keeps about eps of its size

@@ -31,9 +31,9 @@ from globe.fit.plan import BankPlan
 from globe.fit.provenance import bank_options, complete_artefact, experts_of, fit_fingerprint, source_of
 from globe.fit.reading import ReadExperts, read_experts
 from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
-from globe.numerics.device import bank_seed, give_back_memory, peak_device_bytes, peak_host_bytes
-from globe.numerics.metrics import atom_usage, relfrob, support_sizes
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.device import bank_seed, peak_device_bytes, peak_host_bytes, trim_heap
+from globe.numerics.figures import atom_usage, relfrob, support_sizes
+from globe.numerics.group import ALONE, ProcessGroup
 from globe.processes.torchrun import Group, Order
 from globe.runs.chart_data import BankCharts
 from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json
@@ -133,19 +133,19 @@ def _attempt(
     run.folder.rewind_metrics(key, fitting.step)
     if state is not None:
         _log.info("%s: going on after step %d", key, fitting.step)
-    give_back_memory()  # of the bank before
-    ranks: Ranks = ALONE
+    trim_heap()  # of the bank before
+    group: ProcessGroup = ALONE
     if run.group is not None:
-        ranks = run.group.ranks(bank.sizes.n)
+        group = run.group.share(bank.sizes.n)
         run.group.tell(Order(key, seed, state))
-    read = read_experts(config, run.checkpoint, bank.outline, run.device, ranks)
+    read = read_experts(config, run.checkpoint, bank.outline, run.device, group)
     joined = read.joined
     watch = _Watch(run, key, fitting)
     generator = torch.Generator().manual_seed(seed)
     activation = str(config.bank.activation)
     if bank.baseline is None:
         result, done = fit_globe(
-            config, bank, read, generator, state, ranks, on_step=watch.step, on_checkpoint=watch.checkpoint
+            config, bank, read, generator, state, group, on_step=watch.step, on_checkpoint=watch.checkpoint
         )
     else:
         result, done, activation = fit_baseline(
@@ -157,7 +157,7 @@ def _attempt(
             on_step=watch.step,
         )
     scheduled = watch.last if bank.baseline is None else None
-    spectra, spread = expert_spectra(joined.experts, ranks), expert_spread(joined.experts, ranks)
+    spectra, spread = expert_spectra(joined.experts, group), expert_spread(joined.experts, group)
     if run.group is not None:
         joined = replace(joined, scale=done.scale, starts=bank.outline.starts)
     artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
@@ -179,14 +179,14 @@ def fit_globe(
     read: ReadExperts,
     generator: torch.Generator,
     state: FitState | None,
-    ranks: Ranks,
+    group: ProcessGroup,
     *,
     on_step: Callable[[StepRecord], None],
     on_checkpoint: Callable[[FitState], None],
 ) -> tuple[FitResult, Finalised]:
-    """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `ranks`."""
+    """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
-    metric = metric_of(config, X, ranks)
+    metric = metric_of(config, X, group)
     inside = metric is not None and is_linear(config)
     if metric is not None and inside:
         metric.enter(X)
@@ -199,9 +199,9 @@ def fit_globe(
         resume=state,
         on_step=on_step,
         on_checkpoint=on_checkpoint,
-        ranks=ranks,
+        group=group,
     )
-    give_back_memory()  # of the steps
+    trim_heap()  # of the steps
     if metric is not None and inside:
         metric.leave(X)
         result = replace(result, factors=metric.of_model(result.factors))
@@ -214,7 +214,7 @@ def fit_globe(
         prune=config.codes.prune,
         refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
         metric=metric,
-        ranks=ranks,
+        group=group,
     )
     return result, done
 

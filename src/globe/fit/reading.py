@@ -12,7 +12,7 @@ from globe.config.choices import ExportDtype, Store
 from globe.config.schema import Config
 from globe.fit.normalise import Joined, join, normalise
 from globe.fit.plan import Outline
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 DTYPES = {
     "float16": torch.float16,
@@ -32,9 +32,9 @@ class ReadExperts(NamedTuple):
 
 
 def read_experts(
-    config: Config, checkpoint: Checkpoint, bank: Outline, device: torch.device, ranks: Ranks = ALONE
+    config: Config, checkpoint: Checkpoint, bank: Outline, device: torch.device, group: ProcessGroup = ALONE
 ) -> ReadExperts:
-    """The experts of all members that this rank holds, each member normalised by itself (over all ranks).
+    """The experts of all members that this process holds, each member normalised by itself (over all processes).
 
     Raises CheckpointError when they can't be read or are not finite.
     """
@@ -42,7 +42,7 @@ def read_experts(
     before, parts, seconds = checkpoint.reader.bytes_read, [], 0.0
     dtype, start = torch.float32, 0
     for member, count in zip(bank.members, bank.counts, strict=True):
-        part = ranks.within(start, start + count)
+        part = group.within(start, start + count)
         start += count
         clock = time.perf_counter()
         experts = checkpoint.read_experts(
@@ -61,7 +61,7 @@ def read_experts(
                 centre=str(options.centre),
                 scale=str(options.scale),
                 dtype=DTYPES[config.dtype],
-                ranks=part,
+                group=part,
                 store=options.store is Store.checkpoint,
             )
         )

@@ -10,18 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from globe.numerics.precision import widen
+from globe.numerics.precision import to_float64
 
 _NO_WRITING = "stored experts cannot be written to: take dense() first"
 
 
 def z_score(expert: Float[Tensor, "p d"], mean: Tensor | None, scale: Tensor | None) -> Float[Tensor, "p d"]:
     """(expert - mean) / scale in float64; the mean is one number or (p, d), the scale one number or (p,)."""
-    value = widen(expert)
+    value = to_float64(expert)
     if mean is not None:
-        value = value - widen(mean)
+        value = value - to_float64(mean)
     if scale is not None:
-        value = value / widen(scale if scale.dim() == 0 else scale.unsqueeze(1))
+        value = value / to_float64(scale if scale.dim() == 0 else scale.unsqueeze(1))
     return value
 
 

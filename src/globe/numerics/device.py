@@ -68,7 +68,7 @@ SMALL_BANK = 1_000_000
 nothing on idle cores, and on busy ones the threads wait for each other (a fit of the embedded model: 4 s, or 75 s)."""
 
 
-def spare_threads(config: Config, largest: int) -> None:
+def limit_threads(config: Config, largest: int) -> None:
     """One thread for a run whose largest bank has `largest` numbers, if that is small and `threads` is not given.
 
     Inside `arithmetic`, which puts the number of threads back.
@@ -87,7 +87,7 @@ def bank_seed(seed: int, key: str, attempt: int = 0) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def keep_less_memory() -> None:
+def return_large_blocks() -> None:
     """Have the allocator (glibc) return large blocks when they are freed: 0.5 GB less at the peak of a large fit.
 
     For the life of the process. glibc would take the largest block that was ever freed, up to 32 MB, as one to keep;
@@ -101,7 +101,7 @@ def keep_less_memory() -> None:
                 mallopt(option, _LARGE_BLOCK)
 
 
-def give_back_memory() -> None:
+def trim_heap() -> None:
     """Return freed host memory to the system, where the allocator (glibc) would keep it: 0.3 GB after a large bank."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,6 +1,6 @@
 """Several processes for one fit, as `torchrun` starts them: how they find each other and talk; `ending`: how they end.
 
-The first process (rank 0) leads: it owns the run folder, and tells the others which bank is next.
+The first process (process 0) leads: it owns the run folder, and tells the others which bank is next.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from globe.config.choices import Dictionary, Method, Seeding
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.numerics.device import pick_device
-from globe.numerics.ranks import Sharded, connected
+from globe.numerics.group import ShardedGroup, connected
 from globe.processes.joint_end import Ending
 
 _TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for another in one exchange: rank 0 may hash and write large files in between."""
+"""How long a process waits for another in one exchange: process 0 may hash and write large files in between."""
 SILENT = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -94,12 +94,12 @@ class Group:
         self.device, self.ending = device, ending
         self.rank = dist.get_rank()
 
-    def ranks(self, n: int) -> Sharded:
+    def share(self, n: int) -> ShardedGroup:
         """How n experts are shared out."""
-        return Sharded.of(n, self.device)
+        return ShardedGroup.of(n, self.device)
 
     def tell(self, order: Order | None) -> None:
-        """Rank 0: what is to be learned next; None ends the run."""
+        """Process 0: what is to be learned next; None ends the run."""
         head, tensors = b"null", b""
         if order is not None:
             state = order.state
@@ -112,7 +112,7 @@ class Group:
             self._exchange(part)
 
     def hear(self) -> Order | None:
-        """Other ranks: what rank 0 tells."""
+        """Other processes: what process 0 tells."""
         order, tensors = json.loads(self._exchange(b"")), self._exchange(b"")
         if order is None:
             return None

@@ -31,7 +31,7 @@ from globe.config.choices import Activation, Method, Store
 from globe.config.schema import Config
 from globe.fit.plan import BankPlan, Outline, outline, plan_bank
 from globe.fit.reading import DTYPES
-from globe.numerics.device import arithmetic, peak_host_bytes, spare_threads
+from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
 from globe.sizes.chosen import room_of
 from globe.sizes.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
 from globe.sizes.search import plan_search
@@ -220,7 +220,7 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
         checkpoint = open_checkpoint(
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
-        spare_threads(config, max(bank.n * bank.p * bank.d for bank in outline(config, checkpoint)))
+        limit_threads(config, max(bank.n * bank.p * bank.d for bank in outline(config, checkpoint)))
         found = predict(config, checkpoint, device)
     if not console.is_terminal and console.width < 120:
         console = Console(file=console.file, width=120)

@@ -16,8 +16,8 @@ from globe.am.objective import Point, adapters_at, evaluate, mix
 from globe.am.state import AMState, Atoms
 from globe.numerics.activation import phi
 from globe.numerics.chunks import expert_chunks
-from globe.numerics.metrics import squared_norms
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.figures import squared_norms
+from globe.numerics.group import ALONE, ProcessGroup
 
 _DOWN, _UP = 2.5, 5.0
 _LEAST, _MOST = 1e-6, 1e5
@@ -50,7 +50,7 @@ class Numbers(NamedTuple):
     cg_tolerance: float = 0.0
     total: float | None = None
     """sum_i ||X_i||_F^2 where it is known"""
-    ranks: Ranks = ALONE
+    group: ProcessGroup = ALONE
 
     def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms, into: Point | None = None) -> Point:
         return evaluate(
@@ -61,7 +61,7 @@ class Numbers(NamedTuple):
             activation=self.activation,
             lambda_A=self.lambda_A,
             into=into,
-            ranks=self.ranks,
+            group=self.group,
         )
 
     def adapters(self, X: Float[Tensor, "n p d"], state: AMState) -> Float[Tensor, "n p r"]:
@@ -72,7 +72,7 @@ class Numbers(NamedTuple):
         return adapters_at(X, bank, codes, lam=state.lam, activation=self.activation, lambda_A=self.lambda_A)
 
     def energy(self, X: Float[Tensor, "n p d"]) -> float:
-        total = self.ranks.total(float(squared_norms(X).sum())) if self.total is None else self.total
+        total = self.group.total(float(squared_norms(X).sum())) if self.total is None else self.total
         return total or 1.0
 
     def bases(self, atoms: Atoms) -> Float[Tensor, "n r d"]:
@@ -109,7 +109,7 @@ def gauss_newton_step(
         right=state.atoms.right,
         free=state.constraint.support,
         joint=numbers.joint,
-        ranks=numbers.ranks,
+        group=numbers.group,
     )
     direction = gauss_newton_direction(
         slopes,

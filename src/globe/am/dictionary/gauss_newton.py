@@ -101,4 +101,4 @@ def gauss_newton_direction(
 
 def _dot(tangent: Tangent, a: Move, b: Move) -> float:
     parts = zip(tangent.counted(a), tangent.counted(b), strict=True)
-    return tangent.ranks.total(float(sum(torch.dot(x.flatten(), y.flatten()) for x, y in parts)))
+    return tangent.group.total(float(sum(torch.dot(x.flatten(), y.flatten()) for x, y in parts)))

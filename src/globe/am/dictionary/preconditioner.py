@@ -13,7 +13,7 @@ from globe.am.objective import Point
 from globe.am.records import Move
 from globe.am.refit import damped_cholesky
 from globe.numerics.chunks import expert_chunks
-from globe.numerics.ranks import Ranks
+from globe.numerics.group import ProcessGroup
 
 _SKETCH = 4
 """Random directions that stand for the d columns in the codes' blocks, beside the r rows of an atom: 4 do as well
@@ -92,26 +92,27 @@ def precondition(
     Bank: P_j (x) C with P_j = sum_i c_ij^2 mean(J_i^2) A_i^T A_i over an atom's rows and C = mean_i (I - Q_i^T Q_i)
     over its columns, multiplied in `dtype`; C saves a fifth of the steps. Low-rank atoms: see `_low_rank_blocks`.
     Codes: the m x m Gram of the atoms in expert i's projected metric, from a random sketch of the columns. Dense
-    inverses, since multiplying by them is twice as fast as solving here. All ranks get rank 0's blocks of the atoms.
+    inverses, since multiplying by them is twice as fast as solving here. All processes get process 0's blocks of
+    the atoms.
     """
-    weights, ranks = point.gram, tangent.ranks
+    weights, group = point.gram, tangent.group
     if point.slope is not None:
         weights = weights * _mean_squares(point.slope)[:, None, None]
     m, r = tangent.bank.shape[:2]
-    blocks = ranks.sum((tangent.coordinates**2).T @ weights.flatten(1)).view(m, r, r)
+    blocks = group.sum((tangent.coordinates**2).T @ weights.flatten(1)).view(m, r, r)
     typical = float(blocks.diagonal(dim1=1, dim2=2).mean())
     bank = left = right = codes = None
-    metric = _column_metric(point.rows, ranks, dtype)
-    columns = ranks.same(_inverse(metric[None], absolute=0.0)[0])
+    metric = _column_metric(point.rows, group, dtype)
+    columns = group.same(_inverse(metric[None], absolute=0.0)[0])
     if tangent.left is None or tangent.right is None:
-        bank = ranks.same(_inverse(blocks, absolute=damping * typical))
+        bank = group.same(_inverse(blocks, absolute=damping * typical))
         scales: tuple[float, ...] = (damping * typical,)
     else:
         left, right, scales = _low_rank_blocks(tangent, weights, blocks, metric, damping)
-        left, right = (ranks.same(left[0]), ranks.same(left[1])), ranks.same(right)
+        left, right = (group.same(left[0]), group.same(left[1])), group.same(right)
     if tangent.joint:
         gram = _code_blocks(tangent, point, weights, generator)
-        ridge = damping * float(ranks.average(gram.diagonal(dim1=1, dim2=2).mean()))
+        ridge = damping * float(group.average(gram.diagonal(dim1=1, dim2=2).mean()))
         own = 1e-3 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
         if tangent.free is not None:
             # fixed codes must not enter a free one's solution: the search would leave the feasible moves
@@ -160,10 +161,10 @@ def _low_rank_blocks(
         left = _inverse(blocks, absolute=damping * typical), _inverse(outer, absolute=_SMALL * outer_typical)
         return left, _inverse(inner, absolute=_SMALL * inner_typical), scales
     size = weights.diagonal(dim1=1, dim2=2).mean(dim=1)
-    shared = tangent.ranks.sum((tangent.coordinates * size[:, None]).T @ tangent.coordinates)
-    shared = shared / tangent.ranks.average(size.mean())
+    shared = tangent.group.sum((tangent.coordinates * size[:, None]).T @ tangent.coordinates)
+    shared = shared / tangent.group.average(size.mean())
     shared = shared.repeat_interleave(k, dim=0).repeat_interleave(k, dim=1)
-    mean = tangent.ranks.average(weights.mean(dim=0, keepdim=True))
+    mean = tangent.group.average(weights.mean(dim=0, keepdim=True))
     rows = V.flatten(0, 1)
     across_rows = _inverse_coupled(shared * (rows @ metric @ rows.T))
     root, _ = damped_cholesky(mean, ridge=_smallest_ridge(mean))
@@ -181,11 +182,11 @@ def _inverse_coupled(K: Float[Tensor, "s s"]) -> Float[Tensor, "s s"]:
 
 
 def _column_metric(
-    rows: Float[Tensor, "n r d"], ranks: Ranks, dtype: torch.dtype | None
+    rows: Float[Tensor, "n r d"], group: ProcessGroup, dtype: torch.dtype | None
 ) -> Float[Tensor, "d d"]:
     """(1 + flat) I - mean_i Q_i^T Q_i: the share of each input direction that the adapters cannot absorb."""
     flat = rows.flatten(0, 1).to(dtype)
-    metric = ranks.sum((flat.T @ flat).to(rows.dtype)) / -ranks.count(len(rows))
+    metric = group.sum((flat.T @ flat).to(rows.dtype)) / -group.count(len(rows))
     metric.diagonal().add_(1 + _FLAT)
     return metric
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from globe.am.records import Move
-from globe.numerics.ranks import ALONE, Ranks
+from globe.numerics.group import ALONE, ProcessGroup
 
 _COLLINEAR = 1e-4
 """Below this ratio of R's diagonal the codes' columns count as dependent and are used as they are."""
@@ -36,8 +36,9 @@ class Tangent(NamedTuple):
     """codes that may move; None is all"""
     joint: bool
     """whether the codes move"""
-    ranks: Ranks = ALONE
-    """codes, and with them their part of a move, are those of the experts here; the rest is the same on all ranks"""
+    group: ProcessGroup = ALONE
+    """codes, and with them their part of a move, are those of the experts here; the rest is the same on all
+    processes"""
 
     def gather(self, atoms: Float[Tensor, "m r d"], codes: Float[Tensor, "n m"]) -> Move:
         """The adjoint of dY as a move, from its inner products with the atoms (`coordinates`^T dY) and the codes."""
@@ -50,25 +51,26 @@ class Tangent(NamedTuple):
         return atoms @ self.right.mT, self.left.mT @ atoms
 
     def summed(self, atoms: Move, codes: Float[Tensor, "n m"]) -> Move:
-        """A move of such products by the experts here: its part in the atoms is a sum over all ranks."""
-        move = tuple(self.ranks.sum(part) for part in atoms)
+        """A move of such products by the experts here: its part in the atoms is a sum over all processes."""
+        move = tuple(self.group.sum(part) for part in atoms)
         if not self.joint:
             return move
         return (*move, codes if self.free is None else codes * self.free)
 
     def counted(self, move: Move) -> Move:
-        """The parts of a move that this rank contributes to an inner product: the atoms' count on rank 0 alone."""
-        if self.ranks.rank == 0:
+        """The parts of a move that this process contributes to an inner product: the atoms' count on process 0
+        alone."""
+        if self.group.rank == 0:
             return move
         return move[-1:] if self.joint else ()
 
     def leave_coordinates(self, move: Move) -> Move:
-        """A move with the bank's part back in the plain atoms, R dB = solved, and equal on all ranks."""
+        """A move with the bank's part back in the plain atoms, R dB = solved, and equal on all processes."""
         if self.triangle is not None:
             solved = torch.linalg.solve_triangular(self.triangle, move[0].flatten(1), upper=True)
             move = (solved.unflatten(1, self.bank.shape[1:]), *move[1:])
         codes = move[-1:] if self.joint else ()
-        return (*(self.ranks.same(part) for part in move[: len(move) - len(codes)]), *codes)
+        return (*(self.group.same(part) for part in move[: len(move) - len(codes)]), *codes)
 
 
 def tangent(
@@ -79,13 +81,13 @@ def tangent(
     right: Float[Tensor, "m k d"] | None = None,
     free: Bool[Tensor, "n m"] | None = None,
     joint: bool = True,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> Tangent:
     """The tangent at (bank, codes). Orthonormal coordinates need dense atoms and independent codes."""
     coordinates, triangle = codes, None
-    if left is None and ranks.count(codes.shape[0]) >= codes.shape[1]:
-        C, R = (ranks.same(part) for part in torch.linalg.qr(ranks.gather(codes)))
+    if left is None and group.count(codes.shape[0]) >= codes.shape[1]:
+        C, R = (group.same(part) for part in torch.linalg.qr(group.gather(codes)))
         diagonal = R.diagonal().abs()
         if bool(diagonal.min() > _COLLINEAR * diagonal.max()):
-            coordinates, triangle = ranks.own(C), R
-    return Tangent(bank, left, right, coordinates, triangle, free, joint, ranks)
+            coordinates, triangle = group.own(C), R
+    return Tangent(bank, left, right, coordinates, triangle, free, joint, group)

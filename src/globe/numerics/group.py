@@ -1,8 +1,9 @@
 """Experts shared out over processes: what has to be added up, and what has to be the same everywhere.
 
 Every rank holds a slice of the experts with their adapters, codes and bases, and a copy of the bank. Sums over experts
-become sums over ranks; what is computed on every rank from such sums is taken from rank 0 where a rounding that differs
-between machines could lead ranks to different decisions.
+become sums over processes; what is computed on every process from such sums is taken from process 0 where a
+rounding that differs
+between machines could lead processes to different decisions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from globe.errors import FitError
 _T = TypeVar("_T")
 
 
-class Ranks:
+class ProcessGroup:
     """One process that holds all experts: nothing to add, nothing to send. `Sharded` is the same over several.
 
     With several, all of them must make the same calls in the same order.
@@ -30,63 +31,65 @@ class Ranks:
     """which of a bank's experts are here"""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, on all of them; the given tensor may be overwritten by it."""
+        """The sum over processes, on all of them; the given tensor may be overwritten by it."""
         return tensor
 
     def total(self, value: float) -> float:
-        """The sum of one number over ranks."""
+        """The sum of one number over processes."""
         return value
 
     def average(self, mean: Tensor) -> Tensor:
-        """Mean over all experts, of the means over the experts of each rank."""
+        """Mean over all experts, of the means over the experts of each process."""
         return mean
 
     def any(self, own: bool) -> bool:
-        """Whether it holds on some rank."""
+        """Whether it holds on some process."""
         return own
 
     def count(self, own: int) -> int:
-        """Number of experts of all ranks."""
+        """Number of experts of all processes."""
         return own
 
     def same(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, on all ranks; the given one may be overwritten by it."""
+        """Process 0's tensor, on all processes; the given one may be overwritten by it."""
         return tensor
 
     def agreed(self, value: float) -> float:
-        """Rank 0's number."""
+        """Process 0's number."""
         return value
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Every expert's row, from the rows of each rank; for what is small."""
+        """Every expert's row, from the rows of each process; for what is small."""
         return rows
 
     def collect(self, rows: Tensor) -> Tensor:
-        """The same on rank 0 alone; other ranks get their own rows back."""
+        """The same on process 0 alone; other processes get their own rows back."""
         return rows
 
     def own(self, rows: Tensor) -> Tensor:
         """This rank's part of every expert's rows."""
         return rows
 
-    def within(self, start: int, stop: int) -> Ranks:
-        """The same ranks for the experts `start` to `stop` of these, one member of a bank."""
+    def within(self, start: int, stop: int) -> ProcessGroup:
+        """The same processes for the experts `start` to `stop` of these, one member of a bank."""
         return self
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 
 
-class Sharded(Ranks):
-    """The ranks of `torch.distributed`'s default group, with experts `bounds[rank]` to `bounds[rank + 1]` on each."""
+class ShardedGroup(ProcessGroup):
+    """The processes of `torch.distributed`'s default group, with experts `bounds[rank]` to `bounds[rank + 1]` on
+    each."""
 
     def __init__(self, rank: int, bounds: tuple[int, ...], device: torch.device) -> None:
         self.rank, self.bounds, self.device = rank, bounds, device
         self.rows = slice(bounds[rank], bounds[rank + 1])
 
     @classmethod
-    def of(cls, n: int, device: torch.device) -> Sharded:
-        """n experts in slices that differ by at most one. Raises FitError when there are fewer experts than ranks."""
+    def of(cls, n: int, device: torch.device) -> ShardedGroup:
+        """n experts in slices that differ by at most one. Raises FitError when there are fewer experts than
+        processes."""
         size = dist.get_world_size()
         if n < size:
             raise FitError(
@@ -142,7 +145,7 @@ class Sharded(Ranks):
     def own(self, rows: Tensor) -> Tensor:
         return rows[self.rows]
 
-    def within(self, start: int, stop: int) -> Sharded:
+    def within(self, start: int, stop: int) -> ShardedGroup:
         bounds = tuple(min(max(bound, start), stop) - start for bound in self.bounds)
         return type(self)(self.rank, bounds, self.device)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from globe.numerics.precision import widen
+from globe.numerics.precision import to_float64
 
 CHUNK = 8
 """Experts whose residual is formed at once: the largest temporary is CHUNK x p x d."""
@@ -22,7 +22,7 @@ CHUNK = 8
 
 def squared_norms(X: Float[Tensor, "n p d"]) -> Float[Tensor, " n"]:
     """||X_i||_F^2 per expert, summed in float64 without a copy of all experts."""
-    return torch.stack([widen(expert).square().sum() for expert in X])
+    return torch.stack([to_float64(expert).square().sum() for expert in X])
 
 
 def squared_errors(
@@ -64,9 +64,11 @@ class Spread(NamedTuple):
 
 def spread(X: Float[Tensor, "n p d"]) -> Spread:
     """Sum of the entries of each expert and their squared distance from its own mean, in float64."""
-    sums = torch.stack([widen(expert).sum() for expert in X])
+    sums = torch.stack([to_float64(expert).sum() for expert in X])
     entries = X.shape[1] * X.shape[2]
-    squares = torch.stack([(widen(x) - s / entries).square().sum() for x, s in zip(X, sums, strict=True)])
+    squares = torch.stack(
+        [(to_float64(x) - s / entries).square().sum() for x, s in zip(X, sums, strict=True)]
+    )
     return Spread(sums, squares, entries)
 
 
@@ -124,7 +126,7 @@ def singular_values(X: Float[Tensor, "n p d"]) -> Float[Tensor, "n k"]:
     """
     spectra = []
     for expert in X:
-        wide = widen(expert)
+        wide = to_float64(expert)
         gram = wide @ wide.mT if X.shape[1] <= X.shape[2] else wide.mT @ wide
         spectra.append(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt())
     return torch.stack(spectra)
@@ -174,7 +176,7 @@ def summarise_support(codes: Float[Tensor, "n m"]) -> SupportSummary:
 
 def code_shares(codes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     """q_ij = alpha_ij / sum_j alpha_ij in float64; zero for an expert without codes."""
-    wide = widen(codes)
+    wide = to_float64(codes)
     return wide / wide.sum(dim=1, keepdim=True).clamp_min(1e-300)
 
 
@@ -219,7 +221,7 @@ def jaccard(first: Float[Tensor, "n m"], second: Float[Tensor, "n m"]) -> float:
 
 def atom_norms(bank: Float[Tensor, "m r d"]) -> Float[Tensor, " m"]:
     """||B_j||_F of every atom, in float64."""
-    return torch.stack([widen(atom).square().sum().sqrt() for atom in bank])
+    return torch.stack([to_float64(atom).square().sum().sqrt() for atom in bank])
 
 
 class Coherence(NamedTuple):
@@ -238,7 +240,7 @@ def coherence(bank: Float[Tensor, "m r d"]) -> Coherence:
     gram = torch.zeros(m, m, dtype=torch.float64)
     # in column blocks: one float64 copy of a whole bank would double its memory
     for block in flat.split(1 << 16, dim=1):
-        wide = widen(block)
+        wide = to_float64(block)
         gram += (wide @ wide.mT).cpu()
     norms = gram.diagonal().clamp_min(0).sqrt()
     cosine = gram / torch.outer(norms, norms).clamp_min(1e-300)
@@ -253,7 +255,7 @@ def condition_number(codes: Float[Tensor, "n m"]) -> float:
     proportion, m > n.
     """
     n, m = codes.shape
-    values = torch.linalg.svdvals(widen(codes))
+    values = torch.linalg.svdvals(to_float64(codes))
     if m > n or float(values[-1]) <= float(values[0]) * max(n, m) * torch.finfo(torch.float64).eps:
         return math.inf
     return float(values[0] / values[-1]) ** 2

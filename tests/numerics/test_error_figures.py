@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.am.warm_start import truncated_svd
-from globe.numerics import metrics
+from globe.numerics import figures as metrics
 
 N, P, D, R, M = 6, 4, 9, 3, 5
 
