@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scope import Model
 
 from globe.am.refit import refit
 from globe.bank.compose import rebuild
@@ -20,6 +19,7 @@ from globe.config.schema import Config
 from globe.fit.baseline import less_mean
 from globe.fit.normalise import join, normalise
 from globe.fit.plan import plan
+from outlined_model import Model
 from run_support import bytes_of, composed, lines, load, run_in
 
 BASELINES = [method for method in Method if method is not Method.globe]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,25 +15,10 @@ from globe.config.choices import Centre, Family, Scope
 from globe.config.schema import BankConfig, Config, ModelConfig, NormaliseConfig
 from globe.errors import ConfigError
 from globe.fit.plan import Matrices, Outline, outline, plan
+from outlined_model import Model
 from run_support import FakeFit, bytes_of, load, run_in
 
 FEW = ("train.steps=3", "model.max_experts=6", "bank.m=5", "bank.r=11")
-
-
-class Shape(NamedTuple):
-    n: int
-    p: int
-    d: int
-
-
-class Model:
-    """24 layers of 16 experts; layer 7 has 12, layer 9 has rows of another length."""
-
-    num_layers = 24
-    moe_layers = tuple(range(24))
-
-    def shape(self, layer: int, family: str) -> Shape:
-        return Shape(12 if layer == 7 else 16, 44, 72 if layer == 9 else 60)
 
 
 def config_of(scope: str, layer: object, family: str = "both", **bank: object) -> Config:

@@ -17,6 +17,7 @@ import globe.evaluate as command
 from globe.config.command_line import parse_options
 from globe.config.commands import start
 from globe.evaluate import EvaluateOptions
+from globe.evaluation import measure
 from globe.patch import parse, patch
 
 SMALL = ("window=16", "stride=8", "batch=4", "max_tokens=150")
@@ -170,7 +171,7 @@ def test_a_broken_parity_is_said_aloud(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "tolerance", lambda dtype: 1e-12)
+    monkeypatch.setattr(measure, "tolerance", lambda dtype: 1e-12)
     out = tmp_path / "x.json"
     assert run_command(monkeypatch, f"model={lossy_run}", f"text={text_file}", f"out={out}", *SMALL) == 0
     assert load(out)["parity_holds"] is False
@@ -190,8 +191,8 @@ def test_tasks_run_on_both_models(
         seen.append((model, options))
         return {names[0]: {"acc,none": len(seen) / 10, "acc_stderr,none": 0.01}}
 
-    monkeypatch.setattr(command, "run_tasks", tasks)
-    monkeypatch.setattr(command, "check_tasks", lambda names, include_path: None)
+    monkeypatch.setattr(measure, "run_tasks", tasks)
+    monkeypatch.setattr(measure, "check_tasks", lambda names, include_path: None)
     out = tmp_path / "x.json"
     arguments = (f"model={lossy_run}", f"text={text_file}", f"out={out}", "tasks=[letters]", "limit=4")
     assert run_command(monkeypatch, *arguments, *SMALL) == 0

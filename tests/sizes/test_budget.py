@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scope import Model
 
 import globe.fit.one_bank
 import globe.sizes.chosen
@@ -23,6 +22,7 @@ from globe.errors import ConfigError, FitError
 from globe.fit.plan import BankSize, plan
 from globe.sizes.budget import Room, candidates, enlarged, grid, neighbours
 from globe.sizes.search import FEWEST_STEPS, plan_search, search
+from outlined_model import Model
 from run_support import FakeFit, bytes_of, load, run_in
 
 ROOM = Room(9, 20, 28, 2600)

@@ -122,7 +122,7 @@ def bank_charts(spectra: Spectra, joined: Joined, artefact: BankArtefact) -> Ban
         spectrum_experts=tuple(rows),
         spectrum_ranks=tuple(rank + 1 for rank in ranks),
         spectrum_original=_rounded(spectra.values[kept][:, ranks].mean(dim=0)),
-        spectrum_rebuilt=_rounded(rebuilt[:, group].mean(dim=0)),
+        spectrum_rebuilt=_rounded(rebuilt[:, ranks].mean(dim=0)),
     )
 
 
