@@ -29,7 +29,7 @@ from torch import Tensor
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.tangent import tangent
 from globe.am.loop import fit_bank
-from globe.am.records import FitResult, Sizes
+from globe.am.records import FitResult, Sizes, StepOptions
 from globe.am.start import first_atoms
 from globe.am.state import start_state
 from globe.am.step import am_step
@@ -111,13 +111,8 @@ def measure(sizes: Sizes) -> tuple[int, float, int]:
         lambda: am_step(
             X,
             state,
-            lam=1.0,
-            beta=1.0,
-            temperature=1.0,
-            activation="silu",
+            StepOptions(activation="silu", lambda_A=1e-4),
             generator=torch.Generator().manual_seed(1),
-            cg_iterations=10,
-            lambda_A=1e-4,
             group=group,
         )
     )

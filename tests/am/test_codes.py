@@ -12,8 +12,8 @@ from torch import Tensor
 
 from globe.am.coding import code_system, contributions, entmax_support, propose_codes, support_of_median
 from globe.am.controls import median_support
-from globe.am.dictionary.descent import Numbers
 from globe.am.objective import evaluate, mix
+from globe.am.records import StepOptions
 from globe.am.state import Atoms, Constraint, start_state
 from globe.am.step import coding_step
 
@@ -25,20 +25,6 @@ LINEAR = {"lam": 0.0, "activation": "identity"}
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     X, bank = normal(N, P, D, seed=seed), normal(M, R, D, seed=seed + 1)
     return X, bank, normal(N, M, seed=seed + 2).abs()
-
-
-def numbers(**options: float | str) -> Numbers:
-    return Numbers(
-        lam=float(options.get("lam", 0.0)),
-        beta=1.0,
-        activation=str(options.get("activation", "identity")),
-        cg_iterations=5,
-        momentum=0.0,
-        joint=True,
-        lambda_A=0.0,
-        lambda_B=0.0,
-        lambda_T=0.0,
-    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +204,7 @@ def test_coding_raises_no_experts_error(seed: int, lam: float, activation: str, 
     state = start_state(
         X, Atoms(bank, codes), lam=lam, activation=activation, constraint=Constraint(None, simplex)
     )
-    new = coding_step(X, state, numbers(lam=lam, activation=activation))
+    new = coding_step(X, state, StepOptions(lam=lam, activation=activation))
     assert bool((new.point.errors <= state.point.errors * (1 + 1e-12)).all())
     assert new.objective < state.objective
     assert bool((new.atoms.codes >= 0).all())
@@ -237,7 +223,7 @@ def test_coding_brings_back_an_atom() -> None:
     codes[0, 2] = 0
     state = start_state(truth.X, Atoms(truth.bank, codes), **LINEAR)
     for _ in range(30):
-        state = coding_step(truth.X, state, numbers())
+        state = coding_step(truth.X, state, StepOptions(**LINEAR))
     assert float(state.atoms.codes[0, 2]) > 0
     torch.testing.assert_close(
         mix(state.atoms.codes, truth.bank)[0] / state.atoms.codes[0].norm(),
@@ -252,7 +238,7 @@ def test_coding_on_a_support_keeps_to_it_and_remembers_it() -> None:
     support = normal(N, M, seed=8) > 0.2
     support[:, 0] |= ~support.any(dim=1)
     state = start_state(X, Atoms(bank, codes), **LINEAR)
-    new = coding_step(X, state, numbers(), support=support)
+    new = coding_step(X, state, StepOptions(**LINEAR), support=support)
     assert not bool(new.atoms.codes[~support].any())
     assert bool((new.atoms.codes.sum(dim=1) > 0).all())
     assert new.constraint.support is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from globe.am.coding import code_system
 from globe.am.objective import evaluate
+from globe.am.records import StepOptions
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
 from globe.am.step import am_step
 from globe.config.schema import InitConfig
@@ -69,7 +70,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, AMState, dict[str, Any]]:
 def test_a_step_never_raises_the_objective(problem: tuple[Tensor, AMState, dict[str, Any]]) -> None:
     X, state, options = problem
     for step in range(3):
-        new, figures = am_step(X, state, **options, beta=1.0, temperature=1.0, generator=sketcher(step))
+        new, figures = am_step(X, state, StepOptions(**options), generator=sketcher(step))
         assert new.objective <= state.objective
         if not options["coding"]:
             assert figures.accepted == (new.objective < state.objective)
@@ -93,7 +94,7 @@ def test_the_objective_of_a_state_is_that_of_its_factors(
 ) -> None:
     """Against the slow formula, from the state's own adapters, in float64."""
     X, state, options = problem
-    new, _ = am_step(X, state, **options, beta=1.0, temperature=1.0, generator=sketcher())
+    new, _ = am_step(X, state, StepOptions(**options), generator=sketcher())
     bank, codes = new.atoms.bank.double(), new.atoms.codes.double()
     bases = reference.activate(
         reference.mixed(codes, bank), lam=options["lam"], activation=options["activation"]
@@ -191,15 +192,8 @@ def test_a_long_step_that_is_refused_leaves_the_products_in_low_precision() -> N
         new, figures = am_step(
             X,
             state._replace(damping=damping),
-            lam=1.0,
-            beta=1.0,
-            activation="tanh",
-            temperature=1.0,
+            StepOptions(activation="tanh", momentum=0.95, cg_iterations=30, curvature_dtype=torch.bfloat16),
             generator=sketcher(),
-            coding=False,
-            momentum=0.95,
-            cg_iterations=30,
-            curvature_dtype=torch.bfloat16,
         )
         seen.append((figures.accepted, new.fine))
     assert seen == [(False, False), (True, True)]

@@ -16,6 +16,7 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.preconditioner import precondition
 from globe.am.dictionary.tangent import Tangent, tangent
 from globe.am.objective import Point, evaluate, mix
+from globe.am.records import StepOptions
 from globe.am.state import Atoms, Constraint, low_rank_atoms, start_state
 from globe.am.step import am_step
 from globe.am.warm_start import truncated_svd
@@ -184,10 +185,7 @@ def test_blended_target(activation: str, lam: float, beta: float) -> None:
     new, figures = am_step(
         one.X,
         state,
-        **options,
-        beta=beta,
-        temperature=1.0,
-        cg_iterations=ENOUGH,
+        StepOptions(**options, beta=beta, cg_iterations=ENOUGH),
         warm=warm,
         generator=sketcher(),
     )
@@ -271,11 +269,7 @@ def test_a_whole_step_is_the_reference_step(activation: str, lam: float) -> None
     new, figures = am_step(
         one.X,
         state,
-        **options,
-        beta=1.0,
-        temperature=1.0,
-        cg_iterations=ENOUGH,
-        momentum=0.0,
+        StepOptions(**options, cg_iterations=ENOUGH, momentum=0.0),
         generator=sketcher(),
     )
     assert figures.accepted
@@ -312,13 +306,8 @@ def test_a_whole_mod_step_is_the_reference_step(
     new, figures = am_step(
         one.X,
         state,
-        **options,
-        beta=beta,
-        temperature=1.0,
-        dictionary="mod",
+        StepOptions(**options, beta=beta, dictionary="mod", lambda_T=1e-3, lambda_B=1e-2),
         warm=warm,
-        lambda_T=1e-3,
-        lambda_B=1e-2,
         generator=sketcher(),
     )
     assert figures.accepted
@@ -337,11 +326,7 @@ def test_extrapolation_goes_beyond_the_step_by_its_weight() -> None:
         new, _ = am_step(
             one.X,
             state,
-            **options,
-            beta=1.0,
-            temperature=1.0,
-            joint=False,
-            momentum=0.5,
+            StepOptions(**options, joint=False, momentum=0.5),
             generator=sketcher(),
         )
         weight = min(0.5, new.momentum_steps / (new.momentum_steps + 3))

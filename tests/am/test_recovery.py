@@ -12,7 +12,7 @@ from torch import Tensor
 from globe.am.dictionary.preconditioner import precondition
 from globe.am.dictionary.tangent import tangent
 from globe.am.objective import evaluate
-from globe.am.records import Factors, FitResult
+from globe.am.records import Factors, FitResult, StepOptions
 from globe.am.state import Atoms, low_rank_atoms, start_state
 from globe.am.step import am_step
 from globe.config.choices import FirstCodes, Seeding
@@ -105,11 +105,7 @@ def test_steps_from_near_the_planted_answer_reach_it(name: str, dtype: torch.dty
         state, _ = am_step(
             truth.X,
             state,
-            **fixed,
-            beta=1.0,
-            temperature=1.0,
-            coding=step % 5 == 0,
-            cg_iterations=20,
+            StepOptions(**fixed, coding=step % 5 == 0, cg_iterations=20),
             generator=generator,
         )
         if (state.objective / total) ** 0.5 < 1e-4:

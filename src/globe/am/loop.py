@@ -13,11 +13,11 @@ from torch import Tensor
 
 from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
 from globe.am.objective import release
-from globe.am.problem import Problem, cut_support, step_record, validation_relfrob
+from globe.am.problem import Problem, cut_support, step_options, step_record, validation_relfrob
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.running import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
-from globe.am.state import AMState, Constraint, start_state
+from globe.am.state import AMState, Constraint, adapters_of, start_state
 from globe.am.step import StepFigures, am_step
 from globe.am.temperature import next_temperature
 from globe.am.warm_start import truncated_svd
@@ -103,12 +103,13 @@ def _begin(
         X,
         sizes,
         config,
+        step_options(config, X),
         export_dtype,
         warm.bases if warm is not None and pulls else None,
         total,
         group,
     )
-    activation, lambda_A = config.bank.activation, config.train.lambda_A
+    activation, lambda_A = problem.options.activation, problem.options.lambda_A
     if resume is not None:
         return problem, restore(resume, X, activation=activation, lambda_A=lambda_A, group=group)
     seed = int(torch.randint(2**31, (1,), generator=generator))
@@ -145,31 +146,30 @@ def _control(problem: Problem, running: Running, controls: Controls) -> Running:
 
 
 def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Running, StepFigures]:
-    config, progress = problem.config, running.progress
-    numbers = problem.numbers(controls)._asdict()
+    config, progress, options = problem.config, running.progress, problem.options
     # codes that move with the bank need no step of their own, which would only break the extrapolation
-    coding = not numbers["joint"] or config.train.dictionary is Dictionary.mod
-    coding = coding or controls.phase is Phase.control or config.codes.l1 > 0
+    coding = not options.joint or config.train.dictionary is Dictionary.mod
+    coding = coding or controls.phase is Phase.control or options.l1 > 0
     every = config.codes.every
     state, figures = am_step(
         problem.X,
         running.state,
-        **numbers,
-        temperature=controls.temperature * progress.temperature_factor,
-        dictionary=config.train.dictionary,
-        coding=coding and every > 0 and progress.step % every == 0,
-        sparse=controls.phase is Phase.control,
-        code_map=config.codes.map,
-        l1=config.codes.l1,
-        warm=problem.warm,
-        spend=True,
+        problem.at(
+            controls,
+            temperature_factor=progress.temperature_factor,
+            coding=coding and every > 0 and progress.step % every == 0,
+        ),
         # one draw per step, so that a resumed fit draws the same
         generator=torch.Generator().manual_seed(progress.seed * 1_000_003 + progress.step),
+        warm=problem.warm,
+        total=problem.total,
+        group=problem.group,
+        spend=True,
     )
     best = running.best
     changed = state.lam != best.lam or state.constraint is not best.constraint
     # a blended target and a price on codes are followed at the expense of the objective
-    if changed or controls.beta < 1 or config.codes.l1 > 0 or state.objective <= best.objective:
+    if changed or controls.beta < 1 or options.l1 > 0 or state.objective <= best.objective:
         best = Best.of(state)
     return running._replace(state=state, best=best), figures
 
@@ -224,7 +224,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
         state = cut_support(problem, state, controls)
     atoms = state.atoms
     release(state.point.rows, state.point.slope, state.point.force, state.point.gram)
-    adapters = problem.numbers(controls).adapters(problem.X, state)
+    adapters = adapters_of(problem.X, state, problem.options)
     captured = problem.group.total(energy_of_rank(problem.X, problem.sizes.r))
     return FitResult(
         factors=Factors(atoms.bank, atoms.codes, adapters, atoms.left, atoms.right),
@@ -250,8 +250,8 @@ def _state_of_best(problem: Problem, running: Running) -> AMState:
         problem.X,
         best.atoms,
         lam=best.lam,
-        activation=problem.config.bank.activation,
-        lambda_A=problem.config.train.lambda_A,
+        activation=problem.options.activation,
+        lambda_A=problem.options.lambda_A,
         constraint=best.constraint,
         into=state.point,
         group=problem.group,

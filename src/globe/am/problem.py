@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.coding import support_of_median
-from globe.am.controls import Controls
-from globe.am.dictionary.descent import Numbers
+from globe.am.controls import Controls, Phase
 from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.objective import objective_at
-from globe.am.records import Sizes, StepRecord
+from globe.am.records import Sizes, StepOptions, StepRecord
 from globe.am.running import Running
 from globe.am.state import AMState
 from globe.am.step import StepFigures, coding_step
@@ -30,6 +29,7 @@ class Problem:
     X: Float[Tensor, "n p d"]
     sizes: Sizes
     config: Config
+    options: StepOptions
     export_dtype: torch.dtype | None
     warm: Float[Tensor, "n r d"] | None
     """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
@@ -41,23 +41,35 @@ class Problem:
     def relfrob(self, objective: float) -> float:
         return (objective / self.total) ** 0.5 if self.total > 0 else 0.0
 
-    def numbers(self, controls: Controls) -> Numbers:
-        train = self.config.train
-        return Numbers(
+    def at(self, controls: Controls, *, temperature_factor: float = 1.0, coding: bool = False) -> StepOptions:
+        """The options of one step: those of the whole fit with the scheduled values."""
+        return replace(
+            self.options,
             lam=controls.lam,
             beta=controls.beta,
-            activation=self.config.bank.activation,
-            cg_iterations=train.cg_iterations,
-            cg_tolerance=train.cg_tolerance,
-            momentum=train.momentum,
-            joint=self.config.codes.joint,
-            lambda_A=train.lambda_A,
-            lambda_B=train.lambda_B,
-            lambda_T=train.lambda_T,
-            curvature_dtype=curvature_dtype(train.curvature_dtype, self.X),
-            total=self.total,
-            group=self.group,
+            temperature=controls.temperature * temperature_factor,
+            coding=coding,
+            sparse=controls.phase is Phase.control,
         )
+
+
+def step_options(config: Config, X: Float[Tensor, "n p d"]) -> StepOptions:
+    """What a configuration says of every step; the only place where a step's scalars leave the configuration."""
+    train, codes = config.train, config.codes
+    return StepOptions(
+        activation=config.bank.activation,
+        dictionary=train.dictionary,
+        code_map=codes.map,
+        l1=codes.l1,
+        joint=codes.joint,
+        cg_iterations=train.cg_iterations,
+        cg_tolerance=train.cg_tolerance,
+        momentum=train.momentum,
+        lambda_A=train.lambda_A,
+        lambda_B=train.lambda_B,
+        lambda_T=train.lambda_T,
+        curvature_dtype=curvature_dtype(train.curvature_dtype, X),
+    )
 
 
 def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
@@ -70,7 +82,8 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
         code_map=problem.config.codes.map,
     )
     support = problem.group.own(support)
-    return coding_step(problem.X, state, problem.numbers(controls), support=support, spend=True)
+    options = replace(problem.at(controls), l1=0.0)
+    return coding_step(problem.X, state, options, support=support, group=problem.group, spend=True)
 
 
 def validation_relfrob(problem: Problem, state: AMState) -> float:
@@ -87,8 +100,8 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         bank,
         codes,
         lam=state.lam,
-        activation=problem.config.bank.activation,
-        lambda_A=problem.config.train.lambda_A,
+        activation=problem.options.activation,
+        lambda_A=problem.options.lambda_A,
         group=problem.group,
     )
     return problem.relfrob(objective)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,6 +43,45 @@ class Sizes:
     def kept(self) -> float:
         """Kept share of the family's own n p d parameters; r/d + m r/(n p) + m/(p d) with dense atoms."""
         return self.parameters / (self.n * self.p * self.d)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """The scalars of one step of alternating minimisation."""
+
+    activation: str
+    """identity, silu, tanh or gelu"""
+    lam: float = 1.0
+    """value of the homotopy phi_lam from linear (0) to the activation (1)"""
+    beta: float = 1.0
+    """share of the weight-aware target in the dictionary step; the rest is the aligned warm start"""
+    temperature: float = 1.0
+    """temperature of entmax in a sparse coding step"""
+    dictionary: str = "gauss_newton"
+    """gauss_newton: the projected step, taken only if the objective falls (with beta < 1: the blended objective);
+    mod: plain least squares on the targets, always taken"""
+    coding: bool = False
+    """whether a coding step comes before the dictionary step"""
+    sparse: bool = False
+    """whether the coding step takes its support from entmax at `temperature`"""
+    code_map: str = "entmax15"
+    l1: float = 0.0
+    """price on codes, relative to the mean diagonal of their normal equations"""
+    joint: bool = True
+    """whether the codes move with the bank in the Gauss-Newton step"""
+    cg_iterations: int = 10
+    cg_tolerance: float = 0.0
+    """when the conjugate gradients end before `cg_iterations`; see `gauss_newton_direction`"""
+    momentum: float = 0.9
+    """largest weight of the extrapolation"""
+    lambda_A: float = 0.0
+    """relative ridge on the adapters"""
+    lambda_B: float = 0.0
+    """relative ridge on the bank"""
+    lambda_T: float = 0.0
+    """relative ridge on the targets of MOD"""
+    curvature_dtype: torch.dtype | None = None
+    """dtype of the products inside the conjugate gradients; None is that of the experts"""
 
 
 class Factors(NamedTuple):

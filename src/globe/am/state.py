@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from globe.am.objective import Point, evaluate
-from globe.am.records import Move
+from globe.am.objective import Point, adapters_at, evaluate
+from globe.am.records import Move, StepOptions
 from globe.numerics.group import ALONE, ProcessGroup
 
 
@@ -118,3 +118,34 @@ def start_state(
         group=group,
     )
     return AMState(atoms, point, atoms, 0, damping, lam, constraint)
+
+
+def point_at(
+    X: Float[Tensor, "n p d"],
+    atoms: Atoms,
+    options: StepOptions,
+    *,
+    into: Point | None = None,
+    group: ProcessGroup = ALONE,
+) -> Point:
+    """The point of `evaluate` at `atoms` under the step's lam, activation and ridge."""
+    return evaluate(
+        X,
+        atoms.bank,
+        atoms.codes,
+        lam=options.lam,
+        activation=options.activation,
+        lambda_A=options.lambda_A,
+        into=into,
+        group=group,
+    )
+
+
+def adapters_of(X: Float[Tensor, "n p d"], state: AMState, options: StepOptions) -> Float[Tensor, "n p r"]:
+    """The adapters of the state's point, made anew where the point goes without."""
+    if state.point.adapters is not None:
+        return state.point.adapters
+    bank, codes = state.atoms.bank, state.atoms.codes
+    return adapters_at(
+        X, bank, codes, lam=state.lam, activation=options.activation, lambda_A=options.lambda_A
+    )

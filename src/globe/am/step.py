@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from globe.am.coding import entmax_support, propose_codes
-from globe.am.dictionary.descent import Numbers, gauss_newton_step, mod_dictionary_step
+from globe.am.dictionary.descent import gauss_newton_step, mod_dictionary_step
 from globe.am.objective import release
-from globe.am.state import AMState, Constraint, start_state
+from globe.am.records import StepOptions
+from globe.am.state import AMState, Constraint, point_at
 from globe.numerics.group import ALONE, ProcessGroup
 
 
@@ -32,93 +33,61 @@ class StepFigures(NamedTuple):
 def am_step(
     X: Float[Tensor, "n p d"],
     state: AMState,
+    options: StepOptions,
     *,
-    lam: float,
-    beta: float,
-    temperature: float,
-    activation: str,
     generator: torch.Generator,
-    dictionary: str = "gauss_newton",
-    coding: bool = False,
-    sparse: bool = False,
-    code_map: str = "entmax15",
-    l1: float = 0.0,
-    joint: bool = True,
-    cg_iterations: int = 10,
-    momentum: float = 0.9,
-    lambda_A: float = 0.0,
-    lambda_B: float = 0.0,
-    lambda_T: float = 0.0,
-    curvature_dtype: torch.dtype | None = None,
-    cg_tolerance: float = 0.0,
+    warm: Float[Tensor, "n r d"] | None = None,
     total: float | None = None,
     group: ProcessGroup = ALONE,
-    warm: Float[Tensor, "n r d"] | None = None,
     spend: bool = False,
 ) -> tuple[AMState, StepFigures]:
-    """One step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 at the given lam, beta and T.
+    """Take one step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2.
 
-    dictionary   gauss_newton: the projected step, taken only if the objective falls (with beta < 1: the blended one);
-                 mod: plain least squares on the targets, always taken
-    coding       do a coding step first; with `sparse` its support is entmax's at `temperature`
-    joint        the codes move with the bank in the Gauss-Newton step
-    warm         V_i^T of the experts' truncated SVDs (n, r, d); needed when beta < 1
-    generator    draws the sketch of the preconditioner; nothing else here is random
-    curvature_dtype  of the products inside the conjugate gradients; None is the dtype of X
-    cg_tolerance when the conjugate gradients end before `cg_iterations`; see `gauss_newton_direction`
-    spend        the large tensors of the given state's point are overwritten, and the state is of no more use; the
-                 new one's point may go without adapters
-    total        sum_i ||X_i||_F^2 where it is known, which saves its being taken
-    group        who holds the other experts, where X is a part of them
-    lambda_*     relative ridges of adapters, bank and targets; `l1` penalises codes, relative to mean(diag K)
+    Parameters
+    ----------
+    X          the experts (n, p, d)
+    state      where the fit stands; see `start_state`
+    options    lam, beta, temperature and the other scalars of the step
+    generator  draws the sketch of the preconditioner; nothing else here is random
+    warm       V_i^T of the experts' truncated SVDs (n, r, d); needed when beta < 1
+    total      sum_i ||X_i||_F^2 over all processes where it is known, which saves computing it
+    group      the processes that hold the other experts, where X is a part of them
+    spend      whether the large tensors of the given state's point may be overwritten; the state is then of no more
+               use, and the new one's point may go without adapters
 
-    Returns the new state, whose objective is not above the old one's for dictionary=gauss_newton as long as lam, beta
-    and the support stay as they are and the penalties are zero. Raises FitError when numbers are no longer finite.
+    Returns
+    -------
+    The new state and how the step went. The new objective is not above the old one's for dictionary=gauss_newton as
+    long as lam, beta and the support stay as they are and the penalties are zero.
+
+    Raises FitError when numbers are no longer finite.
     """
-    numbers = Numbers(
-        lam=lam,
-        beta=beta,
-        activation=activation,
-        cg_iterations=cg_iterations,
-        cg_tolerance=cg_tolerance,
-        momentum=momentum,
-        joint=joint,
-        lambda_A=lambda_A,
-        lambda_B=lambda_B,
-        lambda_T=lambda_T,
-        curvature_dtype=curvature_dtype,
-        total=total,
-        group=group,
-    )
     start = time.perf_counter()
-    if spend and dictionary == "gauss_newton" and beta == 1:
+    if spend and options.dictionary == "gauss_newton" and options.beta == 1:
         release(state.point.adapters)  # nothing below needs them
         state = state._replace(point=state.point._replace(adapters=None))
-    if lam != state.lam:
-        state = start_state(
-            X,
-            state.atoms,
-            lam=lam,
-            activation=activation,
-            damping=state.damping,
-            lambda_A=lambda_A,
-            constraint=state.constraint,
-            into=state.point if spend else None,
-            group=group,
-        )
+    if options.lam != state.lam:
+        into = state.point if spend else None
+        point = point_at(X, state.atoms, options, into=into, group=group)
+        state = AMState(state.atoms, point, state.atoms, 0, state.damping, options.lam, state.constraint)
     refitted = time.perf_counter()
-    if coding:
+    if options.coding:
         support = None
-        if sparse:
+        if options.sparse:
             support = entmax_support(
-                state.atoms.codes, state.atoms.bank, temperature=temperature, code_map=code_map
+                state.atoms.codes,
+                state.atoms.bank,
+                temperature=options.temperature,
+                code_map=options.code_map,
             )
-        state = coding_step(X, state, numbers, support=support, l1=l1, spend=spend)
+        state = coding_step(X, state, options, support=support, group=group, spend=spend)
     coded = time.perf_counter()
-    if dictionary == "mod":
-        new, accepted = mod_dictionary_step(X, state, numbers, warm=warm), True
+    if options.dictionary == "mod":
+        new, accepted = mod_dictionary_step(X, state, options, warm=warm, group=group), True
     else:
-        new, accepted = gauss_newton_step(X, state, numbers, warm=warm, generator=generator, spend=spend)
+        new, accepted = gauss_newton_step(
+            X, state, options, generator=generator, warm=warm, total=total, group=group, spend=spend
+        )
     done = time.perf_counter()
     return new, StepFigures(accepted, new.point.regularised, coded - refitted, done - coded, refitted - start)
 
@@ -126,10 +95,10 @@ def am_step(
 def coding_step(
     X: Float[Tensor, "n p d"],
     state: AMState,
-    numbers: Numbers,
+    options: StepOptions,
     *,
     support: Bool[Tensor, "n m"] | None = None,
-    l1: float = 0.0,
+    group: ProcessGroup = ALONE,
     spend: bool = False,
 ) -> AMState:
     """New codes by least squares on `support` (None: where they may be now), expert by expert.
@@ -138,7 +107,7 @@ def coding_step(
     the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1
     penalty the proposal is taken as it is. `spend` as in `am_step`.
     """
-    constraint, present, group = state.constraint, state.atoms.codes, numbers.group
+    constraint, present = state.constraint, state.atoms.codes
     if support is not None:
         constraint = Constraint(support, constraint.simplex)
         present = constraint.feasible(present, present)
@@ -147,22 +116,23 @@ def coding_step(
         state.atoms.codes,
         state.point,
         support=constraint.support,
-        l1=l1,
+        l1=options.l1,
         simplex=constraint.simplex,
     )
     proposed = constraint.feasible(proposed, present)
     into = state.point if spend else None
     errors = state.point.errors
-    if l1 == 0 and group.any(not torch.equal(present, state.atoms.codes)):
-        errors = numbers.evaluate(X, state.atoms.with_codes(present), into).errors
-    point, codes = numbers.evaluate(X, state.atoms.with_codes(proposed), into), proposed
-    if l1 == 0:
+    if options.l1 == 0 and group.any(not torch.equal(present, state.atoms.codes)):
+        errors = point_at(X, state.atoms.with_codes(present), options, into=into, group=group).errors
+    point = point_at(X, state.atoms.with_codes(proposed), options, into=into, group=group)
+    codes = proposed
+    if options.l1 == 0:
         # rounding must not decide a tie, as between two scales of a single atom
         better = point.errors < errors * (1 - 100 * torch.finfo(errors.dtype).eps)
         codes = torch.where(better[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
     if group.any(not torch.equal(codes, proposed)):
-        point = numbers.evaluate(X, atoms, point)
+        point = point_at(X, atoms, options, into=point, group=group)
     # the bank stands still here, so the extrapolation may go on; the codes' share of it starts anew
     anchor = state.anchor.with_codes(codes)
     return state._replace(atoms=atoms, point=point, anchor=anchor, constraint=constraint)

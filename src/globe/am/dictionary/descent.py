@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,8 +10,9 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.mod import linearised_targets, mod_step, rescale_gauge
 from globe.am.dictionary.tangent import tangent
 from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
-from globe.am.objective import Point, adapters_at, evaluate, mix
-from globe.am.state import AMState, Atoms
+from globe.am.objective import mix
+from globe.am.records import StepOptions
+from globe.am.state import AMState, Atoms, adapters_of, point_at
 from globe.numerics.activation import phi
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.figures import squared_norms
@@ -34,59 +33,15 @@ _DOUBTED = 1e-2
 rounding is not to blame, and the damping rises until a next one promises less."""
 
 
-class Numbers(NamedTuple):
-    """The scalars of a step that its parts share; see `am_step`."""
-
-    lam: float
-    beta: float
-    activation: str
-    cg_iterations: int
-    momentum: float
-    joint: bool
-    lambda_A: float
-    lambda_B: float
-    lambda_T: float
-    curvature_dtype: torch.dtype | None = None
-    cg_tolerance: float = 0.0
-    total: float | None = None
-    """sum_i ||X_i||_F^2 where it is known"""
-    group: ProcessGroup = ALONE
-
-    def evaluate(self, X: Float[Tensor, "n p d"], atoms: Atoms, into: Point | None = None) -> Point:
-        return evaluate(
-            X,
-            atoms.bank,
-            atoms.codes,
-            lam=self.lam,
-            activation=self.activation,
-            lambda_A=self.lambda_A,
-            into=into,
-            group=self.group,
-        )
-
-    def adapters(self, X: Float[Tensor, "n p d"], state: AMState) -> Float[Tensor, "n p r"]:
-        """Of the state's point, or made anew where it goes without."""
-        if state.point.adapters is not None:
-            return state.point.adapters
-        bank, codes = state.atoms.bank, state.atoms.codes
-        return adapters_at(X, bank, codes, lam=state.lam, activation=self.activation, lambda_A=self.lambda_A)
-
-    def energy(self, X: Float[Tensor, "n p d"]) -> float:
-        total = self.group.total(float(squared_norms(X).sum())) if self.total is None else self.total
-        return total or 1.0
-
-    def bases(self, atoms: Atoms) -> Float[Tensor, "n r d"]:
-        """M_i = phi_lam(Y_i) of all experts; only the steps off the fast path need it."""
-        return phi(mix(atoms.codes, atoms.bank), lam=self.lam, activation=self.activation)
-
-
 def gauss_newton_step(
     X: Float[Tensor, "n p d"],
     state: AMState,
-    numbers: Numbers,
+    options: StepOptions,
     *,
-    warm: Float[Tensor, "n r d"] | None,
     generator: torch.Generator,
+    warm: Float[Tensor, "n r d"] | None = None,
+    total: float | None = None,
+    group: ProcessGroup = ALONE,
     spend: bool = False,
 ) -> tuple[AMState, bool]:
     """One projected Gauss-Newton step, and whether it was taken.
@@ -99,61 +54,63 @@ def gauss_newton_step(
     a refused step makes its own anew.
     """
     pull = None
-    if numbers.beta < 1:
+    if options.beta < 1:
         assert warm is not None, "beta below 1 needs the warm start"
-        pull = aligned_warm_start(warm, numbers.bases(state.atoms))
+        pull = aligned_warm_start(warm, _bases(state.atoms, options))
     slopes = tangent(
         state.atoms.bank,
         state.atoms.codes,
         left=state.atoms.left,
         right=state.atoms.right,
         free=state.constraint.support,
-        joint=numbers.joint,
-        group=numbers.group,
+        joint=options.joint,
+        group=group,
     )
     direction = gauss_newton_direction(
         slopes,
         state.point,
-        cg_iterations=numbers.cg_iterations,
-        cg_tolerance=numbers.cg_tolerance,
+        cg_iterations=options.cg_iterations,
+        cg_tolerance=options.cg_tolerance,
         damping=state.damping,
         generator=generator,
-        lambda_B=numbers.lambda_B,
-        force=None if pull is None else _blended_force(state, pull, numbers),
-        curvature_dtype=None if state.fine else numbers.curvature_dtype,
+        lambda_B=options.lambda_B,
+        force=None if pull is None else _blended_force(state, pull, options),
+        curvature_dtype=None if state.fine else options.curvature_dtype,
         spend=spend and pull is None,
     )
     promised = direction.predicted
     if promised < _FINE * state.objective:
         state = state._replace(fine=True)
-    plain = state.atoms.moved(direction.move, state.constraint, joint=numbers.joint)
+    plain = state.atoms.moved(direction.move, state.constraint, joint=options.joint)
     del slopes, direction
     into = state.point if spend else None
-    relaxed = max(_LEAST, _OF_ERROR * state.objective / numbers.energy(X), state.damping / _DOWN)
+    if total is None:
+        total = group.total(float(squared_norms(X).sum()))
+    relaxed = max(_LEAST, _OF_ERROR * state.objective / (total or 1.0), state.damping / _DOWN)
     if pull is not None:
-        adapters = numbers.adapters(X, state)
-        error = _blended_error(X, adapters, state.atoms, pull, numbers)
-        if _blended_error(X, adapters, plain, pull, numbers) < error:
-            point = numbers.evaluate(X, plain, into)
+        adapters = adapters_of(X, state, options)
+        error = _blended_error(X, adapters, state.atoms, pull, options)
+        if _blended_error(X, adapters, plain, pull, options) < error:
+            point = point_at(X, plain, options, into=into, group=group)
             return state._replace(
                 atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed
             ), True
         return _refused(state, promised), False
     count = state.momentum_steps + 1
-    weight = min(numbers.momentum, count / (count + 3))
+    weight = min(options.momentum, count / (count + 3))
     if weight > 0:
         beyond = plain.beyond(state.anchor, weight, state.constraint)
-        point = numbers.evaluate(X, beyond, into)
+        point = point_at(X, beyond, options, into=into, group=group)
         if point.objective < state.objective:
             return state._replace(
                 atoms=beyond, point=point, anchor=plain, momentum_steps=count, damping=relaxed
             ), True
         del point, beyond
-    point = numbers.evaluate(X, plain, into)
+    point = point_at(X, plain, options, into=into, group=group)
     if point.objective < state.objective:
         return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
     if spend:
-        state = state._replace(point=numbers.evaluate(X, state.atoms, into))
+        state = state._replace(point=point_at(X, state.atoms, options, into=into, group=group))
     return _refused(state, promised), False
 
 
@@ -164,12 +121,19 @@ def _refused(state: AMState, promised: float) -> AMState:
     )
 
 
-def _blended_force(state: AMState, pull: Float[Tensor, "n r d"], numbers: Numbers) -> Float[Tensor, "n r d"]:
+def _bases(atoms: Atoms, options: StepOptions) -> Float[Tensor, "n r d"]:
+    """M_i = phi_lam(Y_i) of all experts; only the steps off the fast path need it."""
+    return phi(mix(atoms.codes, atoms.bank), lam=options.lam, activation=options.activation)
+
+
+def _blended_force(
+    state: AMState, pull: Float[Tensor, "n r d"], options: StepOptions
+) -> Float[Tensor, "n r d"]:
     """J * A^T (X~ - A M) for the target X~ = beta X + (1 - beta) A pull."""
-    away = torch.bmm(state.point.gram, pull - numbers.bases(state.atoms))
+    away = torch.bmm(state.point.gram, pull - _bases(state.atoms, options))
     if state.point.slope is not None:
         away *= state.point.slope
-    return torch.lerp(away, state.point.force, numbers.beta)
+    return torch.lerp(away, state.point.force, options.beta)
 
 
 def _blended_error(
@@ -177,13 +141,13 @@ def _blended_error(
     A: Float[Tensor, "n p r"],
     atoms: Atoms,
     pull: Float[Tensor, "n r d"],
-    numbers: Numbers,
+    options: StepOptions,
 ) -> float:
     """sum_i ||X~_i - A_i M_i||^2 at adapters A, for the blended target X~ of `_blended_force`."""
     total = 0.0
     for part in expert_chunks(*X.shape):
-        M = phi(mix(atoms.codes[part], atoms.bank), lam=numbers.lam, activation=numbers.activation)
-        wanted = torch.lerp(A[part] @ pull[part], X[part], numbers.beta)
+        M = phi(mix(atoms.codes[part], atoms.bank), lam=options.lam, activation=options.activation)
+        wanted = torch.lerp(A[part] @ pull[part], X[part], options.beta)
         total += float(torch.linalg.vector_norm(wanted - A[part] @ M)) ** 2
     return total
 
@@ -191,19 +155,22 @@ def _blended_error(
 def mod_dictionary_step(
     X: Float[Tensor, "n p d"],
     state: AMState,
-    numbers: Numbers,
+    options: StepOptions,
     *,
-    warm: Float[Tensor, "n r d"] | None,
+    warm: Float[Tensor, "n r d"] | None = None,
+    group: ProcessGroup = ALONE,
 ) -> AMState:
     """Plain MOD on blended targets, atoms brought to equal norms, then the refit; always taken, may ascend."""
     assert state.atoms.left is None, "MOD needs dense atoms"
     Y = mix(state.atoms.codes, state.atoms.bank)
-    M = phi(Y, lam=numbers.lam, activation=numbers.activation)
-    target = weight_aware_targets(X, numbers.adapters(X, state), lambda_T=numbers.lambda_T)
-    pull = None if numbers.beta == 1 or warm is None else aligned_warm_start(warm, M)
-    target = linearised_targets(Y, M, state.point.slope, blend(numbers.beta, target, pull))
-    bank = mod_step(target, state.atoms.codes, state.atoms.bank, lambda_B=numbers.lambda_B)
+    M = phi(Y, lam=options.lam, activation=options.activation)
+    target = weight_aware_targets(X, adapters_of(X, state, options), lambda_T=options.lambda_T)
+    pull = None if options.beta == 1 or warm is None else aligned_warm_start(warm, M)
+    target = linearised_targets(Y, M, state.point.slope, blend(options.beta, target, pull))
+    bank = mod_step(target, state.atoms.codes, state.atoms.bank, lambda_B=options.lambda_B)
     atoms = Atoms(bank, state.atoms.codes)
     if not state.constraint.simplex:
         atoms = Atoms(*rescale_gauge(bank, state.atoms.codes))
-    return state._replace(atoms=atoms, point=numbers.evaluate(X, atoms), anchor=atoms, momentum_steps=0)
+    return state._replace(
+        atoms=atoms, point=point_at(X, atoms, options, group=group), anchor=atoms, momentum_steps=0
+    )
