@@ -3,7 +3,7 @@
     python experiments/docs/reference.py            # writes the page (make docs-reference)
     python experiments/docs/reference.py --check    # says whether the committed page is the one this would write
 
-Meanings are the strings under the fields of `src/globe/config.py`, so an option is explained in one place only.
+Meanings are the strings under the fields of `src/globe/config/`, so an option is explained in one place only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """\
 # Configuration reference
 
-*Written by `make docs-reference` from `src/globe/config.py` and `conf/`: change the text there, not here.*
+*Written by `make docs-reference` from `src/globe/config/` and `conf/`: change the text there, not here.*
 
 `python -m globe.train` takes options as `key=value`; nested ones have dots, `bank.m=n/4`. `null` means "not given".
 Quote what your shell would read itself: `'layer=[4,12,20]'`. A group (`method`, `model`, `init`, `schedule`, `wandb`)

@@ -1,0 +1,97 @@
+"""What a bank is learned from and how large it is: the groups `model`, `normalise`, `bank` and `budget`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from globe.config.checks import check, positive
+from globe.config.choices import Activation, Centre, Metric, SampleMethod, Scale, Scope, Store
+from globe.errors import ConfigError
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None
+    """Checkpoint directory or Hugging Face hub id; null is the embedded model."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null is the default branch."""
+    force_download: bool = False
+    """Download again even if the hub cache has the files."""
+    include_shared: bool = False
+    """Take the always-on shared expert too; refused where it is not of the size of a routed one."""
+    max_experts: int | None = None
+    """Use at most this many routed experts per layer; null is all."""
+    sample_method: SampleMethod = SampleMethod.first_n
+    """Which experts `max_experts` keeps: the first ones, or evenly spaced ones."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.max_experts is None or self.max_experts >= 2,
+            "model.max_experts",
+            self.max_experts,
+            "an integer of at least 2, or null for all experts",
+        )
+        check(
+            self.path is None or bool(self.path.strip()),
+            "model.path",
+            self.path,
+            "a folder, a hub id or null",
+        )
+
+
+@dataclass
+class NormaliseConfig:
+    centre: Centre = Centre.scalar
+    """Constant that is subtracted from the experts and stored exactly: none, one number, or the p x d mean expert."""
+    scale: Scale = Scale.family
+    """Deviation that is divided out and folded into the adapters: none, or one per family, expert or row."""
+    metric: Metric = Metric.none
+    """How the columns of an error count: all alike, or by the second moment of the experts' rows, which lean to the
+    directions that inputs have. The second moment costs RelFrob and gains perplexity; a linear phi is fitted in that
+    metric, with a curved one only the last refit of the adapters is."""
+    store: Store = Store.fit
+    """How a fit holds the experts: normalised in its own dtype, or as the checkpoint stores them and normalised anew at
+    every use. The second halves their memory for a bfloat16 checkpoint and changes no number."""
+
+
+@dataclass
+class BankConfig:
+    m: int | str | None = None
+    """Number of atoms: an integer or an expression in n, the number of experts that share the bank; null is n/4."""
+    r: int | str | None = None
+    """Rows of an atom: an integer or an expression in p or d, the rows and columns of an expert; null is p/2."""
+    atom_rank: int | str | None = None
+    """k of low-rank atoms B_j = U_j V_j, which keep k (r + d) numbers each: an integer or an expression in r, p or
+    d; null is dense atoms."""
+    kept: float | None = None
+    """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank, those of a GloBE
+    bank by short fits (see `budget`); null takes the sizes above."""
+    scope: Scope = Scope.family
+    """Experts that share a bank: family joins those of one layer and family, families joins up and gate of a layer,
+    layers joins all selected layers of a family."""
+    activation: Activation = Activation.silu
+    """Activation phi of the mixed bases; `schedule.lam` blends it in (0 is linear whatever stands here)."""
+
+    def __post_init__(self) -> None:
+        for key in ("m", "r", "atom_rank"):
+            value = getattr(self, key)
+            check(not isinstance(value, int) or value >= 1, f"bank.{key}", value, "an integer of at least 1")
+        kept = self.kept
+        check(kept is None or 0 < kept <= 1, "bank.kept", kept, "a share above 0 and at most 1, or null")
+        given = [f"bank.{key}" for key in ("m", "r", "atom_rank") if getattr(self, key) is not None]
+        if kept is not None and given:
+            raise ConfigError(
+                f"bank.kept={kept} sets the sizes of the method: leave out {' and '.join(given)}"
+            )
+
+
+@dataclass
+class BudgetConfig:
+    """The search for sizes that `bank.kept` asks for, once for each shape of bank."""
+
+    seconds: float = 10.0
+    """Seconds that all short fits may take on one core of the reference machine (see `globe.sizes.costs`). They become
+    a number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
+
+    def __post_init__(self) -> None:
+        check(positive(self.seconds), "budget.seconds", self.seconds, "a positive number")
