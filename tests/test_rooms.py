@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "calibration",
     ),
     "sizes": ("errors", "files", "config", "numerics", "am", "bank", "runs", "checkpoint", "calibration", "fit"),
-    "hf": ("errors", "files", "config", "numerics", "bank", "runs", "checkpoint", "fit", "sizes"),
+    "hf": ("errors", "files", "config", "numerics", "bank", "runs", "checkpoint", "calibration", "fit", "sizes"),
     "evaluation": (
         "errors", "files", "embedded", "config", "numerics", "bank", "runs", "checkpoint", "calibration", "hf",
     ),

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
+from globe.calibration.experts_module import experts_modules
 from globe.errors import CheckpointError
 
-
-def experts_modules(model: nn.Module) -> dict[int, str]:
-    """Layer number -> dotted name of its experts module, regular or not.
-
-    Raises CheckpointError if a layer has more than one, or a name that tells no layer.
-    """
-    found: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if not type(module).__name__.endswith("Experts") or not any(True for _ in module.parameters()):
-            continue
-        numbers = re.findall(r"(?<![^.])\d+(?![^.])", name)
-        if len(numbers) != 1 or int(numbers[0]) in found:
-            raise CheckpointError(
-                f"the experts module {name!r} of {type(model).__name__} can't be assigned to one layer: "
-                "use format=dense, which works on the files alone"
-            )
-        found[int(numbers[0])] = name
-    return found
+__all__ = ["experts_modules", "irregularity", "require_regular"]
 
 
 def irregularity(module: nn.Module) -> str | None:

@@ -1,0 +1,173 @@
+"""The statistics of one layer's routed experts on a calibration text: the record, and its file.
+
+Symbols: n experts, p rows of gate and up (the intermediate size), d columns (the hidden size). Expert i gets the
+inputs x of the tokens routed to it, each with the gate value g that weights its output; h is what goes into its down
+projection. Every mean of expert i is weighted by g^2, the weight of a token in the squared error of the layer's output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from globe.errors import ArtefactError
+
+FORMAT_VERSION = 1
+METADATA_KEY = "globe"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SecondMoments:
+    """sum g^2 v v^T / sum g^2 of the vectors v of n experts, q numbers each, in float32.
+
+    Either whole matrices, or F F^T + diag(s) of rank k plus a diagonal, which keeps the trace and the diagonal exactly.
+    An expert without tokens has zeros.
+    """
+
+    matrix: Float[Tensor, "n q q"] | None = None
+    factor: Float[Tensor, "n q k"] | None = None
+    diagonal: Float[Tensor, "n q"] | None = None
+
+    @property
+    def n(self) -> int:
+        return self._any.shape[0]
+
+    @property
+    def q(self) -> int:
+        return self._any.shape[1]
+
+    def dense(self, experts: slice | Sequence[int] = slice(None)) -> Float[Tensor, "e q q"]:
+        """The matrices of some experts, all by default: q^2 numbers for each."""
+        if self.matrix is not None:
+            return self.matrix[experts]
+        assert self.factor is not None
+        assert self.diagonal is not None
+        part = self.factor[experts]
+        return part @ part.mT + torch.diag_embed(self.diagonal[experts])
+
+    @property
+    def _any(self) -> Tensor:
+        found = self.matrix if self.matrix is not None else self.factor
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStatistics:
+    """What the routed experts of one layer did on a calibration text. Row i is routed expert i, all n of them.
+
+    The error that compressing up or gate makes in the output of expert i is, to first order,
+    gate2_i sum_k rows_ik (dW_i C_i dW_i^T)_kk, that of down is gate2_i trace(dW_i H_i dW_i^T).
+    """
+
+    layer: int
+    inputs: SecondMoments
+    """of x, d numbers"""
+    inner: SecondMoments
+    """of h, p numbers"""
+    counts: Float[Tensor, " n"]
+    """tokens of each expert"""
+    gate2: Float[Tensor, " n"]
+    """sum of g^2"""
+    rows_up: Float[Tensor, "n p"]
+    """mean of (dh_k / du_k)^2 ||down_k||^2, with u = up x: for a gated unit, of act(gate x)_k^2 ||down_k||^2"""
+    rows_gate: Float[Tensor, "n p"] | None
+    """the same for gate x; None where the experts have no gate"""
+    reap: Float[Tensor, " n"]
+    """sum of g ||expert output||, the pruning score of REAP; divide by the counts for its mean"""
+
+    @property
+    def C(self) -> Float[Tensor, "n d d"]:
+        return self.inputs.dense()
+
+    @property
+    def H(self) -> Float[Tensor, "n p p"]:
+        return self.inner.dense()
+
+
+_MOMENTS = {"C": "inputs", "H": "inner"}
+_PARTS = ("matrix", "factor", "diagonal")
+_VECTORS = ("counts", "gate2", "rows_up", "rows_gate", "reap")
+
+
+def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") -> None:
+    """Write the file of one layer, whole or not at all. `key` is stored with it, and asked for by the reader.
+
+    Raises ArtefactError when the disk refuses.
+    """
+    tensors = {
+        f"{name}.{part}": value
+        for name, attribute in _MOMENTS.items()
+        for part in _PARTS
+        if (value := getattr(getattr(statistics, attribute), part)) is not None
+    }
+    tensors |= {name: value for name in _VECTORS if (value := getattr(statistics, name)) is not None}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = json.dumps(
+        {"format_version": FORMAT_VERSION, "layer": statistics.layer, "key": key}, sort_keys=True
+    )
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, fresh, metadata={METADATA_KEY: header})
+        with fresh.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{path} can't be written ({error}): free space or give another folder"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
+    """The statistics of one layer. Raises ArtefactError for a file that is missing, damaged or of another `key`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtefactError(f"{path} can't be read ({error}): calibrate again") from error
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        raise ArtefactError(f"{path} is not a file of statistics that can be read here: calibrate again")
+    if key is not None and header.get("key") != key:
+        raise ArtefactError(f"{path} is of another model, text or size: calibrate again")
+    return _checked(tensors, header, path)
+
+
+def _checked(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> LayerStatistics:
+    """The record of the tensors of a file, with shapes that agree and finite numbers."""
+    try:
+        moments = {
+            attribute: SecondMoments(**{part: tensors.get(f"{name}.{part}") for part in _PARTS})
+            for name, attribute in _MOMENTS.items()
+        }
+        vectors = {name: tensors.get(name) if name == "rows_gate" else tensors[name] for name in _VECTORS}
+        statistics = LayerStatistics(layer=int(header["layer"]), **moments, **vectors)  # type: ignore[arg-type]
+        n, p, d = statistics.inputs.n, statistics.inner.q, statistics.inputs.q
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}): calibrate again") from error
+    rows = {(n, p)} if statistics.rows_gate is None else {tuple(statistics.rows_gate.shape), (n, p)}
+    agree = (
+        statistics.inner.n == n
+        and rows == {tuple(statistics.rows_up.shape)}
+        and all(tuple(getattr(statistics, name).shape) == (n,) for name in ("counts", "gate2", "reap"))
+        and all(
+            moment.dense([0]).shape[1:] == (moment.q, moment.q)
+            for moment in (statistics.inputs, statistics.inner)
+        )
+    )
+    if not agree or d < 1 or not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
+        raise ArtefactError(f"{path} is damaged (sizes or numbers do not fit): calibrate again")
+    return statistics
