@@ -23,3 +23,14 @@ class SweepError(GlobeError):
 
 class FitError(GlobeError):
     """A fit cannot go on: its numbers are no longer finite, or a solve failed beyond repair."""
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that a terminal shows and does not obey: an escape character becomes `\\x1b`."""
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    if character.isspace():
+        return " "
+    return character.encode("unicode_escape").decode("ascii")

@@ -30,7 +30,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from globe.config.command_line import parse_options
+from globe.config.command_line import run_command
 from globe.config.commands import start
 from globe.evaluation.measure import evaluate
 from globe.evaluation.options import EvaluateOptions, output_file
@@ -48,10 +48,10 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    options = parse_options(EvaluateOptions, sys.argv[1:])
+    run_command(__doc__ or "", EvaluateOptions, _evaluate_and_show, positional="model")
+
+
+def _evaluate_and_show(options: EvaluateOptions) -> None:
     file = output_file(options)
     _quiet()
     result = evaluate(options)

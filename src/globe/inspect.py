@@ -4,7 +4,7 @@ What a checkpoint, a patched checkpoint, a run or a single bank holds. Of a chec
 read, no weight; the banks of a run are read whole and verified, and a damaged one is named (exit code 1).
 
 PATH               checkpoint folder, hub id or `embedded`; run of globe.train; bank (a folder with globe.json)
-path=PATH          the same, for a path with an equals sign in it
+path=PATH          the same, for a path such as name=value/folder that would be taken for an option
 revision=null      revision of a hub id
 m=[n/8,n/4,n/2]    atoms to predict the kept shares for: integers or expressions in n
 r=[p/2,3p/4,p]     rows of an atom likewise, in p or d; p stands for d where experts have more rows than columns
@@ -14,15 +14,11 @@ json=false         true prints one JSON object instead of tables
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
-from globe.config.command_line import parse_options
+from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
 from globe.errors import ArtefactError, ConfigError
 from globe.inspection.banks import inspect_banks, is_banks
@@ -34,19 +30,11 @@ from globe.inspection.show import show_banks, show_model
 class InspectOptions:
     """The options of the command, as the text above says."""
 
-    path: str = MISSING
+    path: str = path_option()
     revision: str | None = None
     m: list[str] = field(default_factory=lambda: ["n/8", "n/4", "n/2"])
     r: list[str] = field(default_factory=lambda: ["p/2", "3p/4", "p"])
     json: bool = False
-
-
-def parse(arguments: Sequence[str]) -> InspectOptions:
-    """Checked options of a command line, whose first argument may be the path alone."""
-    given = list(arguments)
-    if given and "=" not in given[0]:
-        given[0] = f"path={given[0]}"
-    return parse_options(InspectOptions, given)
 
 
 def inspect(options: InspectOptions) -> tuple[dict[str, Any], dict[str, str]]:
@@ -65,10 +53,10 @@ def inspect(options: InspectOptions) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    options = parse(sys.argv[1:])
+    run_command(__doc__ or "", InspectOptions, _inspect_and_show, positional="path")
+
+
+def _inspect_and_show(options: InspectOptions) -> None:
     found, damaged = inspect(options)
     if options.json:
         print(json.dumps(found | {"damaged": damaged}, indent=1, sort_keys=True, allow_nan=False))

@@ -21,9 +21,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING
-
-from globe.config.command_line import parse_options
+from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import start
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
@@ -38,7 +36,7 @@ class Format(StrEnum):
 
 @dataclass
 class SourceOptions:
-    path: str | None = None
+    path: str | None = path_option(None)
     revision: str | None = None
 
 
@@ -46,8 +44,8 @@ class SourceOptions:
 class PatchOptions:
     """The options of the command, as the text above says."""
 
-    run: str = MISSING
-    out: str = MISSING
+    run: str = path_option()
+    out: str = path_option()
     format: Format = Format.dense
     model: SourceOptions = field(default_factory=SourceOptions)
     S_cache: int | str | None = None
@@ -72,10 +70,10 @@ def patch(options: PatchOptions) -> dict[str, Any]:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    options = parse(sys.argv[1:])
+    run_command(__doc__ or "", PatchOptions, _patch_and_say)
+
+
+def _patch_and_say(options: PatchOptions) -> None:
     status = RunFolder(options.run).status
     record = patch(options)
     if status is not None and status.state is not State.finished:

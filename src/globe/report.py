@@ -13,12 +13,10 @@ title=null         heading; null is the name of the folder
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from globe.config.command_line import parse_options
+from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
 from globe.errors import ConfigError
 from globe.reporting.labels import varied_options
@@ -38,20 +36,15 @@ _OURS = re.compile(r"fig-[a-z]+(-\d+)?\.png")
 class ReportOptions:
     """The options of the command, as the text above says."""
 
-    sweep: str | None = None
-    run: str | None = None
-    out: str | None = None
+    sweep: str | None = path_option(None)
+    run: str | None = path_option(None)
+    out: str | None = path_option(None)
     details: int = 4
     title: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.details <= 64:
             raise ConfigError(f"details={self.details} is not possible: give a number of banks from 0 to 64")
-
-
-def parse(arguments: Sequence[str]) -> ReportOptions:
-    """Checked options of a command line. Raises ConfigError, or OmegaConf's error for a key or value."""
-    return parse_options(ReportOptions, arguments)
 
 
 def report(options: ReportOptions) -> tuple[tuple[ReportRun, ...], Report, Path]:
@@ -83,10 +76,11 @@ def write(built: Report, csv: str, out: Path) -> None:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    runs, built, out = report(parse(sys.argv[1:]))
+    run_command(__doc__ or "", ReportOptions, _report_and_say)
+
+
+def _report_and_say(options: ReportOptions) -> None:
+    runs, built, out = report(options)
     lacking = sum(run.state != "finished" for run in runs)
     said = f", {lacking} of them not finished" if lacking else ""
     print(

@@ -20,9 +20,10 @@ import globe.inspect as command
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.remote import headers_only
 from globe.checkpoint.shards import ShardReader
+from globe.config.command_line import parse_options
 from globe.config.commands import start
 from globe.errors import CheckpointError
-from globe.inspect import InspectOptions, inspect, parse
+from globe.inspect import InspectOptions, inspect
 from globe.inspection.models import expert_groups, predictions, shared_expert
 from globe.inspection.show import size
 from globe.patch import parse as parse_patch
@@ -341,8 +342,9 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("--help") == 0
     text = capsys.readouterr().out
     assert all(f"\n{one.name}=" in text for one in fields(InspectOptions))
-    assert parse(["a/b", "json=true"]) == InspectOptions(path="a/b", json=True)
-    assert parse(["path=a=b"]).path == "a=b"
+    given = parse_options(InspectOptions, ["a/b", "json=true"], positional="path")
+    assert given == InspectOptions(path="a/b", json=True)
+    assert parse_options(InspectOptions, ["path=a=b"], positional="path").path == "a=b"
 
 
 def test_bytes_in_a_unit_that_fits() -> None:

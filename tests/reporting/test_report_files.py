@@ -16,8 +16,9 @@ import pytest
 from report_support import STEPS, train
 
 import globe.report as command
+from globe.config.command_line import parse_options
 from globe.config.commands import start
-from globe.report import ReportOptions, parse, report
+from globe.report import ReportOptions, report
 from globe.reporting.markdown import escape
 from globe.reporting.runs import ReportRun
 
@@ -249,7 +250,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_output("--help") == 0
     text = capsys.readouterr().out
     assert all(f"\n{one.name}=" in text for one in fields(ReportOptions))
-    assert parse(["sweep=a"]).details == 4
+    assert parse_options(ReportOptions, ["sweep=a"]).details == 4
 
 
 def test_the_command_says_what_it_wrote(

@@ -1,34 +1,120 @@
-"""`KEY=VALUE` arguments of the commands that need no Hydra, into a checked dataclass."""
+"""`KEY=VALUE` arguments of the commands that need no Hydra, into a checked dataclass, and what all their mains do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from typing import TypeVar
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from globe.errors import ConfigError
 
 T = TypeVar("T")
+_KEY = re.compile(r"[A-Za-z_][\w.]*")
+_PATH = "path"
 
 
-def parse_options(kind: type[T], arguments: Sequence[str]) -> T:
-    """The options of a command line, typed as the dataclass `kind` says; `MISSING` ones have to be given.
+def path_option(default: str | None = MISSING) -> Any:
+    """Return the dataclass field of an option that is a path: a `~` at its beginning is the home folder."""
+    return field(default=default, metadata={_PATH: True})
 
-    Raises ConfigError with one sentence, or OmegaConf's error, which `globe.config.commands` turns into one.
+
+def run_command(
+    usage: str, kind: type[T], run: Callable[[T], None], *, positional: str | None = None
+) -> None:
+    """Do what every main does: print `usage` if help is asked for, or else parse the command line and `run` it."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        return
+    run(parse_options(kind, arguments, positional=positional))
+
+
+def parse_options(kind: type[T], arguments: Sequence[str], *, positional: str | None = None) -> T:
+    """Return the options of a command line as the dataclass `kind`; those that are `MISSING` in it have to be given.
+
+    An option that is a text (`str`, or `str | None`) is taken as it was typed, so that `out=2026_11_29`, `out=0123`
+    and `'out=a #2'` name these very folders; `null` is None where the option may be None. All others are YAML. The
+    first argument may be the value of the option `positional` alone; that it is a value shows in what stands before
+    its first equals sign, which is no name, as in `/a=b/m`.
+
+    Raises
+    ------
+    ConfigError with one sentence, or an error of OmegaConf, which `globe.config.commands` turns into one.
     """
     assert is_dataclass(kind)
-    groups = {one.name for one in fields(kind) if is_dataclass(one.default_factory)}
-    for argument in arguments:
-        if "=" not in argument:
+    given = list(arguments)
+    if positional is not None and given and not _names_an_option(given[0]):
+        given[0] = f"{positional}={given[0]}"
+    texts, groups = _text_options(kind), _groups(kind)
+    taken: dict[str, str | None] = {}
+    rest = []
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if not equals:
             raise ConfigError(f"{argument!r} is not understood: give KEY=VALUE, --help lists the keys")
-        if (group := argument.partition("=")[0]) in groups:
-            raise ConfigError(f"{argument!r} is a group of options: give {group}.KEY=VALUE")
-    options = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(arguments)))
+        if key in groups:
+            raise ConfigError(f"{argument!r} is a group of options: give {key}.KEY=VALUE")
+        if key in texts:
+            taken[key] = _as_typed(key, value, *texts[key])
+        else:
+            rest.append(argument)
+    merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(rest))
+    values = OmegaConf.to_container(merged, resolve=True)
+    assert isinstance(values, dict)
+    for key, text in taken.items():
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values)[name] = text
     for one in fields(kind):
-        if OmegaConf.is_missing(options, one.name):
+        if values[one.name] == MISSING and one.name not in taken:
             raise ConfigError(f"{one.name} is missing: give {one.name}=..., --help lists the keys")
-    checked = OmegaConf.to_object(options)
-    assert isinstance(checked, kind)
-    return checked
+    return kind(**{str(name): groups[name](**one) if name in groups else one for name, one in values.items()})
+
+
+def _names_an_option(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and _KEY.fullmatch(key) is not None
+
+
+def _groups(kind: type) -> dict[Any, Any]:
+    """Return the dataclasses of the groups of options, by their names."""
+    return {one.name: one.default_factory for one in fields(kind) if is_dataclass(one.default_factory)}
+
+
+def _text_options(kind: type, prefix: str = "") -> dict[str, tuple[bool, bool]]:
+    """Return, for each option that is a text, whether it may be None and whether it is a path, by its key."""
+    hints, found = get_type_hints(kind), dict[str, tuple[bool, bool]]()
+    for one in fields(kind):
+        hint = hints[one.name]
+        parts = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
+        if parts - {NoneType} == {str}:
+            found[prefix + one.name] = (NoneType in parts, _is_path(one))
+        elif is_dataclass(one.default_factory):
+            found |= _text_options(one.default_factory, f"{prefix}{one.name}.")
+    return found
+
+
+def _is_path(one: Field[Any]) -> bool:
+    return bool(one.metadata.get(_PATH))
+
+
+def _as_typed(key: str, value: str, optional: bool, path: bool) -> str | None:
+    if optional and value == "null":
+        return None
+    if path and not value:
+        raise ConfigError(f"{key}= is empty: give a path, such as {key}=./folder")
+    if "\0" in value:
+        raise ConfigError(f"{key} holds a null character, which no name may hold: leave it out")
+    if path and value.startswith("~"):
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError as error:  # a user that this machine does not know
+            raise ConfigError(
+                f"{key}={value}: there is no such home folder, ./{value} is a folder here"
+            ) from error
+    return value

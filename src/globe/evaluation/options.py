@@ -7,9 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 
 from globe.config.choices import Device
+from globe.config.command_line import path_option
 from globe.errors import ConfigError
 from globe.evaluation.subject import EMBEDDED
 
@@ -30,25 +30,25 @@ class Arithmetic(StrEnum):
 class EvaluateOptions:
     """Each is explained by `python -m globe.evaluate --help`."""
 
-    model: str = MISSING
-    against: str = "auto"
-    text: str = EMBEDDED
+    model: str = path_option()
+    against: str = path_option("auto")
+    text: str = path_option(EMBEDDED)
     window: int = 256
     stride: int = 128
     max_tokens: int | None = None
     batch: int = 8
     dtype: Arithmetic = Arithmetic.float32
     device: Device = Device.auto
-    tokenizer: str | None = None
+    tokenizer: str | None = path_option(None)
     S_cache: int | str | None = None
     activation_windows: int = 16
     experts: int = 8
     top_k: int = 8
     seed: int = 0
     tasks: list[str] = field(default_factory=list)
-    include_path: str | None = None
+    include_path: str | None = path_option(None)
     limit: int | None = None
-    out: str | None = None
+    out: str | None = path_option(None)
 
     def __post_init__(self) -> None:
         least = {

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from globe.config.console import add_row, new_table, say, wide_console
 from globe.evaluation.activation_error import LayerError
 from globe.evaluation.bootstrap import Interval
 from globe.evaluation.divergence import Divergence
@@ -75,27 +76,20 @@ def _plain(value: Any) -> Any:
 
 def print_evaluation(result: Evaluation, file: Path | None, console: Console | None = None) -> None:
     """The table, and where the figures are kept. Without a terminal, lines are 120 columns."""
-    console = console or Console()
-    if not console.is_terminal and console.width < 120:
-        console = Console(file=console.file, width=120)
+    console = wide_console(console)
     console.print(table(result))
-    where = "not kept: give out=FILE to write them down" if file is None else f"written to {file}"
-    console.print(where, soft_wrap=True, highlight=False)
+    say(console, "not kept: give out=FILE to write them down" if file is None else f"written to {file}")
 
 
 def table(result: Evaluation) -> Table:
     """One row a figure: the original, the model, the difference."""
     settings = result.settings
-    made = Table(
-        title=f"{result.model} on {settings['text']} ({settings['counted_tokens']:,} tokens)",
-        title_justify="left",
-    )
-    made.add_column("figure", no_wrap=True)
-    for heading in ("original", "model", "difference"):
-        made.add_column(heading, justify="right")
+    title = f"{result.model} on {settings['text']} ({settings['counted_tokens']:,} tokens)"
+    headings = ("original", "model", "difference")
+    made = new_table(title, ("figure", *headings), wrap=headings)
     for section in (_quality(result), _insides(result), _sizes(result.sizes), _tasks(result)):
         for row in section:
-            made.add_row(*row)
+            add_row(made, row)
         if section:
             made.add_section()
     return made

@@ -6,32 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.layers import ranges
 
+_WIDTH = 160
 _FIGURES = (
-    *(
-        "relfrob",
-        "relfrob_start",
-        "explained_variance",
-        "effective_rank_mean",
-        "support_median",
-        "zero_share",
-    ),
-    *("coherence_max", "steps", "stop"),
+    "relfrob",
+    "relfrob_start",
+    "explained_variance",
+    "effective_rank_mean",
+    "support_median",
+    "zero_share",
+    "coherence_max",
+    "steps",
+    "stop",
 )
 
 
 def show_model(found: dict[str, Any], console: Console | None = None) -> None:
     """What `inspect_model` found."""
-    console = _console(console)
+    console = wide_console(console, _WIDTH)
     source = found["source"]
     revision = f" at {source['revision']}" if source["revision"] else ""
-    _say(console, f"{source['id']}{revision}: {found['model_type']}")
+    say(console, f"{source['id']}{revision}: {found['model_type']}")
     dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in found["dtypes"].items())
     files = f"{found['files']} file{'s' * (found['files'] != 1)}"
-    _say(
+    say(
         console,
         f"{found['parameters']:,} parameters, {size(found['bytes'])} of tensors in {files} ({dtypes})",
     )
@@ -45,27 +46,15 @@ def show_model(found: dict[str, Any], console: Console | None = None) -> None:
 def _experts(console: Console, found: dict[str, Any]) -> None:
     layers, routed = found["moe_layers"], found["routed_parameters"]
     active = f", {found['experts_per_token']} experts a token" if found["experts_per_token"] else ""
-    _say(
+    say(
         console,
         f"{len(layers)} of {found['layers']} layers have routed experts ({ranges(layers)}){active}; "
         f"{routed:,} parameters in them, {routed / found['parameters']:.1%} of the model",
     )
-    table = Table(title="routed experts", title_justify="left")
-    for heading in (
-        "family",
-        "layers",
-        "n x p x d",
-        "dtype",
-        "parameters",
-        "bytes",
-        "of model",
-        "first tensor",
-    ):
-        table.add_column(
-            heading, justify="left" if heading in ("family", "layers", "first tensor") else "right"
-        )
+    headings = ("family", "layers", "n x p x d", "dtype", "parameters", "bytes", "of model", "first tensor")
+    table = new_table("routed experts", headings, left=("layers", "first tensor"), wrap=headings)
     for group in found["experts"]:
-        table.add_row(
+        cells = (
             group["family"],
             ranges(group["layers"]),
             f"{group['n']} x {group['p']} x {group['d']}",
@@ -75,22 +64,21 @@ def _experts(console: Console, found: dict[str, Any]) -> None:
             f"{group['share']:.1%}",
             group["tensor"],
         )
+        add_row(table, cells)
     console.print(table)
     if (shared := found["shared"]) is not None:
         what = f"{shared['p']} x {shared['d']} in {ranges(shared['layers'])}"
-        _say(console, f"besides, a shared expert that every token uses, gate and up {what}")
+        say(console, f"besides, a shared expert that every token uses, gate and up {what}")
 
 
 def _predictions(console: Console, found: dict[str, Any]) -> None:
     title = "kept, if up and gate of all these layers get banks of their own"
-    table = Table(title=title, title_justify="left")
-    for heading in ("bank.m", "bank.r", "m x r", "kept of families", "kept of model", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(title, ("bank.m", "bank.r", "m x r", "kept of families", "kept of model", "parameters"))
     for row in found["predictions"]:
         sizes = dict.fromkeys(
             f"{one['m']} x {one['r']}{'~' if one['rounded'] else ''}" for one in row["sizes"]
         )
-        table.add_row(
+        cells = (
             row["m"],
             row["r"],
             ", ".join(sizes),
@@ -98,15 +86,16 @@ def _predictions(console: Console, found: dict[str, Any]) -> None:
             f"{row['kept_model']:.1%}",
             f"{row['parameters']:,}",
         )
+        add_row(table, cells)
     console.print(table)
     if any(one["rounded"] for row in found["predictions"] for one in row["sizes"]):
-        _say(console, "~ is rounded: globe.train takes whole numbers only")
+        say(console, "~ is rounded: globe.train takes whole numbers only")
 
 
 def _patched(console: Console, record: dict[str, Any]) -> None:
     numbers, source = record.get("parameters", {}), record.get("source", {})
     count = len(record.get("banks", {}))
-    _say(
+    say(
         console,
         f"written by globe.patch ({record.get('format')}) from {source.get('id')}: {count} banks, "
         f"{numbers.get('kept_of_families', 0):.1%} of their families and {numbers.get('kept_of_model', 0):.1%} of the "
@@ -116,18 +105,16 @@ def _patched(console: Console, record: dict[str, Any]) -> None:
 
 def show_banks(found: dict[str, Any], console: Console | None = None) -> None:
     """What `inspect_banks` found."""
-    console = _console(console)
+    console = wide_console(console, _WIDTH)
     banks = found["banks"]
     if found["kind"] == "run":
         _run(console, found)
-    table = Table(title="banks", title_justify="left")
     low_rank = any(bank.get("atom_rank") is not None for bank in banks)
-    for heading in ("bank", "n x p x d", "m", "r", *(["k"] if low_rank else []), "kept", "dtype", "bytes"):
-        table.add_column(heading, justify="left" if heading == "bank" else "right", no_wrap=True)
-    for heading in ("RelFrob", "median support", "files"):
-        table.add_column(heading, justify="right")
+    sizes = ("n x p x d", "m", "r", *(["k"] if low_rank else []))
+    figures = ("RelFrob", "median support", "files")
+    table = new_table("banks", ("bank", *sizes, "kept", "dtype", "bytes", *figures), wrap=figures)
     for bank in banks:
-        table.add_row(*_bank_row(bank, low_rank=low_rank), style=None if bank["intact"] else "red")
+        add_row(table, _bank_row(bank, low_rank=low_rank), None if bank["intact"] else "red")
     if banks:
         console.print(table)
     if len(banks) == 1 and banks[0]["intact"]:
@@ -137,16 +124,16 @@ def show_banks(found: dict[str, Any], console: Console | None = None) -> None:
 
 def _run(console: Console, found: dict[str, Any]) -> None:
     times = " to ".join(time for time in (found["started"], found["ended"]) if time)
-    _say(console, f"{found['name']}: {found['state'] or 'of unknown state'}{f' ({times})' if times else ''}")
+    say(console, f"{found['name']}: {found['state'] or 'of unknown state'}{f' ({times})' if times else ''}")
     if found["error"]:
-        _say(console, found["error"])
+        say(console, found["error"])
     if found["unfinished"]:
-        _say(
+        say(
             console, f"unfinished fits, which the same command goes on with: {', '.join(found['unfinished'])}"
         )
     summary = found["summary"]
     if summary is not None and summary["relfrob"] is not None:
-        _say(
+        say(
             console,
             f"RelFrob {summary['relfrob']:.4f}, {summary['kept']:.1%} of the families and "
             f"{summary['kept_model']:.1%} of the model's {summary['parameters']:,} parameters kept; "
@@ -182,9 +169,9 @@ def _details(console: Console, bank: dict[str, Any]) -> None:
     members = ", ".join(
         f"layer {one['layer']} {one['family']} ({one['experts']} experts)" for one in bank["members"]
     )
-    _say(console, f"{members}; phi: {bank['activation']}, lam {bank['lam']:g}; seed {bank['seed']}")
+    say(console, f"{members}; phi: {bank['activation']}, lam {bank['lam']:g}; seed {bank['seed']}")
     if listed:
-        _say(console, listed)
+        say(console, listed)
 
 
 def _provenance(console: Console, banks: Sequence[dict[str, Any]]) -> None:
@@ -196,7 +183,7 @@ def _provenance(console: Console, banks: Sequence[dict[str, Any]]) -> None:
             str(bank["source"].get("sha256"))[:12] for bank in banks if bank["source"].get("id") == source
         ]
         which = f"tensors {hashes[0]}..." if len(hashes) == 1 else f"{len(hashes)} hashes of tensors"
-        _say(console, f"learned from {source}{at}, {which}")
+        say(console, f"learned from {source}{at}, {which}")
 
 
 def size(count: int) -> str:
@@ -206,14 +193,3 @@ def size(count: int) -> str:
         value /= 1000
         units.pop(0)
     return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _console(console: Console | None) -> Console:
-    console = console or Console()
-    if not console.is_terminal and console.width < 160:
-        return Console(file=console.file, width=160)
-    return console

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from globe.config.console import add_row, new_table, say, wide_console
 from globe.runs.chart_data import BankCharts
 from globe.runs.folder import read_json
 
@@ -208,36 +209,23 @@ def _finite(value: float) -> float | None:
 
 def print_summary(summary: RunSummary, folder: Path, console: Console | None = None) -> None:
     """The table of a run and where its artefacts are. Without a terminal, lines are not cut to 80 columns."""
-    console = console or Console()
-    if not console.is_terminal and console.width < 120:
-        console = Console(file=console.file, width=120)
+    console = wide_console(console)
     console.print(summary_table(summary))
-    console.print(_footer(summary, folder), soft_wrap=True, highlight=False)
+    for line in _footer(summary, folder):
+        say(console, line)
 
 
 def summary_table(summary: RunSummary) -> Table:
     """One row per bank, and a row for all where there are several."""
     methods = {bank.method for bank in summary.banks} - {"globe"}
     title = summary.name if not methods else f"{summary.name}: {', '.join(sorted(methods))}"
-    table = Table(title=title, title_justify="left", show_footer=False)
-    table.add_column("bank", no_wrap=True)
     low_rank = any(bank.atom_rank is not None for bank in summary.banks)
-    for heading in (
-        "n x p x d",
-        "m",
-        "r",
-        *(["k"] if low_rank else []),
-        "kept of\nfamily",
-        "kept of\nmodel",
-        "RelFrob\nstart",
-        "RelFrob\nend",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("support\nmedian", "steps", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = ("n x p x d", "m", "r", *(["k"] if low_rank else []))
+    figures = ("kept of\nfamily", "kept of\nmodel", "RelFrob\nstart", "RelFrob\nend")
+    table = new_table(title, ("bank", *sizes, *figures, "support\nmedian", "steps", "seconds"))
     for bank in summary.banks:
         runtime = summary.runtimes.get(bank.key)
-        table.add_row(
+        cells = (
             bank.key,
             f"{bank.n} x {bank.p} x {bank.d}",
             str(bank.m),
@@ -251,12 +239,13 @@ def summary_table(summary: RunSummary) -> Table:
             str(bank.steps),
             "-" if runtime is None else f"{runtime.seconds:.1f}",
         )
+        add_row(table, cells)
     for key in summary.failed:
-        table.add_row(key, *["-"] * (6 + low_rank), "failed", *["-"] * 3, style="red")
+        add_row(table, (key, *["-"] * (6 + low_rank), "failed", *["-"] * 3), "red")
     if len(summary.banks) > 1:
         table.add_section()
         total = _total(summary)
-        table.add_row(*total[:3], *([""] if low_rank else []), *total[3:], style="bold")
+        add_row(table, (*total[:3], *([""] if low_rank else []), *total[3:]), "bold")
     return table
 
 
@@ -278,7 +267,7 @@ def _total(summary: RunSummary) -> list[str]:
     ]
 
 
-def _footer(summary: RunSummary, folder: Path) -> str:
+def _footer(summary: RunSummary, folder: Path) -> list[str]:
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     where = folder / "banks" / (summary.banks[0].key if len(summary.banks) == 1 else "<bank>")
@@ -297,5 +286,4 @@ def _footer(summary: RunSummary, folder: Path) -> str:
         lines.append(f"peak memory: {', '.join(memory)}; on {summary.device}; {summary.seconds:.1f} s in all")
     for key, reason in summary.failed.items():
         lines.append(f"{key} failed: {reason}")
-    lines.append(f"artefact: {where}")
-    return "\n".join(lines)
+    return [*lines, f"artefact: {where}"]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from globe.checkpoint import Checkpoint
+from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.fit.plan import BankSize, Outline, allowed, mean_parameters, target_support
@@ -184,10 +185,7 @@ def _finite(value: float) -> float | None:
 
 def print_frontier(searched: Searched, console: Console | None = None) -> None:
     """The table of a search: what each candidate keeps, and its error after each rung."""
-    console = console or Console()
-    if not console.is_terminal and console.width < 120:
-        console = Console(file=console.file, width=120)
-    console.print(frontier_table(searched))
+    wide_console(console).print(frontier_table(searched))
 
 
 def frontier_table(searched: Searched) -> Table:
@@ -198,18 +196,16 @@ def frontier_table(searched: Searched) -> Table:
     if block != room:
         title += f", probed in blocks of {block.p} x {block.d}: m={frontier.chosen.m}, r={frontier.chosen.r}"
         title += f", k={frontier.chosen.atom_rank}" if frontier.chosen.atom_rank else ""
-    table = Table(title=title, title_justify="left")
     steps = sorted(set(frontier.steps))
-    for heading in ("m", "r", "k", "kept", *(f"RelFrob\n{count} steps" for count in steps)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(title, ("m", "r", "k", "kept", *(f"RelFrob\n{count} steps" for count in steps)))
     for probe in sorted(frontier.probes, key=lambda one: (one.size.atom_rank or 0, one.size.m)):
         size = probe.size
-        table.add_row(
+        cells = (
             str(size.m),
             str(size.r),
             "-" if size.atom_rank is None else str(size.atom_rank),
             f"{probe.parameters / (block.n * block.p * block.d):.2%}",
             *(f"{probe.errors[count]:.4f}" if count in probe.errors else "" for count in steps),
-            style="bold" if block == room and size == frontier.chosen else None,
         )
+        add_row(table, cells, "bold" if block == room and size == frontier.chosen else None)
     return table

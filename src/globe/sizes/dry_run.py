@@ -28,6 +28,7 @@ from globe.am.records import Sizes
 from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config.choices import Activation, Method, Store
+from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.schema import Config
 from globe.fit.plan import BankPlan, Outline, outline, plan_bank
 from globe.fit.reading import DTYPES
@@ -215,38 +216,34 @@ def _wait(device: torch.device) -> None:
 
 def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction, ...]:
     """Open the checkpoint, predict, print the table. Raises ConfigError or CheckpointError as a run would."""
-    console = console or Console()
+    console = wide_console(console)
     with arithmetic(config) as device:
         checkpoint = open_checkpoint(
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outline(config, checkpoint)))
         found = predict(config, checkpoint, device)
-    if not console.is_terminal and console.width < 120:
-        console = Console(file=console.file, width=120)
     console.print(_table(config, found, str(device)))
     if config.method is Method.globe and config.bank.kept is not None:
-        console.print(
+        say(
+            console,
             f"bank.kept={config.bank.kept} chooses among these by short fits that take about "
             f"{config.budget.seconds:g} s (budget.seconds) for each shape",
-            soft_wrap=True,
         )
     return found
 
 
 def _table(config: Config, found: tuple[Prediction, ...], device: str) -> Table:
-    table = Table(title=f"dry run of {config.method} on {device}: nothing is fitted", title_justify="left")
-    table.add_column("bank", no_wrap=True)
-    for heading in ("n x p x d", "m", "r", "k", "kept of\nfamily", "peak\nmemory", "seconds\nper step"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("seconds\nat most", justify="right", no_wrap=True)
+    figures = ("kept of\nfamily", "peak\nmemory", "seconds\nper step", "seconds\nat most")
+    title = f"dry run of {config.method} on {device}: nothing is fitted"
+    table = new_table(title, ("bank", "n x p x d", "m", "r", "k", *figures))
     for one in found:
         sizes = one.bank.sizes
         limit = config.train.time_limit
         longest = None if one.seconds is None else one.seconds * config.train.steps
         if longest is not None and limit is not None:
             longest = min(longest, limit)
-        table.add_row(
+        cells = (
             one.bank.key,
             f"{sizes.n} x {sizes.p} x {sizes.d}",
             str(sizes.m),
@@ -257,4 +254,5 @@ def _table(config: Config, found: tuple[Prediction, ...], device: str) -> Table:
             "-" if one.seconds is None else f"{one.seconds:.3g}",
             "-" if longest is None else f"{longest:,.0f}",
         )
+        add_row(table, cells)
     return table
