@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-import globe.fit.other_ranks
+import globe.fit.one_bank
 from globe.am.records import StepRecord
 from globe.fit.one_bank import fit_globe
 from globe.train import main
@@ -24,5 +24,5 @@ def dying(*args: Any, on_step: Any, **kwargs: Any) -> Any:
 
 
 if __name__ == "__main__":
-    globe.fit.other_ranks.fit_globe = dying
+    globe.fit.one_bank.fit_globe = dying
     main()

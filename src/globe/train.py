@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -33,12 +32,10 @@ from globe.config.schema import Config
 from globe.errors import CheckpointError, FitError
 from globe.fit.ledger import Ledger
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.other_ranks import follow
 from globe.fit.plan import BankPlan, outline, plan
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun
-from globe.processes.joint_end import STOPPED, leave_it_to_the_first
 from globe.runs.folder import RunFolder, State
 from globe.runs.progress import Progress
 from globe.runs.shared_fit import adopt
@@ -53,22 +50,20 @@ _failure: Exception | None = None
 """Of the only job of a process that does a single run: `main` reports it, Hydra need not know."""
 
 
-def run(
-    node: Container, path: Path, *, sweep_name: str | None = None, group: torchrun.Group | None = None
-) -> float | tuple[float, ...]:
+def run(node: Container, path: Path, *, sweep_name: str | None = None) -> float | tuple[float, ...]:
     """One run in its folder, from its composed configuration to its `objectives`: RelFrob, the mean over its banks.
 
     A finished run is only reported, unless `overwrite=true`; the banks of one that differs in `S_cache` alone are
-    taken. In a sweep a run waits for another that does the same fit. Raises GlobeError or OSError with the run's status
-    set to `failed`, KeyboardInterrupt with `interrupted`. A dry run only prints, and leaves the folder's status alone.
-    With a `group` the experts of every bank are shared out over its processes, of which this is the first.
+    taken. In a sweep a run waits for another that does the same fit. A dry run only prints, and leaves the folder's
+    status alone. Raises GlobeError or OSError with the run's status set to `failed`, KeyboardInterrupt with
+    `interrupted`.
     """
     if OmegaConf.select(node, "dry_run"):
         dry_run(to_config(node))
         return math.nan
     fit = identity(plain(node))
     with nullcontext() if sweep_name is None else sweep.one_at_a_time(path.parent, fit):
-        summary, objectives = _run(node, RunFolder(path), fit, sweep_name, group)
+        summary, objectives = _run(node, RunFolder(path), fit, sweep_name, torchrun.Group())
     record = summary.to_dict()
     figures = tuple(math.nan if record[name] is None else float(record[name]) for name in objectives)
     return figures[0] if len(figures) == 1 else figures
@@ -79,39 +74,41 @@ def _run(
     folder: RunFolder,
     fit: str,
     sweep_name: str | None,
-    group: torchrun.Group | None,
+    group: torchrun.Group,
 ) -> tuple[RunSummary, Sequence[str]]:
-    with folder.held(), folder.recorded(entry.explain):
-        if group is not None:
-            group.ending.record = folder.end
+    with folder.held(), folder.recorded(entry.explain), group.one_reason():
         config = to_config(node)
         summary = None if config.overwrite else finished_summary(folder, config)
+        group.same(summary is None, {})
         if summary is None:
             if config.overwrite:
                 folder.clear()
             folder.begin(plain(node))
             if not config.overwrite:
                 adopt(folder, fit)
-            summary = train(config, folder, sweep_name=sweep_name, group=group)
-        if group is not None:
-            group.tell(None)
+            summary = train(config, folder, group, sweep_name=sweep_name)
         print_summary(summary, folder.path)
         if summary.failed:
             raise FitError(summary.failure)
     return summary, config.objectives
 
 
-def train(
-    config: Config, folder: RunFolder, *, sweep_name: str | None = None, group: torchrun.Group | None = None
-) -> RunSummary:
+def train(config: Config, folder: RunFolder, group: torchrun.Group, *, sweep_name: str | None) -> RunSummary:
     """Learn all banks that are not learned yet. A bank that fails is reported, and the others go on, in one process.
+
+    With several processes all of them call this; those that do not lead write nothing into the folder.
 
     Raises ConfigError or CheckpointError when nothing can be begun, ArtefactError or OSError when results
     can't be written.
     """
     with arithmetic(config) as device:
-        checkpoint = open_checkpoint(
-            config.model.path, revision=config.model.revision, force_download=config.model.force_download
+        model = config.model
+        checkpoint = group.in_turn(  # so that a hub's files are downloaded once
+            lambda: open_checkpoint(
+                model.path,
+                revision=model.revision,
+                force_download=model.force_download and group.leads,
+            )
         )
         outlines = outline(config, checkpoint)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
@@ -129,16 +126,22 @@ def train(
             device=str(device),
             S_cache=config.S_cache,
         )
+        if not group.leads:
+            for bank in banks:
+                learn_bank(Run(config, checkpoint, folder, device, lambda key, record: None, group), bank)
+            return ledger.summary
         with _watched(config, folder, banks, ledger, sweep_name) as progress:
             job = Run(config, checkpoint, folder, device, progress.step, group)
             for bank in banks:
                 progress.begin(bank.key)
                 try:
-                    ledger.add(bank, learn_bank(job, bank))
+                    learned = learn_bank(job, bank)
+                    assert learned is not None
+                    ledger.add(bank, learned)
                 except (FitError, CheckpointError) as error:
-                    ledger.fail(bank, error)
-                    if group is not None:  # whose other processes are in the middle of that bank
+                    if type(group) is not torchrun.Group:  # the others are in the middle of that bank
                         raise
+                    ledger.fail(bank, error)
                 progress.end()
     return ledger.summary
 
@@ -216,19 +219,16 @@ def _job(node: Container) -> float | tuple[float, ...]:
 
 
 def _share(node: Container, path: Path) -> None:
-    """One run by all processes of torchrun. The one that fails first says why, the others end in silence."""
+    """Do one run by all processes of torchrun."""
     config = to_config(node)
     torchrun.refuse(config)
+    folder = RunFolder(path)
     with torchrun.joined(config) as group:
-        try:
-            if torchrun.leads():
-                run(node, path, group=group)
-            else:
-                follow(config, group)
-        except KeyboardInterrupt:
-            group.ending.leave(STOPPED)
-        except Exception as error:
-            group.ending.leave(entry.explain(error) or traceback.format_exc())
+        if group.leads:
+            group.record = folder.end
+            _run(node, folder, identity(plain(node)), None, group)
+        elif group.same(None, {})[0]:
+            train(config, folder, group, sweep_name=None)
 
 
 def main() -> None:
@@ -245,7 +245,7 @@ def main() -> None:
             raise _failure
 
     return_large_blocks()
-    entry.start(app, say=entry.say if torchrun.speaks() else leave_it_to_the_first)
+    entry.start(app, say=entry.say if torchrun.speaks() else torchrun.leave_it_to_the_first)
 
 
 if __name__ == "__main__":

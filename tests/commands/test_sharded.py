@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_more_processes_where_one_of_two_was_killed(tmp_path:
     """Two members, each of which some process holds nothing of; experts, means and scales come together at the end."""
     relfrob, whole = run_in(tmp_path / "whole", *FIT)
     folder = tmp_path / "parted"
-    dying = torchrun(2, str(Path(__file__).with_name("dying_run.py")), *FIT, f"hydra.run.dir={folder}")
+    dying = torchrun(2, str(Path(__file__).parents[1] / "dying_run.py"), *FIT, f"hydra.run.dir={folder}")
     assert dying.returncode != 0
     assert dying.stderr.count(sentence := "another process of this fit was killed") == 1, dying.stderr
     status = load(folder / "status.json")

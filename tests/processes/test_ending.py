@@ -7,33 +7,34 @@ import sys
 
 import pytest
 
-from globe.processes.joint_end import STOPPED
+from globe.processes.torchrun import STOPPED
 
 _WAITING = """
 import os, signal, threading
 from datetime import timedelta
+import torch
 import torch.distributed as dist
-import globe.processes.joint_end
+import globe.processes.torchrun
 
-globe.processes.joint_end._GRACE = 0.2
+globe.processes.torchrun._GRACE = 0.2
 store = dist.HashStore()
-ending = globe.processes.joint_end.Ending(store, 0)
-ending.record = lambda state, sentence: print(state, sentence, flush=True)
+group = globe.processes.torchrun.Torchrun(torch.device("cpu"), store, 0)
+group.record = lambda state, sentence: print(state, sentence, flush=True)
 
 def happen():
     {what}
+    os.kill(os.getpid(), signal.SIGTERM)  # by torchrun, once a process has ended
 
 threading.Timer(0.2, happen).start()
 store.wait(["what never comes"], timedelta(seconds=60))
 """
-_SIGNAL = "os.kill(os.getpid(), signal.SIGTERM)"
-_ELSEWHERE = "store.add('globe/first', 1); store.set('globe/ended', 'the disk is full')"
+_ELSEWHERE = "store.add('globe/said', 1); store.set('globe/why', 'the disk is full')"
 
 
 @pytest.mark.parametrize(
     ("what", "code", "recorded", "said"),
     [
-        (_SIGNAL, 130, "interrupted None\n", f"{STOPPED}\n"),
+        ("pass", 130, "interrupted None\n", f"{STOPPED}\n"),
         (_ELSEWHERE, 1, "failed the disk is full\n", ""),  # said by the other process
     ],
     ids=["signal", "another failed"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_st
 from globe.numerics.device import bank_seed, peak_device_bytes, peak_host_bytes, trim_heap
 from globe.numerics.figures import atom_usage, relfrob, support_sizes
 from globe.numerics.group import ALONE, ProcessGroup
-from globe.processes.torchrun import Group, Order
+from globe.processes.torchrun import Group
 from globe.runs.chart_data import BankCharts
 from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json
 from globe.runs.summary import BankReport, BankRuntime
@@ -54,8 +54,8 @@ class Run:
     device: torch.device
     on_step: Callable[[str, StepRecord], None]
     """called with the bank's key after every step"""
-    group: Group | None = None
-    """the processes that share each bank's experts, of which this is the first"""
+    group: Group = field(default_factory=Group)
+    """the processes that share each bank's experts; only the one that leads writes"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,39 +69,71 @@ class Learned:
     """by this process; not if its artefact was complete already"""
 
 
-def learn_bank(run: Run, bank: BankPlan) -> Learned:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Begin:
+    """Where the fit of a bank begins, the same for all processes."""
+
+    source: dict[str, Any]
+    fitting: Fitting
+    state: FitState | None = None
+    error: str | None = None
+    """why the attempt before this one failed"""
+
+
+def learn_bank(run: Run, bank: BankPlan) -> Learned | None:
     """Learn one bank and write its artefact, or take what an earlier process left.
 
-    A fit that breaks down (FitError, a factorisation that fails) is tried once more with another seed, unless several
-    processes share it.
+    With several processes all of them call this; those that do not lead write nothing and get None. A fit that breaks
+    down (FitError, a factorisation that fails) is tried once more with another seed, unless several processes share it.
+
     Raises FitError when that fails too or memory runs out, CheckpointError when the experts can't be read,
     ArtefactError or OSError when the results can't be written.
     """
-    source = source_of(run.config, run.checkpoint, bank)
-    partial = run.folder.partial(bank.key)
-    if (
-        artefact := complete_artefact(run.folder.bank(bank.key), run.config, run.checkpoint, bank, source)
-    ) is not None:
-        remove_state(partial)  # left by a kill between writing the one and removing the other
-        return _taken(run, bank, artefact)
-    fingerprint = fit_fingerprint(run.config, bank, source, run.device.type)
-    state, fitting = read_state(partial, fingerprint) or (None, Fitting(fingerprint, 0, 0))
+    taken, begin = _found(run, bank) if run.group.leads else (None, None)
+    begin = _of_first_process(run.group, begin)
+    if begin is None:
+        return taken
     try:
-        return _attempt(run, bank, source, state, fitting, error=None)
+        return _attempt(run, bank, begin)
     except _BROKEN as error:
-        if fitting.attempt > 0 or run.group is not None:  # the others have given up as well
+        if begin.fitting.attempt > 0 or type(run.group) is not Group:
             raise FitError(_sentence(error)) from error
         first = _sentence(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_large(run, bank) from error
     _log.warning("%s failed (%s): trying once more with another seed", bank.key, first)
-    remove_state(partial)
+    remove_state(run.folder.partial(bank.key))
+    second = replace(begin.fitting, attempt=1, step=0)
     try:
-        return _attempt(run, bank, source, None, Fitting(fingerprint, 1, 0), error=first)
+        return _attempt(run, bank, _Begin(begin.source, second, error=first))
     except _BROKEN as error:
         raise FitError(f"{_sentence(error)} (twice, with two seeds)") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_large(run, bank) from error
+
+
+def _found(run: Run, bank: BankPlan) -> tuple[Learned | None, _Begin | None]:
+    """What is in the run folder: the whole bank, or else where its fit begins."""
+    source = source_of(run.config, run.checkpoint, bank)
+    folder, partial = run.folder.bank(bank.key), run.folder.partial(bank.key)
+    artefact = complete_artefact(folder, run.config, run.checkpoint, bank, source)
+    if artefact is not None:
+        remove_state(partial)  # left by a kill between writing the one and removing the other
+        return _taken(run, bank, artefact), None
+    fingerprint = fit_fingerprint(run.config, bank, source, run.device.type)
+    state, fitting = read_state(partial, fingerprint) or (None, Fitting(fingerprint, 0, 0))
+    return None, _Begin(source, fitting, state)
+
+
+def _of_first_process(group: Group, begin: _Begin | None) -> _Begin | None:
+    state = None if begin is None else begin.state
+    numbers = None if state is None else state.numbers
+    record = None if begin is None else (begin.source, asdict(begin.fitting), numbers)
+    record, tensors = group.same(record, {} if state is None else state.tensors)
+    if record is None:
+        return None
+    source, fitting, numbers = record
+    return _Begin(source, Fitting(**fitting), None if numbers is None else FitState(tensors, numbers))
 
 
 def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
@@ -117,27 +149,18 @@ def _codes(artefact: BankArtefact) -> dict[tuple[int, str], Float[Tensor, "_ m"]
     return {(one.layer, one.family): codes[one.start : one.stop] for one in artefact.members}
 
 
-def _attempt(
-    run: Run,
-    bank: BankPlan,
-    source: dict[str, Any],
-    state: FitState | None,
-    fitting: Fitting,
-    error: str | None,
-) -> Learned:
-    """One fit, from the start or from a state, to the artefact."""
+def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
+    """Run one fit, from the start or from a state, to the artefact."""
     clock = time.perf_counter()
-    config, key = run.config, bank.key
+    config, key, fitting = run.config, bank.key, begin.fitting
     seed = bank_seed(config.seed, key, fitting.attempt)
-    run.folder.report(key, BankStatus(State.running, fitting.attempt, seed, error))
-    run.folder.rewind_metrics(key, fitting.step)
-    if state is not None:
+    if run.group.leads:
+        run.folder.report(key, BankStatus(State.running, fitting.attempt, seed, begin.error))
+        run.folder.rewind_metrics(key, fitting.step)
+    if begin.state is not None:
         _log.info("%s: going on after step %d", key, fitting.step)
     trim_heap()  # of the bank before
-    group: ProcessGroup = ALONE
-    if run.group is not None:
-        group = run.group.share(bank.sizes.n)
-        run.group.tell(Order(key, seed, state))
+    group = run.group.share(bank.sizes.n)
     read = read_experts(config, run.checkpoint, bank.outline, run.device, group)
     joined = read.joined
     watch = _Watch(run, key, fitting)
@@ -145,7 +168,14 @@ def _attempt(
     activation = str(config.bank.activation)
     if bank.baseline is None:
         result, done = fit_globe(
-            config, bank, read, generator, state, group, on_step=watch.step, on_checkpoint=watch.checkpoint
+            config,
+            bank,
+            read,
+            generator,
+            begin.state,
+            group,
+            on_step=watch.step,
+            on_checkpoint=watch.checkpoint,
         )
     else:
         result, done, activation = fit_baseline(
@@ -158,9 +188,11 @@ def _attempt(
         )
     scheduled = watch.last if bank.baseline is None else None
     spectra, spread = expert_spectra(joined.experts, group), expert_spread(joined.experts, group)
-    if run.group is not None:
+    if not run.group.leads:
+        return None
+    if group is not ALONE:
         joined = replace(joined, scale=done.scale, starts=bank.outline.starts)
-    artefact = _artefact(run, bank, joined, result.lam, activation, done, source, seed)
+    artefact = _artefact(run, bank, joined, result.lam, activation, done, begin.source, seed)
     figures = bank_figures(spread, spectra, result, done, scheduled) | _of_members(artefact, done)
     charts = bank_charts(spectra, joined, artefact)
     report = _report(run, artefact, bank, result, done, fitting.attempt, figures, charts)
@@ -169,7 +201,7 @@ def _attempt(
     write_json(run.folder.runtime(key), asdict(runtime))
     write_artefact(artefact, run.folder.bank(key))
     remove_state(run.folder.partial(key))
-    run.folder.report(key, BankStatus(State.finished, fitting.attempt, seed, error))
+    run.folder.report(key, BankStatus(State.finished, fitting.attempt, seed, begin.error))
     return Learned(report, runtime, _codes(artefact), fitted=True)
 
 
@@ -234,6 +266,8 @@ class _Watch:
         self.run.on_step(self.key, record)
 
     def checkpoint(self, state: FitState) -> None:
+        if not self.run.group.leads:
+            return
         step = self.fitting.step if self.last is None else self.last.step
         fitting = Fitting(self.fitting.fingerprint, self.fitting.attempt, step)
         write_state(self.run.folder.partial(self.key), state, fitting)
@@ -344,7 +378,9 @@ def _sentence(error: BaseException) -> str:
 
 def _too_large(run: Run, bank: BankPlan) -> FitError:
     n, p, d = bank.sizes.n, bank.sizes.p, bank.sizes.d
+    remedy = "lower model.max_experts, bank.m or bank.r, or use another device"
+    if type(run.group) is not Group:
+        remedy = "start more processes"
     return FitError(
-        f"{bank.key} ({n} x {p} x {d}) does not fit into the memory of device={run.device.type}: lower "
-        "model.max_experts, bank.m or bank.r, or use another device"
+        f"{bank.key} ({n} x {p} x {d}) does not fit into the memory of device={run.device.type}: {remedy}"
     )
