@@ -18,24 +18,22 @@ from torch import Tensor
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
-from globe.bank.file import BankArtefact, Member, write_artefact
+from globe.bank.file import BankArtefact, write_artefact
 from globe.checkpoint import Checkpoint
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
+from globe.fit.bank_records import artefact_of, figures_of_members, report_of
 from globe.fit.baseline import fit_baseline
-from globe.fit.figures import bank_charts, bank_figures, expert_relfrob, expert_spectra, expert_spread
+from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of
-from globe.fit.normalise import Joined
 from globe.fit.plan import BankPlan
-from globe.fit.provenance import bank_options, complete_artefact, experts_of, fit_fingerprint, source_of
+from globe.fit.provenance import complete_artefact, fit_fingerprint, source_of
 from globe.fit.reading import ReadExperts, read_experts
 from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
 from globe.numerics.device import bank_seed, peak_device_bytes, peak_host_bytes, trim_heap
-from globe.numerics.figures import atom_usage, relfrob, support_sizes
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.processes.torchrun import Group
-from globe.runs.chart_data import BankCharts
 from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json
 from globe.runs.summary import BankReport, BankRuntime
 
@@ -192,10 +190,12 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
         return None
     if group is not ALONE:
         joined = replace(joined, scale=done.scale, starts=bank.outline.starts)
-    artefact = _artefact(run, bank, joined, result.lam, activation, done, begin.source, seed)
-    figures = bank_figures(spread, spectra, result, done, scheduled) | _of_members(artefact, done)
+    artefact = artefact_of(
+        config, run.checkpoint, bank, joined, result.lam, activation, done, begin.source, seed
+    )
+    figures = bank_figures(spread, spectra, result, done, scheduled) | figures_of_members(artefact, done)
     charts = bank_charts(spectra, joined, artefact)
-    report = _report(run, artefact, bank, result, done, fitting.attempt, figures, charts)
+    report = report_of(config, artefact, bank, result, done, fitting.attempt, figures, charts)
     artefact = replace(artefact, metrics=report.to_dict())
     runtime = watch.runtime(result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read)
     write_json(run.folder.runtime(key), asdict(runtime))
@@ -286,90 +286,6 @@ class _Watch:
             peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=peak_device_bytes(self.run.device),
         )
-
-
-def _artefact(
-    run: Run,
-    bank: BankPlan,
-    joined: Joined,
-    lam: float,
-    activation: str,
-    done: Finalised,
-    source: dict[str, Any],
-    seed: int,
-) -> BankArtefact:
-    low_rank = done.factors.left is not None
-    bounds = zip(bank.members, joined.starts[:-1], joined.starts[1:], strict=True)
-    return BankArtefact(
-        members=tuple(
-            Member(one.layer, one.family, start, stop, experts_of(run.config, run.checkpoint, one))
-            for one, start, stop in bounds
-        ),
-        codes=done.factors.codes,
-        adapters=done.factors.adapters,
-        activation=activation,
-        lam=lam,
-        bank=None if low_rank else done.factors.bank,
-        atoms_left=done.factors.left,
-        atoms_right=done.factors.right,
-        mean=done.mean,
-        scale=done.scale,
-        source=source,
-        config=bank_options(run.config),
-        seed=seed,
-    )
-
-
-def _of_members(artefact: BankArtefact, done: Finalised) -> dict[str, float | None]:
-    """RelFrob of each member of a bank that has several."""
-    if len(artefact.members) == 1:
-        return {}
-    rows = {
-        f"relfrob_layer{one.layer:03d}_{one.family}": slice(one.start, one.stop) for one in artefact.members
-    }
-    return {name: relfrob(done.errors[part], done.norms[part]) for name, part in rows.items()}
-
-
-def _report(
-    run: Run,
-    artefact: BankArtefact,
-    bank: BankPlan,
-    result: FitResult,
-    done: Finalised,
-    attempt: int,
-    figures: dict[str, float | None],
-    charts: BankCharts,
-) -> BankReport:
-    sizes, codes = bank.sizes, artefact.codes
-    return BankReport(
-        key=bank.key,
-        n=sizes.n,
-        p=sizes.p,
-        d=sizes.d,
-        m=sizes.m,
-        r=sizes.r,
-        target_support=sizes.target_support,
-        parameters=artefact.family_parameters,
-        kept_parameters=bank.kept_parameters,
-        relfrob_start=result.relfrob_start,
-        relfrob_fit=result.relfrob,
-        relfrob=done.relfrob,
-        export_dtype=str(codes.dtype).removeprefix("torch."),
-        stop=result.stop.sentence,
-        steps=result.steps,
-        accepted=result.accepted,
-        rejected=result.rejected,
-        regularised_solves=result.regularised_solves,
-        seed=artefact.seed,
-        attempt=attempt,
-        supports=tuple(support_sizes(codes).tolist()),
-        atom_usage=tuple(atom_usage(codes).tolist()),
-        expert_relfrob=expert_relfrob(done),
-        metrics=figures,
-        method=str(run.config.method),
-        atom_rank=sizes.atom_rank,
-        charts=charts,
-    )
 
 
 def _sentence(error: BaseException) -> str:
