@@ -58,6 +58,11 @@ class Checkpoint:
         """The layers that have routed experts, ascending."""
         return tuple(self._layouts)
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return self.reader.bytes_read
+
     @cached_property
     def total_parameters(self) -> int:
         """Floating-point numbers stored in the whole checkpoint; a tied tensor counts once. Headers only."""
@@ -80,6 +85,10 @@ class Checkpoint:
                 self.reader, self._layout(layer), family, layer, self.config, self.architecture.config
             )
         return self._shapes[layer, family]
+
+    def dtype(self, layer: int, family: str) -> torch.dtype:
+        """Dtype in which the routed experts of a layer and family are stored."""
+        return self.reader.dtype(self.locate(layer, family, 0).tensor)
 
     def families(self, layer: int) -> tuple[str, ...]:
         """Which of gate, up and down the experts of a layer have: some models have no gate."""

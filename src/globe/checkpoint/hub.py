@@ -9,6 +9,8 @@ from pathlib import Path
 import globe.embedded
 from globe.errors import CheckpointError
 
+EMBEDDED = "embedded"
+"""What a user types for the model that comes with the package."""
 EMBEDDED_ID = "globe-tiny"
 # Weights and what describes them. Files in folders below (`original/`, `onnx/`) are copies in other formats.
 ALLOWED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -30,10 +32,10 @@ class Source:
 def resolve(path: str | None, *, revision: str | None = None, force_download: bool = False) -> Source:
     """Find the folder of a checkpoint; download it if it is a hub id.
 
-    `None` is the embedded model. A folder wins over a hub id of the same name. Under HF_HUB_OFFLINE only the
+    `None` and "embedded" are the embedded model. A folder wins over a name. Under HF_HUB_OFFLINE only the
     cache is asked. Raises CheckpointError if there is no such folder or model, or no way to get it.
     """
-    if path is None:
+    if path is None or (path == EMBEDDED and not Path(path).is_dir()):
         return Source(globe.embedded.path(), EMBEDDED_ID, None)
     folder = Path(path).expanduser()
     if path.strip() and folder.is_dir():

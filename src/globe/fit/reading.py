@@ -39,7 +39,7 @@ def read_experts(
     Raises CheckpointError when they can't be read or are not finite.
     """
     model, options = config.model, config.normalise
-    before, parts, seconds = checkpoint.reader.bytes_read, [], 0.0
+    before, parts, seconds = checkpoint.bytes_read, [], 0.0
     dtype, start = torch.float32, 0
     for member, count in zip(bank.members, bank.counts, strict=True):
         part = group.within(start, start + count)
@@ -68,4 +68,4 @@ def read_experts(
         del experts  # in the checkpoint's dtype; the normalised ones are all that is needed from here on
     if config.export_dtype is not ExportDtype.auto:
         dtype = DTYPES[config.export_dtype]
-    return ReadExperts(join(parts), dtype, checkpoint.reader.bytes_read - before, seconds)
+    return ReadExperts(join(parts), dtype, checkpoint.bytes_read - before, seconds)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from globe.checkpoint.hub import EMBEDDED, resolve
 from globe.errors import CheckpointError
 from globe.hf.experts import GlobeExperts
 
@@ -14,7 +15,7 @@ from globe.hf.experts import GlobeExperts
 def load(
     path: str | Path, *, S_cache: int | str | None = None, dequantize: bool = False, **kwargs: Any
 ) -> Any:
-    """The language model of a checkpoint folder or hub id, in evaluation mode.
+    """Load the language model of a checkpoint folder or hub id, or "embedded", in evaluation mode.
 
     A compact GloBE checkpoint loads factored: `S_cache` bases stay composed per layer and family (None: as the
     file says; 0 recomposes at each call; "all" keeps every one). With `dequantize` it loads as the ordinary
@@ -30,6 +31,8 @@ def load(
     from globe.hf.register import install
 
     install()
+    if str(path) == EMBEDDED and not Path(path).is_dir():
+        path = resolve(EMBEDDED).folder
     hub = {
         key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
     }

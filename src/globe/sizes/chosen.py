@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,19 @@ def _allows(config: Config, m: int) -> bool:
 
 
 def choose_sizes(
-    config: Config, checkpoint: Checkpoint, banks: Sequence[Outline], device: torch.device, file: Path
+    config: Config,
+    checkpoint: Checkpoint,
+    banks: Sequence[Outline],
+    device: torch.device,
+    file: Path,
+    *,
+    show: Callable[[Searched], None] | None = None,
 ) -> dict[Shape, BankSize]:
-    """Sizes by shape. A search that `file` already holds is not repeated; a new one is added to it.
+    """Choose the sizes of every shape. A search that `file` already holds is not repeated; a new one is added to it.
 
-    Of the banks of a shape the middle one is probed. Raises ConfigError where nothing fits in the budget,
-    CheckpointError when its experts can't be read, FitError when every probe breaks.
+    Of the banks of a shape the middle one is probed. `show` gets every new search; None prints its table. Raises
+    ConfigError where nothing fits in the budget, CheckpointError when its experts can't be read, FitError when every
+    probe breaks.
     """
     by_shape: dict[Shape, list[Outline]] = {}
     for bank in banks:
@@ -91,7 +98,7 @@ def choose_sizes(
             )
             known[shape] = searched
             _write(file, known)
-            print_frontier(searched)
+            (show or print_frontier)(searched)
         chosen[shape] = searched.frontier.chosen
         _log.info("%s: m=%d, r=%d, atom rank %s", _name(shape), *searched.frontier.chosen)
     return chosen

@@ -91,11 +91,10 @@ def _plans(config: Config, bank: Outline) -> list[BankPlan]:
 
 
 def bytes_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    place = checkpoint.locate(*bank.members[0], 0)
     return fit_bytes(
         bank.sizes,
         itemsize=DTYPES[config.dtype].itemsize,
-        source_itemsize=checkpoint.reader.dtype(place.tensor).itemsize,
+        source_itemsize=checkpoint.dtype(*bank.members[0]).itemsize,
         curved=_curved(config),
         joint=config.codes.joint,
         members=len(bank.members),
