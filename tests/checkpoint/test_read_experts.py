@@ -48,7 +48,7 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def by_name(tensors: dict[str, Tensor], model_type: str, layer: int, family: str) -> Tensor:
-    """The experts as a person would pick them out of a listing of the file, without the table."""
+    """The experts as a person would pick them out of a listing of the file, without the table; down transposed."""
     mine = {name: t for name, t in tensors.items() if f".layers.{layer}." in name and "shared" not in name}
     own = {}
     for name, tensor in mine.items():
@@ -56,7 +56,8 @@ def by_name(tensors: dict[str, Tensor], model_type: str, layer: int, family: str
             own[int(match[1])] = tensor
     if own:
         assert sorted(own) == list(range(EXPERTS))
-        return torch.stack([own[expert] for expert in range(EXPERTS)])
+        stacked = torch.stack([own[expert] for expert in range(EXPERTS)])
+        return stacked.transpose(1, 2) if family == "down" else stacked
     ends = ("experts.down_proj", "output_linear.weight") if family == "down" else ()
     ends = ends or ("experts.gate_up_proj", "input_linear.weight")
     if model_type in WITHOUT_GATE and family == "up":
@@ -64,7 +65,9 @@ def by_name(tensors: dict[str, Tensor], model_type: str, layer: int, family: str
     (whole,) = [tensor for name, tensor in mine.items() if name.endswith(ends)]
     if model_type in TRANSPOSED:
         whole = whole.transpose(1, 2)
-    if family == "down" or model_type in WITHOUT_GATE:
+    if family == "down":
+        return whole.transpose(1, 2)
+    if model_type in WITHOUT_GATE:
         return whole
     if model_type == "gpt_oss":
         return whole[:, 0::2] if family == "gate" else whole[:, 1::2]
@@ -93,8 +96,7 @@ def test_every_architecture_in_both_layouts(
                     checkpoint.read_experts(layer, family)
                 continue
             expected = by_name(tensors, model_type, layer, family)
-            sizes = (HIDDEN, INTERMEDIATE) if family == "down" else (INTERMEDIATE, HIDDEN)
-            assert checkpoint.shape(layer, family) == ExpertShape(EXPERTS, *sizes)
+            assert checkpoint.shape(layer, family) == ExpertShape(EXPERTS, INTERMEDIATE, HIDDEN)
             experts = checkpoint.read_experts(layer, family)
             assert experts.weights.is_contiguous()
             assert experts.indices == tuple(range(EXPERTS))
@@ -216,7 +218,8 @@ def test_the_shared_expert_comes_last(
         experts = checkpoint.read_experts(1, family, include_shared=True, max_experts=2)
         assert experts.indices == (0, 1, -1)
         assert experts.names[-1] == name.format(family)
-        assert torch.equal(experts.weights[-1], tensors[name.format(family)])
+        stored = tensors[name.format(family)]
+        assert torch.equal(experts.weights[-1], stored.T if family == "down" else stored)
 
 
 def test_the_shared_expert_of_granite_is_a_half_of_one_matrix(
@@ -335,5 +338,6 @@ def test_the_embedded_model_against_the_library() -> None:
     for layer, family in ((0, "up"), (12, "gate"), (23, "down")):
         name = f"model.layers.{layer}.mlp.experts.{{}}.{family}_proj.weight"
         expected = torch.stack([tensors[name.format(expert)] for expert in range(16)])
+        expected = expected.mT if family == "down" else expected
         assert torch.equal(checkpoint.read_experts(layer, family).weights, expected)
     assert checkpoint.total_parameters == sum(tensor.numel() for tensor in tensors.values())

@@ -116,12 +116,12 @@ def test_nemotron_h_has_one_projection_under_a_squared_relu(
 def test_the_matrices_read_are_those_the_live_model_multiplies_with(
     tiny_checkpoint: Callable[..., Path], model_type: str
 ) -> None:
-    """down(act(gate x) * up x) of the matrices read is what the live module gives."""
+    """down^T (act(gate x) * up x) of the matrices read is what the live module gives."""
     source = tiny_checkpoint(model_type)
     checkpoint = open_checkpoint(str(source))
     layer = checkpoint.moe_layers[0]
     hidden = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(2))
     gate, up, down = (checkpoint.read_experts(layer, family).weights for family in ("gate", "up", "down"))
-    by_hand = (nn.functional.silu(hidden @ gate.mT) * (hidden @ up.mT)) @ down.mT
+    by_hand = (nn.functional.silu(hidden @ gate.mT) * (hidden @ up.mT)) @ down
     live = outputs(source, model_type, layer, hidden)
     assert torch.allclose(live, by_hand, rtol=1e-4, atol=1e-5)

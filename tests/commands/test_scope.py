@@ -47,6 +47,18 @@ def test_who_shares_a_bank(scope: str, layer: object, keys: list[str], n: int) -
     assert len(set(members)) == len(members)
 
 
+@pytest.mark.parametrize(
+    ("scope", "family", "keys"),
+    [
+        ("family", "down", ["layer004.down"]),
+        ("family", "all", ["layer004.up", "layer004.gate", "layer004.down"]),
+        ("families", "all", ["layer004.up+gate+down"]),
+    ],
+)
+def test_down_is_a_family_of_its_own_and_part_of_all(scope: str, family: str, keys: list[str]) -> None:
+    assert [bank.key for bank in plan(config_of(scope, 4, family), Model())] == keys
+
+
 def test_members_may_differ_in_experts_and_not_in_size() -> None:
     (up, _) = outline(config_of("layers", "6-8"), Model())
     assert (up.counts, up.n) == ((16, 12, 16), 44)

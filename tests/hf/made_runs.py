@@ -168,7 +168,10 @@ def put_dense(model: nn.Module, experts: dict[tuple[int, str, int], Tensor]) -> 
     for (layer, family, expert), matrix in experts.items():
         module, W = modules[layer], matrix
         p = W.shape[0]
-        if type(module).__name__ == "GptOssExperts":
+        if family == "down":  # a bank holds it transposed
+            stored_transposed = type(module).__name__ in ("GptOssExperts", "Llama4TextExperts")
+            module.down_proj[expert] = (W if stored_transposed else W.T).float()
+        elif type(module).__name__ == "GptOssExperts":
             module.gate_up_proj[expert, :, (0 if family == "gate" else 1) :: 2] = W.T.float()
         elif type(module).__name__ == "Llama4TextExperts":
             half = slice(0, p) if family == "gate" else slice(p, None)

@@ -109,7 +109,7 @@ def test_the_matrices_are_those_of_the_factors_in_the_dtype_of_the_file(
 def test_a_lossless_bank_gives_the_same_bytes(upstream: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     source = write_tiny("qwen3_moe", tmp_path / "source", dtype=dtype, upstream=upstream)
     checkpoint = open_checkpoint(str(source))
-    banks = [lossless_bank(checkpoint, (layer, family)) for layer in (0, 1) for family in ("gate", "up")]
+    banks = [lossless_bank(checkpoint, (layer, one)) for layer in (0, 1) for one in ("gate", "up", "down")]
     out = run_patch(write_run(tmp_path / "run", banks), tmp_path / "out")
     assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 

@@ -65,7 +65,7 @@ def layout(experts: Sequence[int], **changes: Any) -> BankLayout:
 def factored(
     n: int, *, kind: type[PlainExperts] = PlainExperts, seed: int = 0, **served: Any
 ) -> GlobeExperts:
-    """Random factored experts; `served` gives the layout of "gate", of "up" or of both."""
+    """Random factored experts; `served` gives the layouts of some of "gate", "up" and "down"."""
     places = {family: (one, one.members[0], None) for family, one in served.items()}
     module = GlobeExperts(kind(n), places)
     generator = torch.Generator().manual_seed(seed)
@@ -80,8 +80,8 @@ def factored(
 
 def dense_twin(module: GlobeExperts) -> PlainExperts:
     """The same experts multiplied out, with gradients to the factors."""
-    weights = []
-    for family in ("gate", "up"):
+    weights = {}
+    for family in module.families:
         one = module.projections[family]
         rows = []
         for expert in range(module.num_experts):
@@ -93,11 +93,12 @@ def dense_twin(module: GlobeExperts) -> PlainExperts:
             Y = sum(one.codes[row, j] * bank[j] for j in range(M))
             W = one.adapters[row] @ phi(Y, lam=one.layout.lam, activation=one.layout.activation)
             rows.append(W if one.layout.mean is Mean.none else W + one.mean)
-        weights.append(torch.stack(rows))
+        weights[family] = torch.stack(rows)
+    down = weights["down"].mT if "down" in weights else module.down_proj
     twin = copy.deepcopy(module._dense[0])
     twin.gate_up_proj, twin.down_proj = None, None
     del twin._parameters["gate_up_proj"], twin._parameters["down_proj"]
-    twin.gate_up_proj, twin.down_proj = torch.cat(weights, dim=1), module.down_proj
+    twin.gate_up_proj, twin.down_proj = torch.cat([weights["gate"], weights["up"]], dim=1), down
     return twin
 
 
@@ -120,6 +121,14 @@ VARIANTS = {
         "gate": layout([1, 2], mean=Mean.scalar, lam=0.0),
     },
     "matrix mean": {"up": layout(range(5), mean=Mean.matrix, activation="tanh"), "gate": layout([3])},
+    "all three": {
+        "gate": layout(range(6)),
+        "up": layout([1, 4]),
+        "down": layout(range(6), activation="tanh"),
+    },
+    "down alone": {"down": layout([4, 0, 3], lam=1.0)},
+    "down low rank": {"down": layout(range(6), atom_rank=2, mean=Mean.scalar)},
+    "down linear": {"down": layout([5, 2], lam=0.0, mean=Mean.matrix), "up": layout(range(6))},
 }
 
 

@@ -85,6 +85,14 @@ CASES: dict[str, Banks] = {
         random_bank(c, [(0, "up"), (1, "up")], mean="scalar", low_rank=True),
         random_bank(c, [(1, "gate")], seed=1),
     ],
+    "down alone": lambda c: [random_bank(c, [(1, "down")], mean="scalar")],
+    "down of some experts": lambda c: [
+        random_bank(c, [(0, "down")], experts=[0, 2, 3], mean="matrix"),
+        random_bank(c, [(1, "up")], seed=1),
+    ],
+    "a bank of all three families": lambda c: [
+        random_bank(c, [(0, "gate"), (0, "up"), (0, "down")], mean="scalar", low_rank=True)
+    ],
 }
 
 
@@ -107,13 +115,20 @@ def test_partial_and_mixed_compression(case: str, tiny: Callable[[str], Path], t
     served = {member.layer for bank in banks for member in bank.members}
     replaced = [module for module in patched.modules() if isinstance(module, GlobeExperts)]
     assert len(replaced) == len(served)
-    # what the files hold: the original without gate and up of the layers served, and the factors once
+    # what the files hold: the original without gate and up of the layers served, without down where a bank serves it,
+    # and the factors once
     kept = set(tensors(out)) - factor_names(out)
     gone = {
         f"layers.{layer}.mlp.experts.{e}.{f}_proj"
         for layer in served
         for e in range(6)
         for f in ("gate", "up")
+    } | {
+        f"layers.{member.layer}.mlp.experts.{e}.down_proj"
+        for bank in banks
+        for member in bank.members
+        if member.family == "down"
+        for e in range(6)
     }
     original = set(tensors(source))
     assert kept == {name for name in original if not any(part in name for part in gone)}
@@ -131,7 +146,7 @@ def test_partial_and_mixed_compression(case: str, tiny: Callable[[str], Path], t
 def test_lossless_banks_leave_logits_unchanged_in_all_outputs(tmp_path: Path) -> None:
     source = write_tiny("qwen3_moe", tmp_path / "source")
     checkpoint = open_checkpoint(str(source))
-    banks = [lossless_bank(checkpoint, (layer, family)) for layer in (0, 1) for family in ("gate", "up")]
+    banks = [lossless_bank(checkpoint, (layer, one)) for layer in (0, 1) for one in ("gate", "up", "down")]
     run = write_run(tmp_path / "run", banks)
     expected = logits(load_tiny(source, "qwen3_moe"))
     patch(parse([f"run={run}", f"out={tmp_path / 'dense'}"]))
@@ -145,8 +160,8 @@ def test_lossless_banks_leave_logits_unchanged_in_all_outputs(tmp_path: Path) ->
         torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["up", "gate"])
-def test_doubling_up_doubles_the_output_of_the_experts_and_doubling_gate_does_not(
+@pytest.mark.parametrize("family", ["up", "gate", "down"])
+def test_doubling_up_or_down_doubles_the_output_of_the_experts_and_doubling_gate_does_not(
     family: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny("mixtral")
@@ -158,7 +173,7 @@ def test_doubling_up_doubles_the_output_of_the_experts_and_doubling_gate_does_no
         before = load_tiny(source, "mixtral").get_submodule(name)(x, index, weight)
         for model in (load(write(run, tmp_path / "out")), patch_model(load_tiny(source, "mixtral"), run)):
             after = model.get_submodule(name)(x, index, weight)
-            assert torch.allclose(after, 2 * before, atol=1e-6) == (family == "up")
+            assert torch.allclose(after, 2 * before, atol=1e-6) == (family != "gate")
             assert (after - before).abs().max() > 1e-3
 
 

@@ -95,7 +95,7 @@ def test_layers_are_read_off_module_names() -> None:
         (layout(MemberLayout(1, "up", (0, 1))), r"experts in the layers \[0\]"),
         (layout(MemberLayout(0, "up", (0, 3))), "has 3 of 5 x 7"),
         (layout(MemberLayout(0, "up", (0,)), p=7, d=5), "7 x 5"),
-        (layout(MemberLayout(0, "down", (0,))), "format=dense"),
+        (layout(MemberLayout(0, "side", (0,))), "format=dense"),
         (layout(MemberLayout(0, "up", (0,)), MemberLayout(0, "up", (1,))), "twice"),
     ],
 )

@@ -25,8 +25,8 @@ _FOLDER = Path(__file__).parent / "architectures"
 class Slot:
     """How one family is stored: which tensors, and which part of them.
 
-    A matrix that multiplies a column of activations is (p, d): gate and up are (I, H), down is (H, I), with I
-    the intermediate and H the hidden size.
+    Every family comes as (p, d) = (I, H), with I the intermediate and H the hidden size: gate and up as they
+    multiply a column of activations, down with its axes exchanged. So a bank stands on the hidden side of all three.
     """
 
     template: str
@@ -34,7 +34,7 @@ class Slot:
     half: int | None
     """None: the tensor holds this family alone. 0 or 1: first or second half of a tensor of gate and up."""
     transposed: bool
-    """The tensor holds the matrix with its two axes exchanged."""
+    """The tensor holds the (p, d) matrix with its two axes exchanged."""
     interleaved: bool
     """The halves alternate row by row, rather than follow each other."""
 
@@ -66,7 +66,9 @@ class Layout:
         if self.gate_up is not None and family != "down":
             return Slot(self.gate_up, int(family == "up"), self.transposed, self.interleaved)
         template: str | None = getattr(self, family)
-        return None if template is None else Slot(template, None, self.transposed, False)
+        # files hold down as (H, I) where they hold gate and up as (I, H)
+        transposed = self.transposed != (family == "down")
+        return None if template is None else Slot(template, None, transposed, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,9 @@ class ConfigKeys:
     layers: tuple[str, ...]
     experts: tuple[str, ...]
     rows: tuple[str, ...]
-    """The intermediate size I: p of gate and up, d of down."""
+    """The intermediate size I, which is p."""
     columns: tuple[str, ...]
-    """The hidden size H: d of gate and up, p of down."""
+    """The hidden size H, which is d."""
 
 
 @dataclass(frozen=True, slots=True)

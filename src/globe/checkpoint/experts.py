@@ -121,8 +121,8 @@ class Checkpoint:
     ) -> Experts:
         """The expert matrices of one layer and family ("up", "gate" or "down"), in the checkpoint's dtype.
 
-        An expert computes down(act(gate x) * up x): gate and up come as (I, H), down as (H, I), whatever
-        way they are stored. Of n routed experts at most `max_experts` are taken, the first ones or evenly
+        An expert computes down^T (act(gate x) * up x): all three families come as (I, H), whatever way they are
+        stored, so down comes transposed. Of n routed experts at most `max_experts` are taken, the first ones or evenly
         spaced from the first to the last; the shared one, if asked for, comes last. `rows` is the part of
         all these that is wanted, none perhaps. Only the bytes of these matrices are read (both gate and up
         where they alternate row by row). Raises CheckpointError for a layer out of range or without

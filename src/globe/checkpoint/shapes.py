@@ -47,7 +47,7 @@ def routed_shape(
                 f"is {first.dtype} {list(first.shape)}: the files do not belong together, download them again"
             )
     rows, columns = size_of(config, keys.rows, layer), size_of(config, keys.columns, layer)
-    wanted = (columns, rows) if family == "down" else (rows, columns)
+    wanted = (rows, columns)
     if any(promised not in (None, got) for got, promised in zip((p, d), wanted, strict=True)):
         raise CheckpointError(
             f"{name} in {reader.folder} holds {p} x {d} matrices where config.json promises "

@@ -8,7 +8,16 @@ from enum import StrEnum
 class Family(StrEnum):
     up = "up"
     gate = "gate"
+    down = "down"
     both = "both"
+    all = "all"
+
+
+FAMILIES_OF = {
+    Family.both: (Family.up, Family.gate),
+    Family.all: (Family.up, Family.gate, Family.down),
+}
+"""The families that a word stands for; every other word stands for itself."""
 
 
 class Method(StrEnum):

@@ -14,6 +14,7 @@ from globe.config.bank_options import BankConfig, BudgetConfig, ModelConfig, Nor
 from globe.config.checks import check, positive
 from globe.config.choices import (
     ADAM_METHODS,
+    FAMILIES_OF,
     OBJECTIVES,
     Activation,
     Curve,
@@ -77,7 +78,8 @@ class WandbConfig:
 @dataclass
 class Config:
     family: Family = Family.up
-    """Which projection is compressed: up, gate, or both (one bank each, unless `bank.scope` joins them)."""
+    """Which projection is compressed: up, gate, down, both (up and gate) or all three; one bank each, unless
+    `bank.scope` joins them. A bank of down stands on its output side: its matrices are read transposed."""
     layer: Any = 12
     """Layers: `12`, `all`, `[4,12,20]`, or `4-8` (both ends included; `4:8` and `4..8` are the same)."""
     method: Method = Method.globe
@@ -165,10 +167,10 @@ def _check_method(config: Config) -> None:
         check(method is Method.globe and not writes, "normalise.store", "checkpoint", needed)
     if bank.scope is Scope.families:
         check(
-            config.family is Family.both,
+            config.family in FAMILIES_OF,
             "bank.scope",
             "families",
-            "family=both with it, whose banks it joins",
+            "family=both or family=all with it, whose banks it joins",
         )
     if method is Method.mean_svd:
         check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with method=mean_svd")

@@ -4,7 +4,7 @@ that is in memory really multiplies by the matrix that its files stand for."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from globe.bank.compose import mixed_bases, rebuild
 from globe.checkpoint import Checkpoint
+from globe.checkpoint.architecture import FAMILIES
 from globe.checkpoint.experts import SHARED
 from globe.evaluation.sizes import compressed_places
 from globe.evaluation.subject import Subject
@@ -113,8 +114,8 @@ def _parity(pair: Pair, place: Place, x: Float[Tensor, "t d"]) -> float | None:
     if irregularity(dense) is not None:
         return None
     module = pair.model.get_submodule(experts_modules(pair.model)[place.layer])
-    gate, up = (rebuilt_matrix(pair, place._replace(family=family)) for family in ("gate", "up"))
-    return parity_error(module, dense, place.expert, gate, up, x)
+    matrices = {family: rebuilt_matrix(pair, place._replace(family=family)) for family in FAMILIES}
+    return parity_error(module, dense, place.expert, matrices, x)
 
 
 def compare(
@@ -155,6 +156,8 @@ def rebuilt_matrix(pair: Pair, place: Place) -> Float[Tensor, "p d"]:
     module = pair.model.get_submodule(experts_modules(pair.model)[place.layer])
     if not isinstance(module, GlobeExperts):  # a layer of a compact checkpoint that no bank serves
         return stored_matrix(pair.checkpoint, place)
+    if place.family not in module.projections:  # down, which no bank serves
+        return to_float64(module.down_proj[place.expert].mT).cpu()
     return product_of_factors(module.projections[place.family], place.expert)
 
 
@@ -182,22 +185,23 @@ def parity_error(
     module: nn.Module,
     dense: nn.Module,
     expert: int,
-    gate: Float[Tensor, "p d"],
-    up: Float[Tensor, "p d"],
+    matrices: Mapping[str, Float[Tensor, "p d"]],
     x: Float[Tensor, "t d"],
 ) -> float:
     """||y - z||_F / ||z||_F: y is what an experts module makes of x for one expert, z the same from matrices.
 
-    z = down (act(gate x) * up x) in float64, with the gating of `dense`, the original's module.
+    z = down^T (act(gate x) * up x) in float64, with the gating of `dense`, the original's module; `matrices` are
+    those of the expert by family.
     """
-    down: Any = module.down_proj
-    x = x.to(down)
+    x = x.to(next(module.parameters()))
     chosen = torch.full((x.shape[0], 1), expert, device=x.device)
     y = module(x, chosen, torch.ones_like(chosen, dtype=x.dtype))
     wide = to_float64(x)
     gated: Any = dense._apply_gate
-    inner = gated(torch.cat([wide @ one.to(wide.device).mT for one in (gate, up)], dim=1))
-    return _distance(inner @ to_float64(down[expert]).mT, y)
+    inner = gated(
+        torch.cat([wide @ one.to(wide.device).mT for one in (matrices["gate"], matrices["up"])], dim=1)
+    )
+    return _distance(inner @ matrices["down"].to(wide.device), y)
 
 
 def tolerance(dtype: torch.dtype) -> float:

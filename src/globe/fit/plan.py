@@ -14,7 +14,7 @@ from globe.am.records import Sizes
 from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
-from globe.config.choices import Centre, Family, Method, Scope
+from globe.config.choices import FAMILIES_OF, Centre, Method, Scope
 from globe.config.identity import DEFAULT_SIZES
 from globe.config.layers import parse_layers, ranges
 from globe.config.schema import Config
@@ -141,16 +141,14 @@ def cache_bytes(bank: BankPlan, S_cache: int | str, itemsize: int) -> int:
 
 
 def outline(config: Config, checkpoint: Source) -> tuple[Outline, ...]:
-    """The banks of a run in the order they are learned: layer by layer, up before gate.
+    """The banks of a run in the order they are learned: layer by layer, up before gate before down.
 
-    `bank.scope` says whose experts share one: those of a layer and family (`family`), up and gate of a layer
+    `bank.scope` says whose experts share one: those of a layer and family (`family`), the families of a layer
     (`families`), or one family's in all selected layers (`layers`). A member has min(experts, model.max_experts)
     routed experts, and the shared expert if `model.include_shared` asks for it. Raises ConfigError when a layer
     does not exist, or when members of a bank differ in p or d.
     """
-    families = [
-        str(one) for one in ((Family.up, Family.gate) if config.family is Family.both else (config.family,))
-    ]
+    families = [str(one) for one in FAMILIES_OF.get(config.family, (config.family,))]
     layers = parse_layers(config.layer, checkpoint.moe_layers, checkpoint.num_layers)
     match config.bank.scope:
         case Scope.family:

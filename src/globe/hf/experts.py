@@ -1,4 +1,4 @@
-"""The experts module of a layer with factored gate and up projections: a drop-in for transformers' own."""
+"""The experts module of a layer with factored projections: a drop-in for transformers' own."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 from globe.hf.atoms import Atoms
 from globe.hf.layout import BankLayout, MemberLayout
-from globe.hf.projection import Group, Projection
+from globe.hf.projection import Group, OutputProjection, Projection
 
 
 class GlobeExperts(nn.Module):
-    """sum over the top-k experts e of w_e down_e (act(gate_e x) * up_e x), gate_e or up_e or both factored.
+    """sum over the top-k experts e of w_e down_e (act(gate_e x) * up_e x), any of the three factored.
 
     Takes the place of a regular experts module (`globe.hf.structure`), is called as it is, and gives what it
-    would give with the dense products in its weights. `down_proj` keeps its name and so its upstream name in
-    files. `served` gives, for "gate" and "up", the layout of the bank and the member that this layer is of
-    it, and the bank itself if it is shared with others; a family that is absent stays dense.
+    would give with the dense products in its weights. A dense `down_proj` keeps its name and so its upstream
+    name in files. `served` gives, for "gate", "up" and "down", the layout of the bank and the member that this
+    layer is of it, and the bank itself if it is shared with others; a family that is absent stays dense.
     """
 
     globe_gate: Projection
     globe_up: Projection
+    globe_down: OutputProjection
+    down_proj: nn.Parameter
 
     def __init__(
         self, dense: nn.Module, served: dict[str, tuple[BankLayout, MemberLayout, Atoms | None]]
@@ -37,10 +39,13 @@ class GlobeExperts(nn.Module):
         experts, double, hidden = fused.shape
         self.num_experts = experts
         self.size = (double // 2, hidden)
-        self.down_proj = down
-        for family in ("gate", "up"):
+        self.families = ("gate", "up", "down") if "down" in served else ("gate", "up")
+        if "down" not in served:
+            self.down_proj = down
+        for family in self.families:
             layout, member, bank = served.get(family, (None, None, None))
-            projection = Projection(experts, self.size, layout, member, bank=bank, dtype=fused.dtype)
+            kind = OutputProjection if family == "down" else Projection
+            projection = kind(experts, self.size, layout, member, bank=bank, dtype=fused.dtype)
             self.add_module(f"globe_{family}", projection)
         # What is left of the dense module knows the activation, and becomes it again in `densify`. A tuple
         # hides it from the module tree: it has no weights any more.
@@ -51,7 +56,7 @@ class GlobeExperts(nn.Module):
 
     @property
     def projections(self) -> dict[str, Projection]:
-        return {family: getattr(self, f"globe_{family}") for family in ("gate", "up")}
+        return {family: getattr(self, f"globe_{family}") for family in self.families}
 
     def forward(
         self,
@@ -76,14 +81,23 @@ class GlobeExperts(nn.Module):
         rows = hidden_states[tokens].split(sizes)
         gate = self.globe_gate(hidden_states, rows, tokens, groups)
         up = self.globe_up(hidden_states, rows, tokens, groups)
-        inner = self._activate(gate, up).split(sizes)
-        down = self.down_proj
-        outputs = [F.linear(part, down[group.expert]) for part, group in zip(inner, groups, strict=True)]
-        weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
+        outputs = self._down(self._activate(gate, up), sizes, groups)
+        weighted = outputs * top_k_weights.reshape(-1)[order, None]
         # back to one row per pair, then a sum over k: deterministic, unlike adding rows by index on a GPU
         pairs = weighted.new_zeros(flat.shape[0], weighted.shape[1]).index_copy(0, order, weighted)
         summed = pairs.view(*top_k_index.shape, -1).sum(1)
         return summed.to(hidden_states.dtype)
+
+    def _down(
+        self, inner: Float[Tensor, "s p"], sizes: Sequence[int], groups: Sequence[Group]
+    ) -> Float[Tensor, "s d"]:
+        parts = inner.split(list(sizes))
+        if "down" in self.families:
+            return self.globe_down(inner, parts, torch.arange(len(inner), device=inner.device), groups)
+        down = self.down_proj
+        return torch.cat(
+            [F.linear(part, down[group.expert]) for part, group in zip(parts, groups, strict=True)]
+        )
 
     def _activate(self, gate: Float[Tensor, "s p"], up: Float[Tensor, "s p"]) -> Float[Tensor, "s p"]:
         """The dense module's own gating, which in some architectures is more than a product."""
@@ -95,11 +109,15 @@ class GlobeExperts(nn.Module):
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense module again, with the products of the factors in its weights (gate first)."""
-        weights = [self.projections[family].rebuild() for family in ("gate", "up")]
-        dense, dtype = self._dense[0], dtype or self.down_proj.dtype
-        trained = self.down_proj.requires_grad
-        dense.gate_up_proj = nn.Parameter(torch.cat(weights, dim=1).to(dtype), requires_grad=trained)
-        dense.down_proj = nn.Parameter(self.down_proj.detach().to(dtype), requires_grad=trained)
+        example = next(self.parameters())
+        dense, dtype = self._dense[0], dtype or example.dtype
+        trained = example.requires_grad
+        fused = torch.cat([self.globe_gate.rebuild(), self.globe_up.rebuild()], dim=1)
+        down = (
+            self.globe_down.rebuild().mT.contiguous() if "down" in self.families else self.down_proj.detach()
+        )
+        dense.gate_up_proj = nn.Parameter(fused.to(dtype), requires_grad=trained)
+        dense.down_proj = nn.Parameter(down.to(dtype), requires_grad=trained)
         return dense
 
 

@@ -22,8 +22,6 @@ from globe.hf.layout import VERSION, VERSION_KEY, to_json
 from globe.hf.run_banks import BankEntry, verify_source
 from globe.hf.swap import SHARED_BANKS, bank_values, member_values, swap_in
 
-FAMILIES = ("gate", "up")
-
 
 def write_globe(
     entries: tuple[BankEntry, ...],
@@ -35,8 +33,9 @@ def write_globe(
 ) -> dict[str, Any]:
     """Write a checkpoint that plain `AutoModelForCausalLM.from_pretrained` loads once `globe` is imported.
 
-    In the layers that a bank serves, gate and up of the routed experts become factors; a family or an expert
-    that is not compressed stays dense, under a name of its own because transformers fuses gate and up. The
+    In the layers that a bank serves, gate and up of the routed experts become factors, and down where a bank serves
+    it; of gate and up, a family or an expert that is not compressed stays dense, under a name of its own because
+    transformers fuses the two. The
     factors take the dtype of the matrices they replace. The shared expert, where a bank has it, is written
     dense, reconstructed. `S_cache` is the cache size the model is loaded with. Streams; the model is built
     without memory, for its names only. Returns the record written beside the weights.
@@ -114,12 +113,11 @@ def disk_names(skeleton: nn.Module) -> dict[str, str]:
 def _kept_tensors(
     entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor but gate and up of the routed experts of the layers a bank serves."""
+    """Every stored tensor but those of the routed experts' families that a `GlobeExperts` holds."""
     gone = set()
-    for layer in modules:
-        for family in FAMILIES:
-            experts = range(checkpoint.shape(layer, family).n)
-            gone |= {checkpoint.locate(layer, family, expert).tensor for expert in experts}
+    for layer, family in _held(entries, modules):
+        experts = range(checkpoint.shape(layer, family).n)
+        gone |= {checkpoint.locate(layer, family, expert).tensor for expert in experts}
     shared = rewriters(entries, checkpoint, shared_only=True)
     for name in checkpoint.reader.names:
         if name not in gone:
@@ -131,11 +129,7 @@ def _factors(
     entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters of the factored experts, by their names in memory."""
-    dense = {
-        (layer, family): set(range(checkpoint.shape(layer, family).n))
-        for layer in modules
-        for family in FAMILIES
-    }
+    dense = {place: set(range(checkpoint.shape(*place).n)) for place in _held(entries, modules)}
     for index, entry in enumerate(entries):
         artefact = entry.read()
         for position, member in enumerate(entry.members):
@@ -151,6 +145,16 @@ def _factors(
         if experts:
             weights = checkpoint.read_experts(layer, family).weights
             yield f"{modules[layer]}.globe_{family}.dense", weights[sorted(experts)]
+
+
+def _held(entries: tuple[BankEntry, ...], modules: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Layers and families that a `GlobeExperts` holds: gate and up of every layer served, down where it is served."""
+    down = {member.layer for entry in entries for member in entry.members if member.family == "down"}
+    return [
+        (layer, family)
+        for layer in modules
+        for family in ("gate", "up", *(("down",) if layer in down else ()))
+    ]
 
 
 def _stored_dtype(checkpoint: Checkpoint, layer: int, family: str) -> torch.dtype:

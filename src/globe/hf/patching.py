@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from globe.bank.compose import rebuild
 from globe.bank.file import BankArtefact
-from globe.checkpoint.architecture import Slot, load_architecture
+from globe.checkpoint.architecture import FAMILIES, Slot, load_architecture
 from globe.checkpoint.experts import SHARED
 from globe.checkpoint.location import locate_matrix
 from globe.errors import ArtefactError
@@ -30,9 +31,9 @@ def patch_model(
 ) -> Any:
     """Put the banks of a run folder into a transformers model, in place, and return it.
 
-    The experts that a bank serves become factored: W_e x = A_e M_e x + mean x, in `dtype` (None: the model's
-    own) on the device of the weights they replace. `S_cache` is the number of experts whose bases stay
-    composed per layer and family: 0 composes at each call, "all" keeps every one, None is what the run says.
+    The experts that a bank serves become factored: W_e = A_e M_e + mean (for down the transpose of W_e), in `dtype`
+    (None: the model's own) on the device of the weights they replace. `S_cache` is the number of experts whose
+    bases stay composed per layer and family: 0 composes at each call, "all" keeps every one, None is what the run says.
     With `dense` the reconstructions are written into the dense weights instead. `save_pretrained` then writes a
     compact checkpoint (with `dense`, an ordinary one).
 
@@ -63,14 +64,22 @@ def patch_model(
 def _write_dense(model: nn.Module, names: dict[int, str], entry: BankEntry) -> None:
     artefact = entry.read()
     for member in entry.members:
-        target = model.get_submodule(names[member.layer]).gate_up_proj
-        assert isinstance(target, nn.Parameter)
-        half = target.shape[1] // 2
-        part = slice(0, half) if member.family == "gate" else slice(half, None)
+        target = _dense_view(model.get_submodule(names[member.layer]), member.family)
         for row, expert in enumerate(member.experts, start=member.start):
             if expert != SHARED:
-                target[expert, part] = rebuild(artefact, [row], dtype=target.dtype)[0]
+                target[expert] = rebuild(artefact, [row], dtype=target.dtype)[0]
     _write_shared(model, artefact)
+
+
+def _dense_view(module: nn.Module, family: str) -> Float[Tensor, "n p d"]:
+    """The weights of one family of a regular experts module, down transposed: a view that can be written to."""
+    if family == "down":
+        down = module.down_proj
+        assert isinstance(down, nn.Parameter)
+        return down.detach().mT
+    fused = module.gate_up_proj
+    assert isinstance(fused, nn.Parameter)
+    return fused.detach().chunk(2, dim=1)[family == "up"]
 
 
 @torch.no_grad()
@@ -107,16 +116,19 @@ def _swap(
     layouts = tuple(entry.layout for entry in entries)
     touched = {member.layer for layout in layouts for member in layout.members}
     names = experts_modules(model)
-    fused = {layer: model.get_submodule(names[layer]).gate_up_proj for layer in touched}
+    fused = {
+        layer: {family: _dense_view(model.get_submodule(names[layer]), family) for family in FAMILIES}
+        for layer in touched
+    }
     swap_in(model, layouts)
-    place = {layer: (weight.device, dtype or weight.dtype) for layer, weight in fused.items()}
+    place = {layer: (held["up"].device, dtype or held["up"].dtype) for layer, held in fused.items()}
     for layer in touched:
         experts = model.get_submodule(names[layer])
         assert isinstance(experts, GlobeExperts)
-        for family, half in zip(("gate", "up"), fused.pop(layer).chunk(2, dim=1), strict=True):
-            projection = experts.projections[family]
+        held = fused.pop(layer)
+        for family, projection in experts.projections.items():
             if projection.dense_row:
-                fill(projection, {"dense": half[sorted(projection.dense_row)]}, *place[layer])
+                fill(projection, {"dense": held[family][sorted(projection.dense_row)]}, *place[layer])
     for index, entry in enumerate(entries):
         artefact = entry.read()
         for position, member in enumerate(entry.members):

@@ -1,4 +1,4 @@
-"""One family (gate or up) of one layer's experts, multiplied factored: W_e x = A_e M_e x + mean x.
+"""One family of one layer's experts, multiplied factored: A_e M_e x for gate and up, M_e^T A_e^T h for down.
 
 M_e = phi_lam(sum_j alpha_ej B_j) is composed for the experts that got tokens, kept for as many as the cache
 may hold, and never made for all experts at once unless the cache is asked to hold them all.
@@ -32,7 +32,9 @@ class Group(NamedTuple):
 
 
 class Projection(nn.Module):
-    """W_e x for the experts e of one layer and family, some or all of them factored, the others dense.
+    """W_e x for the experts e of one layer and gate or up, some or all of them factored, the others dense.
+
+    W_e = A_e M_e + mean, (p, d).
 
     `member` None: none is factored. Parameters: `adapters` (h, p, r), `codes` (h, m), `mean` (1,) or (p, d),
     `dense` (experts - h, p, d), and the bank in `bank`, unless it is shared with others and given here.
@@ -209,3 +211,40 @@ class Projection(nn.Module):
         """Every move to another device or dtype ends here; what was composed before is of no more use."""
         self.clear_cache()
         return super()._apply(fn, recurse)
+
+
+class OutputProjection(Projection):
+    """W_e^T h for the experts e of one layer and down, of which the bank holds W_e (p, d) as it does gate and up.
+
+    With W_e = A_e M_e + mean that is M_e^T (A_e^T h) + mean^T h.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "s p"],
+        rows: Sequence[Float[Tensor, "_ p"]],
+        tokens: Int[Tensor, " s"],
+        groups: Sequence[Group],
+    ) -> Float[Tensor, "s d"]:
+        """W_e^T h for every pair: x are the rows h of all pairs, sorted by expert, `rows` the same per group."""
+        bank = self.bank_here()
+        hit = {group.expert for group in groups}
+        parts = []
+        for first in range(0, len(groups), COMPOSED_AT_ONCE):
+            chunk = groups[first : first + COMPOSED_AT_ONCE]
+            wanted = [group.expert for group in chunk if group.expert in self.row]
+            bases = self._bases(wanted, bank, hit) if bank is not None else {}
+            for group, own in zip(chunk, rows[first:], strict=False):
+                if group.expert in self.dense_row:
+                    parts.append(own @ self.dense[self.dense_row[group.expert]])
+                else:
+                    inner = own @ self.adapters[self.row[group.expert]]
+                    parts.append(self._add_mean(inner @ bases[group.expert], own))
+        return torch.cat(parts)
+
+    def _add_mean(self, out: Float[Tensor, "t d"], h: Float[Tensor, "t p"]) -> Float[Tensor, "t d"]:
+        if self.layout is None or self.layout.mean is Mean.none:
+            return out
+        if self.layout.mean is Mean.scalar:
+            return out + h.sum(-1, keepdim=True) * self.mean
+        return out + h @ self.mean

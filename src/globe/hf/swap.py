@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from globe.bank.file import BankArtefact
+from globe.checkpoint.architecture import FAMILIES
 from globe.errors import ArtefactError
 from globe.hf.atoms import Atoms
 from globe.hf.experts import GlobeExperts
@@ -64,7 +65,7 @@ def check_fit(model: nn.Module, names: Mapping[int, str], layouts: Sequence[Bank
             if (member.layer, member.family) in seen:
                 raise ArtefactError(f"{what} is there twice: keep one of the two in the run folder")
             seen.add((member.layer, member.family))
-            if member.family not in ("gate", "up"):
+            if member.family not in FAMILIES:
                 raise ArtefactError(f"{what} can't run factored: use format=dense")
             if member.layer not in names:
                 raise ArtefactError(
