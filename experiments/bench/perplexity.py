@@ -43,9 +43,9 @@ from globe.evaluation.divergence import divergence
 from globe.evaluation.perplexity import perplexity, rise, score
 from globe.evaluation.subject import Subject, check_model, load_tokenizer
 from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
+from globe.files import read_record, write_json
 from globe.fit.plan import plan
 from globe.hf import patch_model
-from globe.runs.folder import read_json, write_json
 from globe.runs.summary import read_summary
 
 _DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -176,7 +176,7 @@ def cell_file(options: argparse.Namespace, method: str, kept: float) -> Path:
 
 def finished(options: argparse.Namespace, method: str, kept: float, settings: dict[str, Any]) -> dict | None:
     """A cell that was done with the same settings before."""
-    cell = read_json(cell_file(options, method, kept))
+    cell = read_record(cell_file(options, method, kept))
     return cell if cell is not None and cell["settings"] == settings else None
 
 
@@ -280,7 +280,7 @@ def main() -> None:
     if options.table:
         for method in options.methods:
             for kept in options.kept:
-                if (cell := read_json(cell_file(options, method, kept))) is not None:
+                if (cell := read_record(cell_file(options, method, kept))) is not None:
                     cells[method, kept] = cell
         if len({json.dumps(cell["settings"] | {"run": ""}) for cell in cells.values()}) > 1:
             raise ConfigError(f"--out {options.out} holds cells of several texts or models: give one of each")

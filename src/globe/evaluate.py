@@ -35,7 +35,7 @@ from globe.config.commands import start
 from globe.evaluation.measure import evaluate
 from globe.evaluation.options import EvaluateOptions, output_file
 from globe.evaluation.report import print_evaluation
-from globe.runs.folder import write_json
+from globe.files import write_json
 
 
 def _quiet() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
 from globe.errors import ConfigError
+from globe.files import write_bytes, write_text
 from globe.reporting.labels import varied_options
 from globe.reporting.markdown import to_markdown
 from globe.reporting.page import to_html
@@ -26,7 +27,6 @@ from globe.reporting.runs import ReportRun, read_runs
 from globe.reporting.sections import Report, build
 from globe.reporting.style import require_matplotlib
 from globe.reporting.tables import runs_csv
-from globe.runs.folder import write_bytes, write_text
 
 _OURS = re.compile(r"fig-[a-z]+(-\d+)?\.png")
 """Names of our pictures; those of an earlier report in the same folder are removed."""

@@ -143,7 +143,7 @@ def test_overwriting_replaces_the_artefact_and_leaves_nothing_beside_it(tmp_path
     assert os.listdir(tmp_path) == ["bank"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "_sha256"])
+@pytest.mark.parametrize("step", ["save_file", "sync", "sha256"])
 @pytest.mark.parametrize("before", [False, True])
 def test_a_failed_write_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
@@ -329,7 +329,7 @@ def test_truncated_and_foreign_records(folder: Path, content: str) -> None:
 
 def test_a_record_in_another_encoding(folder: Path) -> None:
     (folder / "globe.json").write_bytes(b"\xff\xfe{}")
-    refused(folder, "is not JSON")
+    refused(folder, "is not UTF-8 text")
 
 
 def test_a_flipped_bit(folder: Path) -> None:
@@ -370,7 +370,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, A
     tensors = load_file(path)
     change(tensors, header)
     save_file(tensors, path, metadata={"globe": json.dumps(header, sort_keys=True)})
-    record |= header | {"sha256": artefact_file._sha256(path)}
+    record |= header | {"sha256": artefact_file.sha256(path)}
     (folder / "globe.json").write_text(json.dumps(record))
 
 
@@ -410,5 +410,5 @@ def test_consistent_but_wrong_files(
 
 def test_safetensors_of_another_program(folder: Path) -> None:
     save_file({"model.embed": torch.ones(3, 2)}, folder / "bank.safetensors", metadata={"format": "pt"})
-    edit(folder, lambda record: record.update(sha256=artefact_file._sha256(folder / "bank.safetensors")))
+    edit(folder, lambda record: record.update(sha256=artefact_file.sha256(folder / "bank.safetensors")))
     refused(folder, "has no 'globe' metadata: it was not written by GloBE")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import globe
 import globe.embedded
-from globe.checkpoint import ExpertShape, ShardReader, known_model_types, open_checkpoint
+from globe.checkpoint import ExpertShape, known_model_types, open_checkpoint
 from globe.checkpoint.experts import choose_experts
 from globe.errors import CheckpointError
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, TINY
@@ -141,20 +141,6 @@ def test_dtypes_and_shards(
         assert torch.equal(experts.weights, by_name(tensors, "qwen2_moe", 1, family))
     assert checkpoint.reader.bytes_read == 3 * EXPERTS * INTERMEDIATE * HIDDEN * dtype.itemsize
     assert checkpoint.total_parameters == sum(tensor.numel() for tensor in tensors.values())
-
-
-def test_one_file_of_a_sharded_checkpoint_is_enough_for_one_layer(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Laziness that shows: the other files are not even opened."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_checkpoint("qwen2_moe", max_shard_size="20KB"), folder)
-    index = ShardReader(folder).index
-    needed = {index[f"model.layers.1.mlp.experts.{e}.{f}_proj.weight"] for e in range(6) for f in FAMILIES}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in needed:
-            path.write_bytes(b"")
-    assert open_checkpoint(str(folder)).read_experts(1, "up").weights.shape == (EXPERTS, INTERMEDIATE, HIDDEN)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts resident pages as Linux does")

@@ -16,6 +16,7 @@ from torch import Tensor
 from globe.checkpoint import copy_checkpoint, copy_support_files, open_checkpoint
 from globe.checkpoint.tensorfile import TensorFile
 from globe.errors import CheckpointError
+from globe.files import fresh_folder
 from tiny_models import EXPERTS, load_tiny
 
 
@@ -109,16 +110,6 @@ def test_a_replacement_keeps_shape_and_dtype(
     name = "model.embed_tokens.weight"
     with pytest.raises(CheckpointError, match=rf"{name} is torch.float32 \[37, 24\], but its replacement"):
         copy_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "out", {name: wrong})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failing_function_leaves_nothing(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    def fail(stored: Tensor) -> Tensor:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        copy_checkpoint(tiny_checkpoint("mixtral"), tmp_path / "out", {"model.norm.weight": fail})
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "shutil.copyfile", "globe.checkpoint.rewrite.raw_bytes"])
@@ -131,8 +122,11 @@ def test_a_disk_that_refuses(
     source = tiny_checkpoint("mixtral")
     with monkeypatch.context() as patch:
         patch.setattr(call, refuse)
-        with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
-            copy_checkpoint(source, tmp_path / "out", {"model.norm.weight": lambda stored: stored})
+        with (
+            pytest.raises(OSError, match="No space left on device"),
+            fresh_folder(tmp_path / "out") as folder,
+        ):
+            copy_checkpoint(source, folder, {"model.norm.weight": lambda stored: stored})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,13 +134,8 @@ def test_refusals_before_anything_is_written(tiny_checkpoint: Callable[..., Path
     source = tiny_checkpoint("mixtral")
     with pytest.raises(CheckpointError, match="has no tensor absent, so it cannot be replaced"):
         copy_checkpoint(source, tmp_path / "out", {"absent": lambda stored: stored})
-    with pytest.raises(CheckpointError, match="is the checkpoint itself"):
+    with pytest.raises(shutil.SameFileError):
         copy_checkpoint(source, source, {})
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
-    with pytest.raises(CheckpointError, match="exists already"):
-        copy_checkpoint(source, tmp_path / "out", {})
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
 def test_what_is_not_weights_is_copied_through_links(tmp_path: Path) -> None:

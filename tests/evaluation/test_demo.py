@@ -12,8 +12,8 @@ from made_runs import random_bank, write_run
 
 from globe.checkpoint import open_checkpoint
 from globe.evaluate import EvaluateOptions, evaluate
+from globe.files import write_json
 from globe.patch import parse, patch
-from globe.runs.folder import write_json
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "demo" / "demo.py"
 

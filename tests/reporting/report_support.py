@@ -16,8 +16,9 @@ from globe.evaluation.divergence import Divergence
 from globe.evaluation.perplexity import Perplexity, Rise
 from globe.evaluation.report import Evaluation
 from globe.evaluation.sizes import Change, ModelSizes
+from globe.files import write_json
 from globe.hf.footprint import Footprint
-from globe.runs.folder import RunFolder, State, write_json
+from globe.runs.folder import RunFolder, State
 from run_support import FakeFit, run_in
 
 STEPS = 4

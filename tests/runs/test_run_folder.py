@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.am.records import FitState
+from globe.files import read_record, write_json, write_text
 from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
 from globe.runs import folder as run_folder
-from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json, write_text
+from globe.runs.folder import BankStatus, RunFolder, State
 
 FITTING = Fitting("abc", attempt=1, step=7)
 
@@ -44,7 +45,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_text(file, "half")
     assert json.loads(file.read_text()) == {"a": 1}
@@ -59,8 +60,8 @@ def test_json_that_is_not_finite_is_a_mistake_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x00\x01"])
 def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
-    assert read_json(tmp_path / "x.json") is None
-    assert read_json(tmp_path / "absent.json") is None
+    assert read_record(tmp_path / "x.json") is None
+    assert read_record(tmp_path / "absent.json") is None
 
 
 # --- status ---------------------------------------------------------------------------------------------------------

@@ -6,10 +6,8 @@ or nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import secrets
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, member_of, require, validate
 from globe.errors import ArtefactError
+from globe.files import fresh_folder, read_json, sha256, sync, write_text
 
 __all__ = [
     "FORMAT_VERSION",
@@ -43,43 +42,33 @@ METADATA_KEY = "globe"
 def write_artefact(artefact: BankArtefact, folder: str | os.PathLike[str]) -> None:
     """Write `folder/bank.safetensors` and `folder/globe.json`; the whole folder appears, or nothing does.
 
-    Both files are made and synced in a hidden folder beside the target, which is then renamed. An earlier
-    artefact at the same place is moved aside first and removed last, so a kill leaves at least one of the
-    two whole, if only under its hidden name. Equal tensors, members and source give equal bytes of
-    `bank.safetensors`: times and metrics stand in `globe.json`.
+    It takes the place of an earlier artefact, see `globe.files.fresh_folder`. Equal tensors, members and source give
+    equal bytes of `bank.safetensors`: times and metrics stand in `globe.json`.
 
     Raises ArtefactError when the artefact is not valid, when its records are not plain JSON with finite
     numbers, when `folder` is something else than an artefact, or when the disk refuses.
     """
     target = Path(folder).absolute()
     validate(artefact, "the artefact to be written")
-    if target.exists() and not _replaceable(target):
+    if os.path.lexists(target) and not _replaceable(target):
         raise ArtefactError(
             f"{target} exists and is not a GloBE artefact: give another folder or remove this one"
         )
-    mark = secrets.token_hex(4)
-    fresh = target.with_name(f".{target.name}.new-{mark}")
-    aside = target.with_name(f".{target.name}.old-{mark}")
     try:
-        fresh.mkdir(parents=True)
-        _write_files(artefact, fresh)
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(fresh, target)
-        _sync(target.parent)
+        with fresh_folder(target) as fresh:
+            _write_files(artefact, fresh)
     except (OSError, SafetensorError) as error:
         raise ArtefactError(
             f"{target} can't be written ({error}): free space or give another folder"
         ) from error
-    finally:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        for leftover in (fresh, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _replaceable(target: Path) -> bool:
-    return target.is_dir() and {entry.name for entry in target.iterdir()} <= {TENSORS_FILE, RECORD_FILE}
+    return (
+        target.is_dir()
+        and not target.is_symlink()
+        and {entry.name for entry in target.iterdir()} <= {TENSORS_FILE, RECORD_FILE}
+    )
 
 
 def _write_files(artefact: BankArtefact, folder: Path) -> None:
@@ -98,18 +87,17 @@ def _write_files(artefact: BankArtefact, folder: Path) -> None:
             "metrics": artefact.metrics or {},
             "kept_parameters": artefact.kept_parameters,
             "family_parameters": artefact.family_parameters,
-            "sha256": _sha256(folder / TENSORS_FILE),
+            "sha256": sha256(folder / TENSORS_FILE),
         }
         text = json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ArtefactError(
             f"the artefact's source, config or metrics are not plain JSON: {error}"
         ) from error
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / RECORD_FILE, text)
     # safetensors makes its file readable by the owner alone, whatever the umask says
     shutil.copymode(folder / RECORD_FILE, folder / TENSORS_FILE)
-    for path in (folder / TENSORS_FILE, folder / RECORD_FILE, folder):
-        _sync(path)
+    sync(folder / TENSORS_FILE)
 
 
 def _identity(artefact: BankArtefact) -> dict[str, Any]:
@@ -127,19 +115,6 @@ def _identity(artefact: BankArtefact) -> dict[str, Any]:
 
 def _sizes(artefact: BankArtefact) -> dict[str, int | None]:
     return {name: getattr(artefact, name) for name in ("n", "p", "d", "m", "r", "atom_rank")}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -> BankArtefact:
@@ -202,25 +177,24 @@ def _member(entry: Any) -> Member:
 
 def _digest(path: Path) -> str:
     try:
-        return _sha256(path)
-    except OSError as error:
-        raise ArtefactError(
-            f"{path} can't be read ({error.strerror}): give the folder of a GloBE artefact"
-        ) from error
+        return sha256(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ArtefactError:
+    reason = getattr(error, "strerror", None) or error
+    return ArtefactError(
+        f"{path} can't be read ({reason}): give the folder of a GloBE artefact, or export the run again"
+    )
 
 
 def _read_record(root: Path) -> dict[str, Any]:
     path = root / RECORD_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtefactError(
-            f"{path} can't be read ({error.strerror}): give the folder of a GloBE artefact"
-        ) from error
-    except ValueError as error:
-        raise ArtefactError(
-            f"{path} is not JSON: the file is truncated or foreign, export the run again"
-        ) from error
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
     if not isinstance(record, dict) or "format_version" not in record:
         raise ArtefactError(f"{path} is not the record of a GloBE artefact: give the folder of one")
     version = record["format_version"]

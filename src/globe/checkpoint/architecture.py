@@ -8,6 +8,7 @@ reader takes the one whose tensors exist.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -107,10 +108,12 @@ def known_model_types() -> tuple[str, ...]:
 @functools.cache
 def load_architecture(model_type: str) -> Architecture:
     """Architecture of a `model_type`. Raises CheckpointError if there is none or its file is malformed."""
-    if model_type not in known_model_types():
+    known = known_model_types()
+    if model_type not in known:
+        nearest = difflib.get_close_matches(model_type[:40], known, n=3, cutoff=0.0)
         raise CheckpointError(
-            f"model_type={model_type!r} is not an architecture GloBE knows "
-            f"({', '.join(known_model_types())}): add {model_type}.json to {_FOLDER}"
+            f"model_type={model_type[:40]!r} is none of the {len(known)} architectures GloBE knows (nearest: "
+            f"{', '.join(nearest)}): add {model_type[:40]}.json to {_FOLDER}"
         )
     path = _FOLDER / f"{model_type}.json"
     return parse_architecture(path.read_text(encoding="utf-8"), str(path), model_type)

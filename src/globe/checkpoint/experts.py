@@ -43,7 +43,7 @@ class Checkpoint:
         self.model_type = str(self.config["model_type"])
         refuse_quantised(self.config, self.folder)
         self.architecture: Architecture = load_architecture(self.model_type)
-        self.reader = ShardReader(self.folder)
+        self.reader = ShardReader(self.folder, source.headers)
         found = find_layouts(self.architecture, self.reader.names)
         layers = size_of(self.config, self.architecture.config.layers)
         self.num_layers = layers if layers is not None else count_layers(self.reader.names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import globe.embedded
 from globe.errors import CheckpointError
@@ -27,6 +28,8 @@ class Source:
     """Hub id, folder as typed, or `globe-tiny` for the embedded model."""
     revision: str | None
     """Commit of a hub model, if the cache names it; None for folders."""
+    headers: dict[str, dict[str, Any]] | None = None
+    """File name -> header of weights that are not here but on the hub; None where they are in `folder`."""
 
 
 def resolve(path: str | None, *, revision: str | None = None, force_download: bool = False) -> Source:

@@ -12,7 +12,7 @@ from torch import Tensor
 from globe.checkpoint.shards import INDEX, ShardReader
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
 from globe.errors import CheckpointError
-from globe.files import FreshFolder, unwritable
+from globe.files import sync
 
 _WEIGHTS = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
@@ -20,29 +20,28 @@ _WEIGHTS = frozenset(
 
 
 def copy_checkpoint(
-    source: str | Path, out: str | Path, replace: Mapping[str, Callable[[Tensor], Tensor]]
+    source: str | Path, folder: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> None:
-    """Copy the checkpoint folder `source` to `out`, the tensors named in `replace` changed by its functions.
+    """Copy the checkpoint folder `source` into `folder`, the tensors named in `replace` changed by its functions.
 
-    A function gets the stored tensor (its own copy) and returns one of the same shape and dtype. File
-    names, headers, metadata, the order of tensors, the index and every other tensor stay byte for byte, so
-    tied tensors stay tied; config and tokenizer are copied too. At most one tensor is in memory. `out`
-    appears whole or not at all. Raises CheckpointError if `out` exists, a name is not in the checkpoint, or
-    a function returns another shape or dtype.
+    A function gets the stored tensor (its own copy) and returns one of the same shape and dtype. File names, headers,
+    metadata, the order of tensors, the index and every other tensor stay byte for byte, so tied tensors stay tied;
+    config and tokenizer are copied too. At most one tensor is in memory. `folder` is a new one, and appears as a
+    whole by `globe.files.fresh_folder`. Raises CheckpointError if a name is not in the checkpoint, or a function
+    returns another shape or dtype, and OSError if the disk refuses.
     """
     reader = ShardReader(source)
     if absent := sorted(set(replace) - set(reader.names)):
         raise CheckpointError(
             f"{source} has no tensor {absent[0]}, so it cannot be replaced: check the names"
         )
-    if Path(out).absolute() == Path(source).absolute():
-        raise CheckpointError(f"out={str(out)!r} is the checkpoint itself: give another folder")
-    with FreshFolder(out) as folder:
-        copy_support_files(source, folder)
-        if (reader.folder / INDEX).is_file():
-            _copy(reader.folder / INDEX, folder / INDEX)
-        for shard in reader.files:
-            _copy_shard(reader.file(shard), folder / shard, replace)
+    folder.mkdir(exist_ok=True)
+    copy_support_files(source, folder)
+    if (reader.folder / INDEX).is_file():
+        _copy(reader.folder / INDEX, folder / INDEX)
+    for shard in reader.files:
+        (folder / shard).parent.mkdir(parents=True, exist_ok=True)
+        _copy_shard(reader.file(shard), folder / shard, replace)
 
 
 def copy_support_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
@@ -60,19 +59,16 @@ def copy_support_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
 
 
 def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    try:
-        with target.open("wb") as copy:
-            copy.write(file.header)
-            for name in file.entries:  # in the order of their bytes, which leave no gap
-                if name in replace:
-                    copy.write(raw_bytes(_replaced(file, name, replace[name])))
-                else:
-                    for piece in file.chunks(name):
-                        copy.write(piece)
-            copy.flush()
-            os.fsync(copy.fileno())
-    except OSError as error:
-        raise unwritable(target, error) from error
+    with target.open("xb") as copy:
+        copy.write(file.header)
+        for name in file.entries:  # in the order of their bytes, which leave no gap
+            if name in replace:
+                copy.write(raw_bytes(_replaced(file, name, replace[name])))
+            else:
+                for piece in file.chunks(name):
+                    copy.write(piece)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def _replaced(file: TensorFile, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -87,9 +83,5 @@ def _replaced(file: TensorFile, name: str, function: Callable[[Tensor], Tensor])
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
-        shutil.copyfile(source, target)  # follows the links of the hub's cache
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritable(target, error) from error
+    shutil.copyfile(source, target)  # follows the links of the hub's cache
+    sync(target)

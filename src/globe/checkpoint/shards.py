@@ -1,7 +1,8 @@
-"""The tensors of a checkpoint folder, read lazily and written in shards.
+"""The tensors of a checkpoint folder, read by name and written in shards.
 
 A checkpoint is one `model.safetensors`, or several files and a `model.safetensors.index.json` that says which
-tensor is in which. A file is opened when one of its tensors is first asked for.
+tensor is in which. Index, headers and what transformers loads must be of one mind: a folder in which they differ
+would be one model here and another there.
 """
 
 from __future__ import annotations
@@ -10,41 +11,47 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from globe.checkpoint.tensorfile import Index, TensorEntry, TensorFile, write_tensorfile
 from globe.errors import CheckpointError
-from globe.files import FreshFolder, write_text
+from globe.files import read_json, write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+_REMEDY = "save or download the checkpoint again"
 
 
 class ShardReader:
     """All tensors of a folder by name. `bytes_read` counts the bytes of tensors read so far.
 
-    Nothing has to be closed. Raises CheckpointError, here or at the first use of a file, for
-    a folder without safetensors, a missing or damaged file, and an index that names a tensor its file lacks.
+    Every header is read and compared with the index when this is made; nothing has to be closed. With `headers`,
+    file name -> header as in the file, the files are elsewhere: there are names and sizes, and nothing to read.
+    Raises CheckpointError for a folder without safetensors, a missing or damaged file, and wherever transformers
+    would load other tensors than the index names.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, headers: Mapping[str, dict[str, Any]] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder: give the one that holds config.json")
-        self._open: dict[str, TensorFile] = {}
-        self.index: dict[str, str] = {}
-        """Tensor name -> file name, as the index (or the only file) has them."""
-        if (self.folder / INDEX).is_file():
-            self.index = self._read_index()
+        index = None
+        if headers is None:
+            index = self._read_index() if (self.folder / INDEX).exists() else None
+            names = [self._only_file()] if index is None else sorted(set(index.values()))
+            self._open = {name: TensorFile(self.folder / name) for name in names}
         else:
-            only = self._only_file()
-            self._open[only] = TensorFile(self.folder / only)
-            self.index = dict.fromkeys(self._open[only].entries, only)
+            self._open = {name: TensorFile(self.folder / name, one) for name, one in sorted(headers.items())}
+        self.index: dict[str, str] = self._join()
+        """Tensor name -> file name, as the files have them."""
+        if index is not None:
+            self._compare(index)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,7 +61,7 @@ class ShardReader:
     @property
     def files(self) -> tuple[str, ...]:
         """The names of the files, sorted."""
-        return tuple(sorted(set(self.index.values())))
+        return tuple(self._open)
 
     @property
     def bytes_read(self) -> int:
@@ -89,34 +96,63 @@ class ShardReader:
         """The file that holds a tensor."""
         if name not in self.index:
             raise CheckpointError(f"{self.folder} has no tensor {name}: is it the checkpoint you mean?")
-        return self.file(self.index[name])
+        return self._open[self.index[name]]
 
     def file(self, shard: str) -> TensorFile:
-        """A file by its name, its header read and checked against the index."""
-        if shard not in self._open:
-            file = TensorFile(self.folder / shard)
-            absent = [n for n, where in self.index.items() if where == shard and n not in file.entries]
-            if absent:
-                raise CheckpointError(
-                    f"{self.folder / INDEX} names {absent[0]}, which {shard} lacks: download both again"
-                )
-            self._open[shard] = file
+        """A file by its name."""
         return self._open[shard]
+
+    def _join(self) -> dict[str, str]:
+        """Tensor name -> file name. transformers takes the last of several tensors of one name; others the first."""
+        found: dict[str, str] = {}
+        for shard, file in self._open.items():
+            for name in file.entries:
+                if name in found:
+                    raise CheckpointError(
+                        f"{name} is in {found[name]} and in {shard} of {self.folder}: remove one of the two"
+                    )
+                found[name] = shard
+        return found
+
+    def _compare(self, index: Mapping[str, str]) -> None:
+        path = self.folder / INDEX
+        for name, shard in index.items():
+            held = self.index.get(name)
+            if held is None:
+                raise CheckpointError(f"{path} names {name}, which {shard} lacks: {_REMEDY}")
+            if held != shard:
+                raise CheckpointError(f"{path} names {name} in {shard}, and it is in {held}: {_REMEDY}")
+        if omitted := [name for name in self.index if name not in index]:
+            raise CheckpointError(
+                f"{path} omits {omitted[0]}, which is in {self.index[omitted[0]]}, so that some programs load it and "
+                f"others do not: add it to the index, or {_REMEDY}"
+            )
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX
         try:
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            index = {str(name): str(names[name]) for name in names}
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a safetensors index: download it again") from error
+            record = read_json(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a safetensors index ({error}): {_REMEDY}") from error
+        index = record.get("weight_map") if isinstance(record, dict) else None
+        if (
+            not isinstance(index, dict)
+            or not index
+            or not all(isinstance(one, str) for one in index.values())
+        ):
+            raise CheckpointError(
+                f"{path} is not a safetensors index (it has no weight_map of tensors to files): {_REMEDY}"
+            )
         for shard in sorted(set(index.values())):
-            if Path(shard).name != shard:
+            if not _is_below(shard):
                 raise CheckpointError(f"{path} names the file {shard!r} outside its folder: correct it")
             if not (self.folder / shard).is_file():
-                raise CheckpointError(
-                    f"{self.folder} lacks {shard}, which its index names: download it again"
-                )
+                raise CheckpointError(f"{self.folder} lacks {shard}, which its index names: {_REMEDY}")
+        if (self.folder / SINGLE).exists() and set(index.values()) != {SINGLE}:
+            raise CheckpointError(
+                f"{self.folder} holds both {SINGLE}, which transformers loads, and {INDEX}, which names other files: "
+                "remove the one that is not the model"
+            )
         return index
 
     def _only_file(self) -> str:
@@ -127,99 +163,74 @@ class ShardReader:
             return found[0]
         if found:
             raise CheckpointError(
-                f"{self.folder} has {len(found)} safetensors shards but no {INDEX}: download it again"
+                f"{self.folder} has {len(found)} safetensors shards but no {INDEX}: {_REMEDY}"
             )
         if any(any(self.folder.glob(pattern)) for pattern in _PICKLED):
             raise CheckpointError(
-                f"{self.folder} has only pickled weights, which GloBE never loads: convert them to "
-                "safetensors first"
+                f"{self.folder} has only pickled weights, which GloBE never loads: convert them to safetensors first"
             )
         raise CheckpointError(f"{self.folder} holds no safetensors file: give the folder of a checkpoint")
 
 
-class ShardWriter:
-    """Write a checkpoint tensor by tensor; the whole folder appears at `close`, or nothing does.
+def _is_below(name: str) -> bool:
+    """Does a file name of an index stay in the folder, or in one below it?"""
+    path = PurePosixPath(name)
+    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
-    Tensors gather in memory until a shard is full (`max_shard_bytes`, in bytes), or until `write` names
-    another `shard`; then the shard goes to disk. One unnamed shard is called `model.safetensors`; several get
-    upstream's numbering and an index. Use as a context manager: an exception leaves nothing behind.
+
+class ShardWriter:
+    """Write tensors one by one into `folder`, a new folder that appears as a whole by `globe.files.fresh_folder`.
+
+    Tensors gather in memory until a shard is full (`max_shard_bytes`, in bytes); then it goes to disk. One shard is
+    called `model.safetensors`; several get upstream's numbering and an index. `close` writes what is left. Raises
+    OSError if the disk refuses.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        max_shard_bytes: int = 5 * 10**9,
-        *,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         if max_shard_bytes < 1:
             raise CheckpointError(f"max_shard_bytes={max_shard_bytes} is not possible: give at least 1")
+        self.folder = Path(folder)
+        self.folder.mkdir(exist_ok=True)
         self._limit = max_shard_bytes
-        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        self._fresh = FreshFolder(folder)
-        self.folder = self._fresh.path
-        """Where the files stand until `close`; other files may be put beside them."""
         self._pending: dict[str, Tensor] = {}
-        self._shard: str | None = None
-        self._files: dict[str, list[str]] = {}
+        self._held = 0
+        self._shards: list[list[str]] = []
         self._names: set[str] = set()
         self._total = 0
-        self._closed = False
 
-    def write(self, name: str, tensor: Tensor, shard: str | None = None) -> None:
-        """Add a tensor, to the file `shard` if given. The tensor is copied: the caller may reuse it."""
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor. It is copied: the caller may reuse it."""
         if name in self._names:
             raise CheckpointError(f"{name} was written twice: give each tensor its own name")
-        if self._names and (shard is None) != (self._shard is None):
-            raise CheckpointError(f"{name}: name the shard of every tensor, or of none")
-        if shard is not None and shard in self._files and shard != self._shard:
-            raise CheckpointError(
-                f"{shard} is on disk already: write the tensors of a shard one after another"
-            )
-        size = tensor.numel() * tensor.element_size()
-        held = sum(one.numel() * one.element_size() for one in self._pending.values())
-        if self._pending and (shard != self._shard or (shard is None and held + size > self._limit)):
+        if self._pending and self._held + tensor.nbytes > self._limit:
             self._flush()
-        self._shard = shard
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._names.add(name)
-        self._total += size
-
-    def _flush(self) -> None:
-        # The number of shards is known only at the end, so unnamed ones are renamed then.
-        name = self._shard if self._shard is not None else f"part-{len(self._files):05d}"
-        write_tensorfile(self.folder / name, self._pending, self._metadata)
-        self._files[name] = list(self._pending)
-        self._pending = {}
+        self._held += tensor.nbytes
+        self._total += tensor.nbytes
 
     def close(self) -> None:
-        """Write what is left and the index, and make the folder appear."""
-        if self._closed:
-            return
-        self._closed = True
-        with self._fresh:
-            if self._pending or not self._files:
-                self._flush()
-            if self._shard is None:
-                self._number()
-            if list(self._files) != [SINGLE]:
-                index = {name: shard for shard, names in self._files.items() for name in names}
-                record = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(index.items()))}
-                write_text(self.folder / INDEX, json.dumps(record, indent=2) + "\n")
+        """Write what is left, give the files their names, and write the index."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        index: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / final)
+            index |= dict.fromkeys(names, final)
+        if count > 1:
+            record = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(index.items()))}
+            write_text(self.folder / INDEX, json.dumps(record, indent=2) + "\n")
 
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._closed = True
-        self._fresh.discard()
+    def _part(self, number: int) -> Path:
+        """A shard before the number of all is known."""
+        return self.folder / f"part-{number:05d}"
 
-    def _number(self) -> None:
-        count = len(self._files)
-        renamed: dict[str, list[str]] = {}
-        for number, (part, names) in enumerate(self._files.items(), start=1):
-            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / part).rename(self.folder / final)
-            renamed[final] = names
-        self._files = renamed
+    def _flush(self) -> None:
+        write_tensorfile(self._part(len(self._shards)), self._pending, {"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._held = {}, 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -229,5 +240,3 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self.abort()

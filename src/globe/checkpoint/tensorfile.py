@@ -1,10 +1,9 @@
 """One safetensors file, read and written by explicit byte ranges.
 
 The format is eight bytes of length, a JSON header of that length, and the tensors' bytes without a gap. The
-safetensors library hands out views of a memory map: the pages stay counted as this process's memory, so it
-grows with every layer read, two reads of a tensor share storage, and a file cut short while it is open kills
-the process. Ranges read with `readinto` do none of this, and they count honestly what was read. That both
-directions agree with the library is tested.
+safetensors library maps the file into memory: two reads of a tensor share storage, a file cut short while it is
+open kills the process, and each opening parses the header again. Ranges read with `readinto` do none of this, and
+they count what was read. That both directions agree with the library is tested.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from globe.errors import CheckpointError
-from globe.files import unwritable
+from globe.files import open_regular, parse_json
 
 _NAMES = {
     "BOOL": "bool",
@@ -55,8 +54,11 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Index = int | slice | tuple[int | slice, ...]
 _LENGTH = struct.Struct("<Q")
-_LONGEST_HEADER = 100_000_000  # the library's own limit
+_LONGEST_HEADER = 32 << 20
+"""Bytes; a header of 200,000 tensors, as many as `globe.files` reads, is smaller."""
 _CHUNK = 1 << 24
+_MOST_AXES = 32
+_REMEDY = "save or download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,96 +78,130 @@ class TensorEntry:
 class TensorFile:
     """A safetensors file, its header checked when this is made. `bytes_read` counts tensor bytes read.
 
-    The file is opened for each read and closed after it, so there is nothing to close. Raises CheckpointError
-    if it is missing, truncated, not safetensors, or holds a dtype torch lacks.
+    The file is opened for each read and closed after it, so there is nothing to close. With `record`, the header
+    of a file elsewhere, there are entries and nothing to read. Raises CheckpointError if the file is missing,
+    truncated, not safetensors, or holds a dtype torch lacks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, record: dict[str, Any] | None = None) -> None:
         self.path = path
         self.bytes_read = 0
-        with self._opened() as file:
-            self.header, self.entries, self.metadata = self._parse(file)
+        self.header = b""
+        """Raw header with its length."""
+        if record is None:
+            with self._opened() as file:
+                self.header, size = self._read_header(file), os.fstat(file.fileno()).st_size
+            try:
+                record = parse_json(self.header[_LENGTH.size :])
+            except ValueError as error:
+                raise self._broken(f"its header can't be read, {error}") from error
+        else:
+            size = None
+        if not isinstance(record, dict):
+            raise self._broken("its header is not that of a safetensors file")
+        self.metadata = self._metadata(record.pop("__metadata__", None))
+        self.entries = self._entries(record, size)
+        """Name -> entry, in the order of their bytes."""
 
     def _opened(self) -> FileIO:
         try:
-            return FileIO(self.path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be opened ({error.strerror}): make it readable or download it again"
-            ) from error
+            return open_regular(self.path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self.path} cannot be opened ({reason}): {_REMEDY}") from error
 
-    def _parse(self, file: FileIO) -> tuple[bytes, dict[str, TensorEntry], dict[str, str]]:
-        """Raw header with its length, the entries in the order of their bytes, and the metadata."""
-        size = os.fstat(file.fileno()).st_size
-        first = file.read(_LENGTH.size)
+    def _read_header(self, file: FileIO) -> bytes:
+        first = file.read(_LENGTH.size) or b""
+        if first.startswith(b"version "):
+            raise CheckpointError(
+                f"{self.path} is a pointer of git-lfs and not the file itself: fetch it with `git lfs pull`"
+            )
         length = _LENGTH.unpack(first)[0] if len(first) == _LENGTH.size else 0
-        text = file.read(length) if 2 <= length <= min(_LONGEST_HEADER, size) else b""
+        if length > _LONGEST_HEADER and length <= os.fstat(file.fileno()).st_size:
+            raise self._broken(f"its header has {length:,} bytes, and at most {_LONGEST_HEADER:,} are read")
+        text = (file.read(length) or b"") if 2 <= length <= _LONGEST_HEADER else b""
         if not text or len(text) < length:
             raise self._broken("its header is cut off or was never one of safetensors")
-        try:
-            record = json.loads(text)
-            metadata = dict(record.pop("__metadata__", None) or {})
-            order = sorted(record.items(), key=lambda item: item[1]["data_offsets"])
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise self._broken("its header is not that of a safetensors file") from error
-        entries: dict[str, TensorEntry] = {}
-        begin = position = _LENGTH.size + length
-        for name, one in order:
-            entries[name] = entry = self._entry(name, one, begin)
+        return first + text
+
+    def _metadata(self, record: Any) -> dict[str, str]:
+        found = {} if record is None else record
+        if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+            raise self._broken("its metadata is not text under names")
+        return found
+
+    def _entries(self, record: dict[str, Any], size: int | None) -> dict[str, TensorEntry]:
+        """Every tensor in the order of its bytes, which must follow each other up to `size`, where that is known."""
+        begin = position = len(self.header)
+        found = {name: self._entry(name, one, begin) for name, one in record.items()}
+        entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
+        for name, entry in entries.items():
             if entry.start != position:
                 raise self._broken(f"the bytes of {name} do not follow those of the tensor before it")
             position = entry.stop
-        if position != size:
+        if size is not None and position != size:
             raise self._broken(f"it has {size} bytes where its header promises {position}")
-        return first + text, entries, metadata
+        return entries
 
     def _entry(self, name: str, one: Any, begin: int) -> TensorEntry:
-        try:
-            code, shape = one["dtype"], tuple(int(extent) for extent in one["shape"])
-            start, stop = (begin + int(offset) for offset in one["data_offsets"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise self._broken(f"its entry for {name} is malformed") from error
+        if not isinstance(one, dict):
+            raise self._broken(f"its entry for {name} is malformed")
+        code, shape, offsets = (
+            one.get("dtype"),
+            _integers(one.get("shape")),
+            _integers(one.get("data_offsets")),
+        )
+        if (
+            not isinstance(code, str)
+            or shape is None
+            or len(shape) > _MOST_AXES
+            or offsets is None
+            or len(offsets) != 2
+        ):
+            raise self._broken(f"its entry for {name} is malformed")
         if code not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: {name} has dtype {code}, which GloBE does not read: convert it"
             )
-        dtype = DTYPES[code]
-        if min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
-            raise self._broken(f"{name} has {stop - start} bytes, not those of {code} {list(shape)}")
-        return TensorEntry(dtype, shape, start, stop)
+        dtype, (start, stop) = DTYPES[code], offsets
+        # an extent of zero hides the others from the size in bytes, but not from the strides that torch computes
+        if (
+            min(shape, default=0) < 0
+            or math.prod(max(extent, 1) for extent in shape) * dtype.itemsize >= 1 << 63
+        ):
+            raise self._broken(f"{name} has the impossible shape {shape}")
+        if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+            raise self._broken(f"{name} has {stop - start} bytes, not those of {code} {shape}")
+        return TensorEntry(dtype, tuple(shape), begin + start, begin + stop)
 
     def _broken(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is truncated or damaged ({why}): download it again")
+        return CheckpointError(f"{self.path} is truncated or damaged ({why}): {_REMEDY}")
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """A fresh contiguous tensor equal to `whole[index]`; reads no row that the index leaves out.
+        """A fresh contiguous tensor equal to `whole[index]`; reads no byte that the index leaves out.
 
-        Integers and slices with positive steps, as in torch. Axes are read in runs as long as the index
-        allows; only where a slice has a step above 1 are the elements between read too.
+        Integers and slices with positive steps, as in torch. Only where the last axis of the result has a step above
+        1, the elements between are read too. Raises IndexError or ValueError for an index that torch refuses.
         """
         entry = self.entries[name]
-        spans, drop = _spans(index, entry.shape)
-        # Axes from `axis` on make one contiguous run for every combination of the axes before it.
-        axis = len(spans)
-        while axis > 0 and all(s == range(n) for s, n in zip(spans[axis:], entry.shape[axis:], strict=True)):
-            axis -= 1
-        inner = math.prod(entry.shape[axis + 1 :])
-        span = spans[axis] if spans else range(1)
-        extent = span[-1] + 1 - span[0] if len(span) else 0
-        outer = spans[:axis]
-        whole = torch.empty([*map(len, outer), extent, inner], dtype=entry.dtype)
-        if whole.numel():
-            raw = raw_bytes(whole)
-            run = extent * inner * entry.dtype.itemsize
-            strides = [math.prod(entry.shape[k + 1 :]) for k in range(len(spans))]
-            with self._opened() as file:
-                for number, position in enumerate(itertools.product(*outer)):
-                    first = sum(p * s for p, s in zip(position, strides, strict=False)) + span[0] * inner
-                    target = raw[number * run : (number + 1) * run]
-                    self._fill(file, entry.start + first * entry.dtype.itemsize, target)
-        picked = whole[..., :: span.step, :] if span.step > 1 else whole
-        shape = [len(s) for s, dropped in zip(spans, drop, strict=True) if not dropped]
-        return picked.contiguous().view(shape)
+        # a view without memory tells where in the file the elements of the result are
+        view = torch.empty(entry.shape, dtype=entry.dtype, device="meta")[() if index is None else index]
+        if not view.numel():
+            return torch.empty(view.shape, dtype=entry.dtype)
+        *outer, last = zip(view.shape, view.stride(), strict=True) if view.dim() else [(1, 1)]
+        step = last[1] if last[0] > 1 else 1
+        run = (last[0] - 1) * step + 1
+        while step == 1 and outer and outer[-1][1] == run:
+            run *= outer.pop()[0]
+        whole = torch.empty(math.prod(size for size, _ in outer), run, dtype=entry.dtype)
+        raw, width = raw_bytes(whole), run * entry.dtype.itemsize
+        with self._opened() as file:
+            for number, places in enumerate(itertools.product(*(range(size) for size, _ in outer))):
+                first = int(view.storage_offset()) + sum(
+                    k * s for k, (_, s) in zip(places, outer, strict=True)
+                )
+                self._fill(file, entry.start + first * entry.dtype.itemsize, raw[number * width :][:width])
+        return whole[:, ::step].reshape(view.shape).contiguous()
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor as stored, piece by piece, in one buffer that the next piece overwrites."""
@@ -178,42 +214,30 @@ class TensorFile:
                 yield piece
 
     def _fill(self, file: FileIO, start: int, target: memoryview) -> None:
-        file.seek(start)
-        done = 0
-        while done < len(target):  # one call reads 2 GiB at most
-            count = file.readinto(target[done:])
-            if not count:
-                raise self._broken("it ended while it was read")
-            done += count
+        try:
+            file.seek(start)
+            done = 0
+            while done < len(target):  # one call reads 2 GiB at most
+                count = file.readinto(target[done:])
+                if not count:
+                    raise self._broken("it ended while it was read")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error.strerror}): {_REMEDY}") from error
         self.bytes_read += done
 
 
-def _spans(index: Index | None, shape: tuple[int, ...]) -> tuple[list[range], list[bool]]:
-    """The positions taken on every axis, and whether an integer drops the axis. Raises IndexError."""
-    given = () if index is None else index if isinstance(index, tuple) else (index,)
-    if len(given) > len(shape):
-        raise IndexError(f"{len(given)} indices for a tensor of {len(shape)} axes")
-    spans, drop = [], []
-    for axis, extent in enumerate(shape):
-        one = given[axis] if axis < len(given) else slice(None)
-        if isinstance(one, int):
-            if not -extent <= one < extent:
-                raise IndexError(f"index {one} on an axis of {extent}")
-            one = one % extent
-            spans.append(range(one, one + 1))
-        else:
-            spans.append(range(*one.indices(extent)))
-            if spans[-1].step < 1:
-                raise IndexError("a slice needs a positive step")
-        drop.append(isinstance(given[axis], int) if axis < len(given) else False)
-    return spans, drop
+def _integers(value: Any) -> list[int] | None:
+    """`value` if it is a list of integers; a number such as 20.0 or true is none."""
+    return value if isinstance(value, list) and all(type(one) is int for one in value) else None
 
 
 def write_tensorfile(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write and sync one safetensors file. Equal tensors, order and metadata give equal bytes.
+    """Write and sync one safetensors file, in a folder of ours. Equal tensors, order and metadata give equal bytes.
 
     Wider dtypes come first and the given order is kept among equals, so that every tensor lies aligned. The
-    file gets the user's default mode (the library's `save_file` leaves it readable by its owner alone).
+    file gets the user's default mode (the library's `save_file` leaves it readable by its owner alone). Raises
+    OSError if the disk refuses.
     """
     order = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     record: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -228,15 +252,12 @@ def write_tensorfile(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
         position = stop
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as file:
-            file.write(_LENGTH.pack(len(text)) + text)
-            for _, tensor in order:
-                file.write(raw_bytes(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with path.open("xb") as file:
+        file.write(_LENGTH.pack(len(text)) + text)
+        for _, tensor in order:
+            file.write(raw_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -13,13 +13,13 @@ from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.hub import EMBEDDED_ID, resolve
 from globe.checkpoint.model_config import PREFIX, read_config
 from globe.errors import ArtefactError, CheckpointError, ConfigError
+from globe.files import read_record
 from globe.hf.destination import RECORD
 from globe.hf.loading import load
 from globe.hf.patching import patch_model
 from globe.hf.run_banks import RECORD_FILE, BankEntry, open_run, verify_source
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
-from globe.runs.folder import read_json
 
 EMBEDDED = "embedded"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -116,7 +116,7 @@ def _open_checkpoint(key: str, path: str, *, revision: str | None = None) -> Sub
         checkpoint = None if compact else Checkpoint(source)
     except CheckpointError as error:  # reading speaks of the option that training has for it
         raise CheckpointError(str(error).replace("model.path", key)) from error
-    record = read_json(source.folder / RECORD)
+    record = read_record(source.folder / RECORD)
     return Subject(path, source.folder, checkpoint, record=record)
 
 

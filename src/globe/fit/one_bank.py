@@ -22,6 +22,7 @@ from globe.bank.file import BankArtefact, write_artefact
 from globe.checkpoint import Checkpoint
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
+from globe.files import read_record, write_json
 from globe.fit.bank_records import artefact_of, figures_of_members, report_of
 from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
@@ -34,7 +35,7 @@ from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_st
 from globe.numerics.device import bank_seed, peak_device_bytes, peak_host_bytes, trim_heap
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.processes.torchrun import Group
-from globe.runs.folder import BankStatus, RunFolder, State, read_json, write_json
+from globe.runs.folder import BankStatus, RunFolder, State
 from globe.runs.summary import BankReport, BankRuntime
 
 _log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
     """What an earlier process learned."""
     report = BankReport.from_dict(artefact.metrics or {})
     run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
-    runtime = read_json(run.folder.runtime(bank.key))
+    runtime = read_record(run.folder.runtime(bank.key))
     return Learned(report, BankRuntime(**runtime) if runtime else None, _codes(artefact), fitted=False)
 
 

@@ -6,9 +6,7 @@ A folder with `state.json` and one safetensors file that it names. A new tensor 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from globe.am.records import FitState
-from globe.runs.folder import read_json, write_json
+from globe.files import read_record, sha256, sync, write_json
 
 _log = logging.getLogger(__name__)
 _RECORD = "state.json"
@@ -45,23 +43,18 @@ def write_state(folder: Path, state: FitState, fitting: Fitting) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"state-{secrets.token_hex(4)}.safetensors"
-    temporary = folder / f".{name}"
     try:
-        try:
-            save_file(_own_memory(state.tensors), temporary)
-        except SafetensorError as error:
-            raise OSError(f"{folder} can't be written: {error}") from error
-        _sync(temporary)
-        digest = _sha256(temporary)
-        os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(_own_memory(state.tensors), folder / name)
+        sync(folder / name)
+    except (OSError, SafetensorError) as error:
+        (folder / name).unlink(missing_ok=True)
+        raise OSError(f"{folder} can't be written: {error}") from error
     record = {
         "fingerprint": fitting.fingerprint,
         "attempt": fitting.attempt,
         "step": fitting.step,
         "tensors": name,
-        "sha256": digest,
+        "sha256": sha256(folder / name),
         "numbers": {key: _pack(value) for key, value in state.numbers.items()},
     }
     write_json(folder / _RECORD, record)
@@ -78,14 +71,14 @@ def read_state(folder: Path, fingerprint: str) -> tuple[FitState, Fitting] | Non
     """
     if not folder.is_dir() or not any(folder.iterdir()):  # empty: a kill in the middle of the first one
         return None
-    record = read_json(folder / _RECORD)
+    record = read_record(folder / _RECORD)
     try:
         if record is None:
             raise ValueError(f"it has no readable {_RECORD}")
         if record["fingerprint"] != fingerprint:
             raise ValueError("it belongs to a fit with other options or experts")
         file = folder / Path(record["tensors"]).name
-        if _sha256(file) != record["sha256"]:
+        if sha256(file) != record["sha256"]:
             raise ValueError(f"{file.name} is damaged")
         numbers = {key: _unpack(value) for key, value in record["numbers"].items()}
         fitting = Fitting(fingerprint, int(record["attempt"]), int(record["step"]))
@@ -122,16 +115,3 @@ def _pack(value: float | int | bool | str | None) -> Any:
 
 def _unpack(value: Any) -> float | int | bool | str | None:
     return float.fromhex(value["float"]) if isinstance(value, dict) else value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

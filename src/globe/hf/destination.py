@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +9,7 @@ from typing import Any
 
 from globe.checkpoint import Checkpoint
 from globe.errors import ConfigError
-from globe.files import unwritable, write_text
+from globe.files import fresh_folder, unwritable, write_json
 from globe.hf.run_banks import BankEntry
 
 RECORD = "globe_patch.json"
@@ -22,30 +18,19 @@ RECORD = "globe_patch.json"
 
 @contextmanager
 def destination(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder that does not exist yet, for the checkpoint; at the end it becomes `out`.
+    """Yield an empty folder for the checkpoint; at the end it becomes `out`.
 
     An exception leaves `out` as it was. With `overwrite`, an earlier result of patching is replaced in the
     moment the new one is whole; anything else in the way is refused. Raises ConfigError before anything is
-    written.
+    written, and CheckpointError if the disk refuses.
     """
     target = Path(out).absolute()
     check_destination(target, overwrite=overwrite)
-    mark = secrets.token_hex(4)
-    fresh = target.with_name(f".{target.name}.new-{mark}")
-    aside = target.with_name(f".{target.name}.old-{mark}")
     try:
-        yield fresh
-        try:
-            if target.is_dir():
-                os.rename(target, aside)
-            os.rename(fresh, target)
-        except OSError as error:
-            raise unwritable(target, error) from error
-    finally:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        for leftover in (fresh, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with fresh_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        raise unwritable(target, error) from error
 
 
 def check_destination(target: Path, *, overwrite: bool) -> None:
@@ -90,5 +75,5 @@ def write_record(
             "kept_of_model": (total - families + kept) / total,
         },
     }
-    write_text(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_json(folder / RECORD, record)
     return record

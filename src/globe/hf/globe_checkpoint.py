@@ -64,13 +64,13 @@ def write_globe(
         destination(out, overwrite=overwrite) as folder,
         ShardWriter(folder, _largest_shard(checkpoint)) as writer,
     ):
-        copy_support_files(checkpoint.folder, writer.folder)
-        write_text(writer.folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_support_files(checkpoint.folder, folder)
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         for name, tensor in _kept_tensors(entries, checkpoint, modules):
             writer.write(name, tensor)
         for name, tensor in _factors(entries, checkpoint, modules):
             writer.write(disk[name], tensor)
-        return write_record(writer.folder, "globe", entries, checkpoint)
+        return write_record(folder, "globe", entries, checkpoint)
 
 
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:

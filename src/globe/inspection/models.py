@@ -17,8 +17,8 @@ from globe.config.choices import Centre
 from globe.config.schema import NormaliseConfig
 from globe.config.size_expressions import exact_size
 from globe.errors import CheckpointError
+from globe.files import read_record
 from globe.hf.destination import RECORD
-from globe.runs.folder import read_json
 
 EMBEDDED = "embedded"
 COMPRESSED = ("up", "gate")
@@ -38,9 +38,9 @@ def inspect_model(path: str, revision: str | None, *, ms: Sequence[str], rs: Seq
     Reads no weight. Raises CheckpointError if it can't be opened, ConfigError for a size that is not understood.
     """
     try:
-        with headers_only(None if path == EMBEDDED else path, revision=revision) as source:
-            compact = str(read_config(source.folder)["model_type"]).startswith(PREFIX)
-            return _compact(source) if compact else _checkpoint(Checkpoint(source), ms, rs)
+        source = headers_only(None if path == EMBEDDED else path, revision=revision)
+        compact = str(read_config(source.folder)["model_type"]).startswith(PREFIX)
+        return _compact(source) if compact else _checkpoint(Checkpoint(source), ms, rs)
     except CheckpointError as error:  # reading speaks of the options that training has for it
         said = str(error).replace("model.path", "path").replace("model.revision", "revision")
         raise CheckpointError(said) from error
@@ -63,7 +63,7 @@ def _checkpoint(checkpoint: Checkpoint, ms: Sequence[str], rs: Sequence[str]) ->
         "experts": groups,
         "shared": shared_expert(checkpoint),
         "predictions": predictions(checkpoint, ms, rs),
-        "patched": read_json(checkpoint.folder / RECORD),
+        "patched": read_record(checkpoint.folder / RECORD),
     }
 
 
@@ -163,9 +163,9 @@ def _nearest(key: str, text: str, symbols: dict[str, int], most: int) -> tuple[i
 
 
 def _compact(source: Source) -> dict[str, Any]:
-    reader = ShardReader(source.folder)
+    reader = ShardReader(source.folder, source.headers)
     config = read_config(source.folder)
-    record = read_json(source.folder / RECORD)
+    record = read_record(source.folder / RECORD)
     return {
         "kind": "compact",
         "source": {"id": source.id, "revision": source.revision, "model_type": config["model_type"]},

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from omegaconf import Container, OmegaConf
 
 from globe.config.launchers import cores, device_of_job, jobs_at_once, recall_gpus, threads_per_job
 from globe.errors import SweepError
+from globe.files import lock
 from globe.runs.folder import RunFolder, State
 
 _log = logging.getLogger(__name__)
@@ -122,17 +122,13 @@ def one_at_a_time(folder: Path, fit: str) -> Iterator[None]:
     a repeated sweep that meets a worker of a killed one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":  # no advisory locks
-        yield
-        return
-    import fcntl
-
-    with open(folder / f".{fit}.lock", "w") as lock:
+    file = folder / f".{fit}.lock"
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(lock(file))
         except BlockingIOError:
             _log.info("waiting for another process that does the same fit (%s)", fit)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.enter_context(lock(file, wait=True))
         yield
 
 

@@ -21,7 +21,8 @@ from yaml import YAMLError
 
 from globe.config.identity import numerics
 from globe.errors import ConfigError
-from globe.runs.folder import RunFolder, State, read_json
+from globe.files import read_record
+from globe.runs.folder import RunFolder, State
 from globe.runs.summary import RunSummary, read_summary
 
 UNKNOWN = "unknown"
@@ -213,7 +214,7 @@ def read_traces(file: Path) -> dict[str, Trace]:
 
 def read_quality(file: Path) -> Quality | None:
     """The result of `globe.evaluate` in a run's folder; None if there is none, or none of this version."""
-    record = read_json(file)
+    record = read_record(file)
     if record is None or record.get("format_version") != _EVALUATION_VERSION:
         return None
     try:

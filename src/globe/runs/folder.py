@@ -13,11 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -29,10 +25,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from globe.errors import ConfigError
+from globe.files import clear_files, clear_folders, lock, read_record, write_json, write_text
 
 _log = logging.getLogger(__name__)
-_UNFINISHED = re.compile(r"\..+[.-][0-9a-f]{8}(\.safetensors)?")
-"""How files and folders are called while they are written, or until they are removed."""
 
 
 class State(StrEnum):
@@ -73,7 +68,7 @@ class RunFolder:
         self.frontier_file = self.path / "frontier.json"
         self.status_file = self.path / "status.json"
         self.banks = self.path / "banks"
-        self.status = _parse_status(read_json(self.status_file))
+        self.status = _parse_status(read_record(self.status_file))
 
     def bank(self, key: str) -> Path:
         """Where the artefact of a bank goes."""
@@ -86,6 +81,9 @@ class RunFolder:
     def runtime(self, key: str) -> Path:
         """Where the times and memory of a bank go: figures that differ between equal runs."""
         return self.banks / f"{key}.json"
+
+    def _files(self) -> tuple[Path, ...]:
+        return self.config_file, self.summary_file, self.status_file, self.metrics_file, self.frontier_file
 
     @contextmanager
     def recorded(self, explain: Callable[[BaseException], str | None]) -> Iterator[None]:
@@ -114,16 +112,15 @@ class RunFolder:
         What a killed process was writing just then is removed; call it in `held`, where no other process writes.
         """
         self.banks.mkdir(parents=True, exist_ok=True)
-        for folder in (self.path, self.banks, *self.banks.glob("*.partial")):
-            for leftover in filter(lambda one: _UNFINISHED.fullmatch(one.name), list(folder.iterdir())):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         banks = self.status.banks if self.status else {}
+        clear_folders(self.banks)
+        clear_files([*self._files(), *map(self.runtime, banks)])
         self._write_status(Status(State.running, _now(), banks=banks))
         write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(config)))
 
     def clear(self) -> None:
         """Forget all results. The summary goes first: a run without one does not count as finished."""
-        for file in (self.summary_file, self.status_file, self.metrics_file, self.frontier_file):
+        for file in self._files()[1:]:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.banks, ignore_errors=True)
         self.status = None
@@ -166,54 +163,13 @@ class RunFolder:
         Raises ConfigError if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if sys.platform == "win32":  # no advisory locks: two equal runs at once are the user's care there
-            yield
-            return
-        import fcntl
-
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"{self.path} is in use by another process: wait for it, or give another output folder"
-                ) from error
-            yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain JSON with finite numbers, sorted and indented, atomically."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: after a kill it is the old one or the new one."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """The same for any file."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, or None when there is no file; a damaged one counts as none, with a warning."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        _log.warning("%s is ignored, it can't be read: %s", path, error)
-        return None
-    return value if isinstance(value, dict) else None
+        try:
+            with lock(self.path / ".lock"):
+                yield
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{self.path} is in use by another process: wait for it, or give another output folder"
+            ) from error
 
 
 def _parse_status(record: dict[str, Any] | None) -> Status | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import shutil
 from pathlib import Path
 
-from globe.runs.folder import RunFolder, State, write_text
+from globe.files import fresh_folder, link_or_copy, write_text
+from globe.runs.folder import RunFolder, State
 
 _log = logging.getLogger(__name__)
 
@@ -41,18 +40,9 @@ def _take(other: RunFolder, folder: RunFolder) -> None:
     for source in sorted(one for one in other.banks.iterdir() if one.is_dir() and not _unfinished(one)):
         target = folder.banks / source.name
         if not target.exists():
-            temporary = folder.banks / f".{source.name}.{secrets.token_hex(4)}"
-            shutil.copytree(source, temporary, copy_function=_link)
-            os.rename(temporary, target)
+            with fresh_folder(target) as fresh:
+                shutil.copytree(source, fresh, copy_function=link_or_copy, dirs_exist_ok=True)
 
 
 def _unfinished(bank: Path) -> bool:
     return bank.name.startswith(".") or bank.suffix == ".partial"
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from globe.config.console import add_row, new_table, say, wide_console
+from globe.files import read_record
 from globe.runs.chart_data import BankCharts
-from globe.runs.folder import read_json
 
 FORMAT_VERSION = 1
 _LISTS = ("supports", "atom_usage", "expert_relfrob")
@@ -196,7 +196,7 @@ class RunSummary:
 
 def read_summary(path: Path) -> RunSummary | None:
     """The summary in a file; None when there is none, or none of this version."""
-    record = read_json(path)
+    record = read_record(path)
     try:
         return None if record is None else RunSummary.from_dict(record)
     except (KeyError, TypeError, ValueError):

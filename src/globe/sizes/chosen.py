@@ -19,11 +19,11 @@ from globe.checkpoint import Checkpoint
 from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
+from globe.files import read_record, write_json
 from globe.fit.plan import BankSize, Outline, allowed, mean_parameters, target_support
 from globe.fit.provenance import bank_options, source_of
 from globe.fit.reading import read_experts
 from globe.numerics.device import bank_seed
-from globe.runs.folder import read_json, write_json
 from globe.sizes.budget import Room, candidates, too_small
 from globe.sizes.search import RATIO, Frontier, Probe, search
 
@@ -154,7 +154,7 @@ def _record(searched: Searched) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[Shape, Searched]:
     """What a file holds; nothing, with a warning, if it is damaged or of another version."""
-    record = read_json(file)
+    record = read_record(file)
     if record is None:
         return {}
     try:
