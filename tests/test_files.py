@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from globe.errors import LONGEST, ConfigError, GlobeError, printable
+from globe.errors import LONGEST, ConfigError, GlobeError, sentence
 from globe.files import (
     clear_files,
     fresh_folder,
@@ -39,12 +39,12 @@ from globe.files import (
 def test_sentences_are_one_printable_line_of_bounded_length() -> None:
     said = str(GlobeError("a\x1b[2Jb \u202ec\n\n  d\ud800: remove it"))
     assert said == r"a\x1b[2Jb \u202ec d\ud800: remove it"
-    assert printable("it has ä, 漢 and 'quotes'") == "it has ä, 漢 and 'quotes'"
-    long = printable("\x00" * 10**7 + ": remove it")
+    assert sentence("it has ä, 漢 and 'quotes'") == "it has ä, 漢 and 'quotes'"
+    long = sentence("\x00" * 10**7 + ": remove it")
     assert len(long) == LONGEST
     assert long.endswith(": remove it")
     assert long.isprintable()
-    assert len(printable("x" * LONGEST)) == LONGEST
+    assert len(sentence("x" * LONGEST)) == LONGEST
 
 
 # files

@@ -10,26 +10,35 @@ _TAIL = 120
 
 
 def printable(text: str) -> str:
-    """Return `text` as one line without control characters, at most `LONGEST` characters long.
+    """Return a text as one line that a terminal shows and does not obey: an escape character becomes `\\x1b`."""
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
 
-    Names out of foreign files stand in sentences, and could move the cursor of a terminal. What Unicode does not
-    call printable is written as an escape, such as `\\x1b`; line breaks become spaces.
+
+def _escaped(character: str) -> str:
+    if character.isspace():
+        return " "
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def sentence(text: str) -> str:
+    """Return `text` as one printable line of at most `LONGEST` characters; line breaks become spaces.
+
+    Names out of foreign files stand in sentences, and may be long or move the cursor of a terminal.
     """
     # an escape makes up to ten characters of one, so that the middle of a huge text need not be looked at
     if len(text) > 4 * LONGEST:
         text = text[: 2 * LONGEST] + text[-2 * LONGEST :]
-    line = re.sub(r"\s*[\r\n]+\s*", " ", text.strip())
-    line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+    line = printable(re.sub(r"\s*[\r\n]+\s*", " ", text.strip()))
     if len(line) <= LONGEST:
         return line
     return f"{line[: LONGEST - _TAIL - 5]} ... {line[-_TAIL:]}"
 
 
 class GlobeError(ValueError):
-    """Base of every error that a wrong option, file or checkpoint can cause. Its message is made `printable`."""
+    """Base of every error that a wrong option, file or checkpoint can cause. Its message is made a `sentence`."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(sentence(message))
 
 
 class ConfigError(GlobeError):
@@ -50,14 +59,3 @@ class SweepError(GlobeError):
 
 class FitError(GlobeError):
     """A fit cannot go on: its numbers are no longer finite, or a solve failed beyond repair."""
-
-
-def printable(text: str) -> str:
-    """Return a text as one line that a terminal shows and does not obey: an escape character becomes `\\x1b`."""
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
-
-
-def _escaped(character: str) -> str:
-    if character.isspace():
-        return " "
-    return character.encode("unicode_escape").decode("ascii")

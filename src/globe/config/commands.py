@@ -19,7 +19,7 @@ from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from globe.config.launchers import EXTRAS
-from globe.errors import GlobeError, printable
+from globe.errors import GlobeError, sentence
 
 INTERRUPTED = 130
 _KILLED = ("TerminatedWorkerError", "BrokenProcessPool")
@@ -185,4 +185,4 @@ def _raised_in_hydra(error: BaseException) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(printable(text).split())
+    return " ".join(sentence(text).split())
