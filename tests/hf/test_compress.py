@@ -50,6 +50,16 @@ def test_only_what_is_asked_for_is_compressed(model_type: str) -> None:
     assert torch.isfinite(kept(TOKENS).logits).all()
 
 
+def test_all_three_families_of_a_model_in_memory(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
+    source = tiny("mixtral")
+    _, run = run_in(
+        tmp_path, f"model.path={source}", "family=all", "layer=all", *FEW["overrides"], "train.steps=3"
+    )
+    expected = globe.patch_model(load_tiny(source, "mixtral"), run)
+    model = globe.compress(load_tiny(source, "mixtral"), families=("up", "gate", "down"), **FEW)
+    assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+
+
 def test_banks_stay_in_a_folder_and_are_taken_from_there(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = globe.compress(tiny_model("mixtral"), folder=folder, **FEW)
@@ -77,7 +87,7 @@ def test_a_budget_and_a_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "sentence"),
     [
-        ({"families": ["down"]}, ConfigError, "families="),
+        ({"families": ["down", "up"]}, ConfigError, "give one of up; gate; down; up, gate; up, gate, down"),
         ({"families": []}, ConfigError, "families="),
         ({"layers": 9}, GlobeError, "9"),
         ({"kept": 1.5}, ConfigError, r"bank\.kept=1\.5"),

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.in_memory import ExpertsInMemory
+from globe.config.choices import FAMILIES_OF, Family
 from globe.errors import ConfigError
 from globe.hf.loading import load
-from globe.hf.patching import patch_model
+from globe.hf.patching import dense_view, patch_model
 from globe.hf.structure import experts_modules, require_regular
 from globe.runs.folder import RunFolder
 from globe.sizes.interface import FitOptions, config_of, learn_banks
@@ -46,7 +47,7 @@ def compress(
     layers
         A number, a list of them, or words as the option `layer` takes them: "all", "4-8", "middle".
     families
-        Which matrices: "up", "gate", or both; each gets a bank per layer.
+        Which matrices: one of "up", "gate" and "down", up and gate, or all three; each gets a bank per layer.
     metric, steps
         As the options `normalise.metric` and `train.steps` of `python -m globe.train`.
     S_cache
@@ -91,12 +92,13 @@ def _layers(layers: int | str | Sequence[int]) -> int | str | list[int]:
 
 
 def _family(families: Sequence[str]) -> str:
-    match sorted({families} if isinstance(families, str) else set(families)):
-        case ["gate", "up"] | ["both"]:
-            return "both"
-        case [("up" | "gate") as one]:
-            return str(one)
-    raise ConfigError(f"families={families!r} is not possible: give up, gate, or both of them")
+    """The word of the option `family` for these families."""
+    wanted = {families} if isinstance(families, str) else set(families)
+    for word in Family:
+        if wanted in ({word}, set(FAMILIES_OF.get(word, (word,)))):
+            return str(word)
+    listed = "; ".join(", ".join(FAMILIES_OF.get(word, (word,))) for word in Family)
+    raise ConfigError(f"families={families!r} is not possible: give one of {listed}")
 
 
 def _in_memory(model: Any) -> ExpertsInMemory:
@@ -108,14 +110,11 @@ def _in_memory(model: Any) -> ExpertsInMemory:
             "or embedded"
         )
     names = experts_modules(model)
-    experts = {}
+    experts: dict[tuple[int, str], Tensor] = {}
     for layer, name in names.items():
         module = model.get_submodule(name)
         require_regular(module, name)
-        fused = module.gate_up_proj
-        assert isinstance(fused, nn.Parameter)
-        for family, half in zip(("gate", "up"), fused.detach().chunk(2, dim=1), strict=True):
-            experts[layer, family] = half
+        experts |= {(layer, family): dense_view(module, family) for family in FAMILIES_OF[Family.all]}
     if not experts:
         raise ConfigError(f"{type(model).__name__} has no routed experts: give a Mixture-of-Experts model")
     return ExpertsInMemory(

@@ -64,14 +64,14 @@ def patch_model(
 def _write_dense(model: nn.Module, names: dict[int, str], entry: BankEntry) -> None:
     artefact = entry.read()
     for member in entry.members:
-        target = _dense_view(model.get_submodule(names[member.layer]), member.family)
+        target = dense_view(model.get_submodule(names[member.layer]), member.family)
         for row, expert in enumerate(member.experts, start=member.start):
             if expert != SHARED:
                 target[expert] = rebuild(artefact, [row], dtype=target.dtype)[0]
     _write_shared(model, artefact)
 
 
-def _dense_view(module: nn.Module, family: str) -> Float[Tensor, "n p d"]:
+def dense_view(module: nn.Module, family: str) -> Float[Tensor, "n p d"]:
     """The weights of one family of a regular experts module, down transposed: a view that can be written to."""
     if family == "down":
         down = module.down_proj
@@ -117,7 +117,7 @@ def _swap(
     touched = {member.layer for layout in layouts for member in layout.members}
     names = experts_modules(model)
     fused = {
-        layer: {family: _dense_view(model.get_submodule(names[layer]), family) for family in FAMILIES}
+        layer: {family: dense_view(model.get_submodule(names[layer]), family) for family in FAMILIES}
         for layer in touched
     }
     swap_in(model, layouts)
