@@ -308,6 +308,12 @@ def parse_record(kind: type[T], value: Any) -> T:
         raise ValueError(f"{place}: {first['msg'].lower()}") from error
 
 
+def plain_record(value: Any) -> dict[str, Any]:
+    """Return a dataclass as plain JSON, which `parse_record` reads back: lists for tuples, text for enumerations."""
+    written: dict[str, Any] = _adapter(value.__class__).dump_python(value, mode="json")
+    return written
+
+
 @functools.cache
 def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter

@@ -10,6 +10,7 @@ import torch
 from globe.am.records import Factors, FitResult, StopReason
 from globe.bank.compose import mixed_bases
 from globe.bank.record import BankArtefact, Member
+from globe.files import parse_record, plain_record
 from globe.fit.figures import (
     bank_charts,
     bank_figures,
@@ -171,7 +172,7 @@ def test_charts_show_the_shares_and_both_spectra_in_normalised_units(centre: str
     assert charts.spectrum_original == pytest.approx(original.tolist(), rel=1e-3)
     assert charts.spectrum_rebuilt[:R] == pytest.approx(rebuilt[:R].tolist(), rel=1e-3)
     assert max(charts.spectrum_rebuilt[R:]) < 1e-6 * charts.spectrum_rebuilt[0]
-    assert BankCharts.from_dict(json.loads(json.dumps(charts.to_dict()))) == charts
+    assert parse_record(BankCharts, json.loads(json.dumps(plain_record(charts)))) == charts
 
 
 def test_charts_of_a_large_bank_stay_small() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, member_of, require, validate
 from globe.errors import ArtefactError
-from globe.files import fresh_folder, read_json, sha256, sync, write_text
+from globe.files import fresh_folder, parse_record, plain_record, read_json, sha256, sync, write_text
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,6 +37,19 @@ TENSORS_FILE = "bank.safetensors"
 RECORD_FILE = "globe.json"
 METADATA_KEY = "globe"
 """The only metadata key: two or more come out in random order, and equal runs would give unequal bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What `globe.json` says of the tensors; names as in `BankArtefact`."""
+
+    members: tuple[Member, ...]
+    activation: str
+    lam: float
+    source: dict[str, Any]
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def write_artefact(artefact: BankArtefact, folder: str | os.PathLike[str]) -> None:
@@ -104,7 +117,7 @@ def _identity(artefact: BankArtefact) -> dict[str, Any]:
     """What the tensors mean, without anything that two equal runs could differ in."""
     return {
         "format_version": FORMAT_VERSION,
-        "members": [asdict(member) for member in artefact.members],
+        "members": [plain_record(member) for member in artefact.members],
         "sizes": _sizes(artefact),
         "activation": artefact.activation,
         "lam": artefact.lam,
@@ -141,19 +154,11 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
     unknown = sorted(set(tensors) - set(TENSOR_NAMES))
     require(not unknown, where, f"{TENSORS_FILE} holds unknown tensors {unknown}")
     try:
-        members = tuple(_member(entry) for entry in record["members"])
-        artefact = BankArtefact(
-            members=members,
-            activation=str(record["activation"]),
-            lam=float(record["lam"]),
-            source=dict(record["source"]),
-            config=dict(record.get("config", {})),
-            seed=int(record["seed"]),
-            metrics=dict(record.get("metrics", {})),
-            **tensors,
-        )
-    except (TypeError, ValueError, KeyError) as error:
+        known = parse_record(_Record, record)
+    except ValueError as error:
         raise ArtefactError(f"{root / RECORD_FILE} is damaged ({error}): export the run again") from error
+    described = {one.name: getattr(known, one.name) for one in fields(_Record)}
+    artefact = BankArtefact(**{**described, **tensors})
     validate(artefact, where)
     require(
         record["sizes"] == _sizes(artefact), where, f"the sizes in {RECORD_FILE} are not those of the tensors"
@@ -168,11 +173,6 @@ def is_intact(folder: str | os.PathLike[str]) -> bool:
         return _digest(root / TENSORS_FILE) == _read_record(root).get("sha256")
     except ArtefactError:
         return False
-
-
-def _member(entry: Any) -> Member:
-    layer, start, stop = (int(entry[key]) for key in ("layer", "start", "stop"))
-    return Member(layer, str(entry["family"]), start, stop, tuple(int(one) for one in entry["experts"]))
 
 
 def _digest(path: Path) -> str:

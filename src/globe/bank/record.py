@@ -12,7 +12,7 @@ from globe.errors import ArtefactError
 
 TENSOR_NAMES = ("bank", "atoms_left", "atoms_right", "codes", "adapters", "mean", "scale")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ACTIVATIONS = ("identity", "silu", "tanh", "gelu")
+ACTIVATIONS = ("identity", "silu", "tanh", "gelu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def validate(artefact: BankArtefact, where: str = "the artefact") -> None:
         finite = all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 24))
         require(finite, where, f"tensor {name!r} holds NaN or infinity")
     require(bool((artefact.codes >= 0).all()), where, "tensor 'codes' holds negative numbers")
-    require(artefact.activation in _ACTIVATIONS, where, f"activation {artefact.activation!r} is unknown")
+    require(artefact.activation in ACTIVATIONS, where, f"activation {artefact.activation!r} is unknown")
     require(0.0 <= artefact.lam <= 1.0, where, f"lam={artefact.lam!r} is not between 0 and 1")
 
 

@@ -22,7 +22,7 @@ from globe.bank.file import BankArtefact, write_artefact
 from globe.checkpoint import Checkpoint
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
-from globe.files import read_record, write_json
+from globe.files import parse_record, read_record, write_json
 from globe.fit.bank_records import artefact_of, figures_of_members, report_of
 from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
@@ -139,8 +139,17 @@ def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
     """What an earlier process learned."""
     report = BankReport.from_dict(artefact.metrics or {})
     run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
-    runtime = read_record(run.folder.runtime(bank.key))
-    return Learned(report, BankRuntime(**runtime) if runtime else None, _codes(artefact), fitted=False)
+    return Learned(report, _runtime(run.folder.runtime(bank.key)), _codes(artefact), fitted=False)
+
+
+def _runtime(file: Path) -> BankRuntime | None:
+    """The times of a bank that an earlier process learned; None if they are not there or of another version."""
+    record = read_record(file)
+    try:
+        return None if record is None else parse_record(BankRuntime, record)
+    except ValueError as error:
+        _log.warning("%s is ignored: %s", file, error)
+        return None
 
 
 def _codes(artefact: BankArtefact) -> dict[tuple[int, str], Float[Tensor, "_ m"]]:

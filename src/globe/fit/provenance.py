@@ -15,7 +15,6 @@ from globe.checkpoint.experts import SHARED, choose_experts
 from globe.config.composition import config_dict
 from globe.config.identity import NUMERICS_VERSION, numerics
 from globe.config.schema import Config
-from globe.errors import ArtefactError
 from globe.fit.plan import BankPlan, Matrices, Outline
 from globe.runs.summary import BankReport
 
@@ -65,7 +64,7 @@ def complete_artefact(
     try:
         artefact = read_artefact(folder)
         BankReport.from_dict(artefact.metrics or {})
-    except (ArtefactError, KeyError, TypeError) as error:
+    except ValueError as error:
         _log.warning("%s: the artefact there can't be used and is learned anew: %s", bank.key, error)
         return None
     members = [(member.layer, member.family, member.experts) for member in artefact.members]

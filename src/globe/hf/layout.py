@@ -6,17 +6,20 @@ Enough to build every module with the right shapes before a tensor is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from globe.bank.file import BankArtefact
+from globe.bank.record import ACTIVATIONS
 from globe.errors import ArtefactError
+from globe.files import parse_record, plain_record
 
 VERSION_KEY = "globe_version"
 VERSION = 1
 QUANT_METHOD = "globe"
 """The name under which transformers registers compact checkpoints."""
+_LARGEST = 1 << 20
 
 
 class Mean(StrEnum):
@@ -75,34 +78,36 @@ def layout_of(artefact: BankArtefact) -> BankLayout:
 
 def to_json(layouts: Sequence[BankLayout]) -> list[dict[str, Any]]:
     """Plain values for `config.json`."""
-    written = []
-    for layout in layouts:
-        members = [asdict(member) | {"experts": list(member.experts)} for member in layout.members]
-        written.append(asdict(layout) | {"mean": str(layout.mean), "members": members})
-    return written
+    return [plain_record(layout) for layout in layouts]
 
 
 def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
     """The layouts of a compact checkpoint. Raises ArtefactError for another version or a malformed record."""
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise ArtefactError(
             f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} is read: patch the run again"
         )
     try:
-        return tuple(
-            BankLayout(
-                **{
-                    **bank,
-                    "mean": Mean(bank["mean"]),
-                    "members": tuple(
-                        MemberLayout(int(one["layer"]), str(one["family"]), tuple(one["experts"]))
-                        for one in bank["members"]
-                    ),
-                }
-            )
-            for bank in banks
-        )
-    except (TypeError, ValueError, KeyError) as error:
+        if not isinstance(banks, list | tuple):
+            raise ValueError("it is no list")
+        layouts = tuple(parse_record(BankLayout, bank) for bank in banks)
+        for layout in layouts:
+            _require_possible(layout)
+        return layouts
+    except ValueError as error:
         raise ArtefactError(
             f"quantization_config.banks of config.json is malformed ({error}): patch the run again"
         ) from error
+
+
+def _require_possible(layout: BankLayout) -> None:
+    """Raises ValueError for sizes, names or numbers with which no module could be built."""
+    sizes = (layout.m, layout.r, layout.p, layout.d, layout.atom_rank if layout.atom_rank is not None else 1)
+    if not all(1 <= size < _LARGEST for size in sizes):
+        raise ValueError("a size is not between 1 and 2^20")
+    if layout.activation not in ACTIVATIONS or not 0.0 <= layout.lam <= 1.0 or not layout.members:
+        raise ValueError("activation, lam or members are not possible")
+    for member in layout.members:
+        experts = member.experts
+        if member.layer < 0 or len(set(experts)) < len(experts) or min(experts, default=0) < 0:
+            raise ValueError(f"the experts of layer {member.layer} {member.family} are not possible")

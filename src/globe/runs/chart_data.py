@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 MOST_CODES = 2048
 """Code shares that are kept of a bank."""
@@ -31,17 +30,6 @@ class BankCharts:
     """those of the normalised experts, mean over `spectrum_experts`"""
     spectrum_rebuilt: tuple[float, ...]
     """the same of the rebuilt experts; what is below 1e-8 of an expert's largest is rounding"""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: lists, where the record has tuples."""
-        record = {one.name: list(getattr(self, one.name)) for one in fields(self)}
-        return record | {"code_shares": [list(row) for row in self.code_shares]}
-
-    @staticmethod
-    def from_dict(record: dict[str, Any]) -> BankCharts:
-        """Raises KeyError or TypeError when the record is another one."""
-        known = {one.name: tuple(record[one.name]) for one in fields(BankCharts)}
-        return BankCharts(**known | {"code_shares": tuple(tuple(row) for row in record["code_shares"])})
 
 
 def spread_out(n: int, count: int) -> list[int]:

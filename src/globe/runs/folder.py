@@ -16,7 +16,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +25,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from globe.errors import ConfigError
-from globe.files import clear_files, clear_folders, lock, read_record, write_json, write_text
+from globe.files import (
+    clear_files,
+    clear_folders,
+    lock,
+    parse_record,
+    plain_record,
+    read_record,
+    write_json,
+    write_text,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +150,7 @@ class RunFolder:
 
     def _write_status(self, status: Status) -> None:
         self.status = status
-        write_json(self.status_file, asdict(status))
+        write_json(self.status_file, plain_record(status))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.summary_file, summary)
@@ -176,12 +185,8 @@ def _parse_status(record: dict[str, Any] | None) -> Status | None:
     if record is None:
         return None
     try:
-        banks = {
-            key: BankStatus(**{**bank, "state": State(bank["state"])})
-            for key, bank in record["banks"].items()
-        }
-        return Status(**{**record, "state": State(record["state"]), "banks": banks})
-    except (TypeError, ValueError, KeyError, AttributeError):
+        return parse_record(Status, record)
+    except ValueError:
         _log.warning("a status.json of another version is ignored")
         return None
 

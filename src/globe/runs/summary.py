@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from globe.config.console import add_row, new_table, say, wide_console
-from globe.files import read_record
+from globe.files import parse_record, plain_record, read_record
 from globe.runs.chart_data import BankCharts
 
 FORMAT_VERSION = 1
-_LISTS = ("supports", "atom_usage", "expert_relfrob")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +70,12 @@ class BankReport:
         return self.kept_parameters / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
-        own: dict[str, Any] = {name: list(getattr(self, name)) for name in _LISTS}
-        own |= {"charts": None if self.charts is None else self.charts.to_dict()}
-        return asdict(self) | own | {"kept": self.kept, "support_median": median(self.supports)}
+        return plain_record(self) | {"kept": self.kept, "support_median": median(self.supports)}
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> BankReport:
-        """Raises KeyError or TypeError when the record was written by another version."""
-        known = {one.name: record[one.name] for one in fields(BankReport) if one.name != "charts"}
-        drawn = record.get("charts")
-        charts = None if drawn is None else BankCharts.from_dict(drawn)
-        return BankReport(**known | {name: tuple(record[name]) for name in _LISTS} | {"charts": charts})
+        """Raises ValueError when the record was written by another version."""
+        return parse_record(BankReport, record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +152,7 @@ class RunSummary:
         for bank in self.banks:
             runtime = self.runtimes.get(bank.key)
             record = bank.to_dict() | {"kept_model": self.kept_model([bank])}
-            banks.append(record | {"runtime": None if runtime is None else asdict(runtime)})
+            banks.append(record | {"runtime": None if runtime is None else plain_record(runtime)})
         return {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -181,17 +175,9 @@ class RunSummary:
     def from_dict(record: dict[str, Any]) -> RunSummary:
         """Raises KeyError, TypeError or ValueError when the record was written by another version."""
         if record["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"summary.json has format version {record['format_version']}")
-        known = {one.name: record[one.name] for one in fields(RunSummary) if one.name != "runtimes"}
-        return RunSummary(
-            **known
-            | {
-                "banks": tuple(BankReport.from_dict(bank) for bank in record["banks"]),
-                "runtimes": {
-                    bank["key"]: BankRuntime(**bank["runtime"]) for bank in record["banks"] if bank["runtime"]
-                },
-            }
-        )
+            raise ValueError(f"summary.json has format version {record['format_version']!r}")
+        runtimes = {bank["key"]: bank["runtime"] for bank in record["banks"] if bank["runtime"]}
+        return parse_record(RunSummary, record | {"runtimes": runtimes})
 
 
 def read_summary(path: Path) -> RunSummary | None:
