@@ -6,23 +6,11 @@ inputs; for the weights themselves H_i is the second moment of the expert's inpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from globe.bank.rounding import (
-    SCALE_DTYPE,
-    Rounded,
-    bits_of_groups,
-    centred,
-    group_scale,
-    groups_of,
-    nearest_level,
-    offsets,
-    round_nearest,
-)
+from globe.bank.rounding import SCALE_DTYPE, Grid, Rounded, group_scale, nearest_level, round_nearest
 from globe.errors import FitError
 from globe.numerics.precision import to_float64
 
@@ -35,8 +23,7 @@ RIDGE = 1e-2
 def round_with_feedback(
     W: Float[Tensor, "n o k"],
     H: Float[Tensor, "n k k"],
-    bits: int | Sequence[int],
-    group: int,
+    grid: Grid,
     *,
     symmetric: bool = True,
     searched: bool = True,
@@ -53,25 +40,23 @@ def round_with_feedback(
     rounding.
 
     ridge   of the feedback alone, relative to the mean diagonal of H_i
-    Raises FitError where H_i is not finite or can't be factored, ValueError where the bits do not fit the groups.
+    Raises FitError where H_i is not finite or can't be factored.
     """
     n, o, k = W.shape
-    each = bits_of_groups(bits, k, group)
     parts = []
     size = max(1, _CHUNK // max(1, o * k))
     for start in range(0, n, size):
         part = slice(start, start + size)
         own = H[part].to(W)
-        nearest = round_nearest(W[part], each, group, symmetric=symmetric, searched=searched)
-        fed = _feed(W[part], _elimination(own, ridge), each, group, symmetric=symmetric, searched=searched)
+        nearest = round_nearest(W[part], grid, symmetric=symmetric, searched=searched)
+        fed = _feed(W[part], _elimination(own, ridge), grid, symmetric=symmetric, searched=searched)
         parts.append(_descend(W[part], own, _choose(W[part], own, nearest, fed), sweeps))
     zeros = [one.zero for one in parts if one.zero is not None]
     return Rounded(
         torch.cat([one.codes for one in parts]),
         torch.cat([one.scale for one in parts]),
         torch.cat(zeros) if zeros else None,
-        each,
-        group,
+        grid,
     )
 
 
@@ -104,24 +89,24 @@ def _elimination(H: Float[Tensor, "n k k"], ridge: float) -> Float[Tensor, "n k 
 def _feed(
     W: Float[Tensor, "n o k"],
     U: Float[Tensor, "n k k"],
-    bits: Sequence[int],
-    group: int,
+    grid: Grid,
     *,
     symmetric: bool,
     searched: bool,
 ) -> Rounded:
     """Columns in order; within a group the error is fed column by column, to later groups by one product."""
-    W = W.clone()
+    W, top = W.clone(), grid.top(W)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scales, zeros = [], []
-    for b, part in zip(bits, groups_of(W.shape[2], group), strict=True):
-        scale, zero = group_scale(W[:, :, part], b, symmetric=symmetric, searched=searched)
+    for part in grid.groups:
+        scale, zero = group_scale(W[:, :, part], grid.bits[part], symmetric=symmetric, searched=searched)
         costs = torch.empty_like(W[:, :, part])
         for j in range(part.start, part.stop):
             own = W[:, :, j]
-            q = nearest_level(own[..., None], scale, zero, b)[..., 0]
+            offset = top[j] / 2 if zero is None else zero
+            q = nearest_level(own[..., None], scale, offset[..., None], top[j, None])[..., 0]
             codes[:, :, j] = q
-            costs[:, :, j - part.start] = (own - (q.to(own) - zero) * scale) / U[:, j, j, None]
+            costs[:, :, j - part.start] = (own - (q.to(own) - offset) * scale) / U[:, j, j, None]
             if j + 1 < part.stop:
                 now, rest = slice(j - part.start, j + 1 - part.start), slice(j + 1, part.stop)
                 W[:, :, rest] -= costs[:, :, now] * U[:, j : j + 1, rest]
@@ -129,8 +114,9 @@ def _feed(
             W[:, :, part.stop :] -= costs @ U[:, part, part.stop :]
         scales.append(scale)
         zeros.append(zero)
-    stored = None if symmetric else torch.stack(zeros, dim=-1).to(torch.uint8)
-    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), stored, tuple(bits), group)
+    present = [zero for zero in zeros if zero is not None]
+    stored = torch.stack(present, dim=-1).to(torch.uint8) if present else None
+    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), stored, grid)
 
 
 def _choose(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], one: Rounded, other: Rounded) -> Rounded:
@@ -148,50 +134,36 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
     """Coordinate descent on integers and scales; the gradient E H is kept up to date, column by column."""
     if sweeps == 0:
         return start
-    k, codes = W.shape[2], start.codes.clone()
-    scale = start.scale.to(W)
-    zero = offsets(start.zero, start.bits, W.device).to(W).expand(scale.shape)
+    grid, codes, scale = start.grid, start.codes.clone(), start.scale.to(W)
+    offset, top = start.offsets(W).expand(W.shape), grid.top(W)
     diagonal = H.diagonal(dim1=1, dim2=2)
     for _ in range(sweeps):
-        levels = centred(codes, start.zero, start.bits, start.group).to(W)
-        gradient = (levels * scale.repeat_interleave(start.group, dim=2)[..., :k] - W) @ H
-        for at, (b, part) in enumerate(zip(start.bits, groups_of(k, start.group), strict=True)):
-            s, z = scale[..., at], zero[..., at]
+        gradient = ((codes.to(W) - offset) * grid.spread(scale) - W) @ H
+        for at, part in enumerate(grid.groups):
+            s = scale[..., at]
             for j in range(part.start, part.stop):
                 weight = diagonal[:, j, None]
-                value = (codes[..., j].to(W) - z) * s
+                value = (codes[..., j].to(W) - offset[..., j]) * s
                 wanted = value - gradient[..., j] / weight.clamp_min(1e-30)
-                q = _level(wanted, s, z, b, codes[..., j], weight)
-                moved = (q.to(W) - z) * s - value
+                q = nearest_level(wanted[..., None], s, offset[..., j, None], top[j, None])[..., 0]
+                # where neither the scale nor the metric says anything, the integer stays
+                q = torch.where((s > 0) & (weight > 0), q, codes[..., j])
+                moved = (q.to(W) - offset[..., j]) * s - value
                 codes[..., j] = q
                 gradient += moved[..., None] * H[:, j : j + 1]
-            scale[..., at] = _fit_scale(gradient, H, codes[..., part], s, z, part)
+            levels = codes[..., part].to(W) - offset[..., part]
+            scale[..., at] = _fit_scale(gradient, H, levels, s, part)
     return start._replace(codes=codes, scale=scale.to(SCALE_DTYPE))
-
-
-def _level(
-    wanted: Float[Tensor, "n o"],
-    scale: Float[Tensor, "n o"],
-    zero: Float[Tensor, "n o"],
-    bits: int,
-    before: UInt8[Tensor, "n o"],
-    weight: Float[Tensor, "n 1"],
-) -> UInt8[Tensor, "n o"]:
-    """The nearest level; where neither the scale nor the metric says anything, the one before."""
-    q = nearest_level(wanted[..., None], scale, zero, bits)[..., 0]
-    return torch.where((scale > 0) & (weight > 0), q, before)
 
 
 def _fit_scale(
     gradient: Float[Tensor, "n o k"],
     H: Float[Tensor, "n k k"],
-    codes: UInt8[Tensor, "n o g"],
+    levels: Float[Tensor, "n o g"],
     scale: Float[Tensor, "n o"],
-    zero: Float[Tensor, "n o"],
     part: slice,
 ) -> Float[Tensor, "n o"]:
     """The best scale of a group with all else as it is, as far as bfloat16 has it; `gradient` follows, in place."""
-    levels = codes.to(H) - zero[..., None]
     through = levels @ H[:, part]
     size = (through[..., part] * levels).sum(dim=2)
     slope = (gradient[..., part] * levels).sum(dim=2)

@@ -2,71 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from globe.bank.rounding import MOST_BITS, SCALE_DTYPE, Rounded, count_bits, groups_of
+from globe.bank.rounding import MOST_BITS, SCALE_DTYPE, Grid, Rounded
 from globe.errors import ArtefactError
 
 _CHUNK = 1 << 24
 """Bits that are spread out at once while integers are packed or unpacked."""
+_MOST_COLUMNS = 1 << 20
+"""More than any factor has; a file that claims more is refused before memory is asked for."""
 
 
-def packed_bytes(bits: Sequence[int], group: int, k: int) -> int:
-    """Bytes of one packed row of k integers."""
-    return -(-_row_bits(bits, group, k) // 8)
+def packed_bytes(grid: Grid) -> int:
+    """Bytes of one packed row."""
+    return -(-sum(grid.bits) // 8)
 
 
-def _row_bits(bits: Sequence[int], group: int, k: int) -> int:
-    return sum(b * (part.stop - part.start) for b, part in zip(bits, groups_of(k, group), strict=True))
+def _runs(grid: Grid) -> Iterator[tuple[int, slice, slice]]:
+    """Bits, columns, and place in the stream of every run of columns of equal bits."""
+    column = at = 0
+    for bits, run in groupby(grid.bits):
+        count = len(list(run))
+        yield bits, slice(column, column + count), slice(at, at + bits * count)
+        column, at = column + count, at + bits * count
 
 
-def pack(codes: UInt8[Tensor, "*rows k"], bits: Sequence[int], group: int) -> UInt8[Tensor, "*rows bytes"]:
-    """Integers of bits[g] bits in group g as one stream of bits a row, least significant bit first.
+def pack(codes: UInt8[Tensor, "*rows k"], grid: Grid) -> UInt8[Tensor, "*rows bytes"]:
+    """Integers of so many bits a column as one stream of bits a row, least significant bit first.
 
     A row begins with a new byte, and read as little-endian words of any length the stream is the same.
     """
-    k, rows = codes.shape[-1], codes.reshape(-1, codes.shape[-1])
-    width = packed_bytes(bits, group, k)
+    rows, width = codes.flatten(0, -2), packed_bytes(grid)
     out = torch.empty(rows.shape[0], width, dtype=torch.uint8, device=codes.device)
-    place = torch.tensor([1 << at for at in range(8)], dtype=torch.uint8, device=codes.device)
+    place = _places(8, codes)
     size = max(1, _CHUNK // max(1, 8 * width))
     for start in range(0, rows.shape[0], size):
         part = rows[start : start + size]
         stream = part.new_zeros(part.shape[0], 8 * width)
-        at = 0
-        for b, columns in zip(bits, groups_of(k, group), strict=True):
-            shifts = torch.arange(b, dtype=torch.uint8, device=codes.device)
-            spread = (part[:, columns, None] >> shifts) & 1
-            stream[:, at : at + spread[0].numel()] = spread.flatten(1)
-            at += spread[0].numel()
-        out[start : start + size] = (stream.view(-1, width, 8) * place).sum(dim=2, dtype=torch.uint8)
-    return out.view(*codes.shape[:-1], width)
+        for bits, columns, where in _runs(grid):
+            shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+            stream[:, where] = ((part[:, columns, None] >> shifts) & 1).flatten(1)
+        out[start : start + size] = (stream.view(len(part), width, 8) * place).sum(dim=2, dtype=torch.uint8)
+    return out.reshape(*codes.shape[:-1], width)
 
 
-def unpack(
-    words: UInt8[Tensor, "*rows bytes"], bits: Sequence[int], group: int, k: int
-) -> UInt8[Tensor, "*rows k"]:
+def unpack(words: UInt8[Tensor, "*rows bytes"], grid: Grid) -> UInt8[Tensor, "*rows k"]:
     """The integers that `pack` was given."""
-    rows = words.reshape(-1, words.shape[-1])
+    rows, k = words.flatten(0, -2), len(grid.bits)
     out = torch.empty(rows.shape[0], k, dtype=torch.uint8, device=words.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
     size = max(1, _CHUNK // max(1, 8 * rows.shape[1]))
     for start in range(0, rows.shape[0], size):
         stream = ((rows[start : start + size, :, None] >> shifts) & 1).flatten(1)
-        at = 0
-        for b, columns in zip(bits, groups_of(k, group), strict=True):
-            count = columns.stop - columns.start
-            place = torch.tensor([1 << one for one in range(b)], dtype=torch.uint8, device=words.device)
-            spread = stream[:, at : at + b * count].reshape(-1, count, b)
-            out[start : start + size, columns] = (spread * place).sum(dim=2, dtype=torch.uint8)
-            at += b * count
+        for bits, columns, where in _runs(grid):
+            spread = stream[:, where].reshape(len(stream), columns.stop - columns.start, bits)
+            out[start : start + size, columns] = (spread * _places(bits, words)).sum(2, dtype=torch.uint8)
     return out.view(*words.shape[:-1], k)
+
+
+def _places(bits: int, like: Tensor) -> UInt8[Tensor, " bits"]:
+    return torch.tensor([1 << at for at in range(bits)], dtype=torch.uint8, device=like.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,11 +79,7 @@ class Packed:
     """(*rows, bytes) of uint8"""
     scale: Tensor
     """(*rows, groups) of bfloat16"""
-    bits: tuple[int, ...]
-    """of each group of columns"""
-    group: int
-    width: int
-    """k, the columns"""
+    grid: Grid
     zero: Tensor | None = None
     """(*rows, groups) of uint8; None for a symmetric grid"""
     columns: Tensor | None = None
@@ -90,20 +88,12 @@ class Packed:
     @classmethod
     def of(cls, rounded: Rounded, columns: Tensor | None = None) -> Packed:
         """Pack what was rounded; `columns` are rounded to bfloat16."""
-        return cls(
-            pack(rounded.codes, rounded.bits, rounded.group),
-            rounded.scale,
-            rounded.bits,
-            rounded.group,
-            rounded.codes.shape[-1],
-            rounded.zero,
-            None if columns is None else columns.to(SCALE_DTYPE),
-        )
+        scales = None if columns is None else columns.to(SCALE_DTYPE)
+        return cls(pack(rounded.codes, rounded.grid), rounded.scale, rounded.grid, rounded.zero, scales)
 
     def rounded(self) -> Rounded:
         """Integers, scales and offsets again."""
-        codes = unpack(self.words, self.bits, self.group, self.width)
-        return Rounded(codes, self.scale, self.zero, self.bits, self.group)
+        return Rounded(unpack(self.words, self.grid), self.scale, self.zero, self.grid)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The factor (*rows, k): computed in float32, rounded once to `dtype`, a few rows at a time."""
@@ -116,20 +106,16 @@ class Packed:
     def __getitem__(self, rows: Any) -> Packed:
         """Some of the first axis."""
         zero = None if self.zero is None else self.zero[rows]
-        return Packed(
-            self.words[rows], self.scale[rows], self.bits, self.group, self.width, zero, self.columns
-        )
+        return Packed(self.words[rows], self.scale[rows], self.grid, zero, self.columns)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.words.shape[:-1], self.width)
+        return (*self.words.shape[:-1], len(self.grid.bits))
 
     @property
-    def nbits(self) -> int:
-        """Bits it takes, without those that fill up the last byte of a row; offsets count as integers."""
-        rows = self.words[..., 0].numel()
-        own = count_bits(rows, self.width, self.bits, self.group, symmetric=self.zero is None)
-        return own + (0 if self.columns is None else 16 * self.width)
+    def nbytes(self) -> int:
+        """Bytes of all its tensors, as they are stored."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written, by the names that follow the factor's own and a point."""
@@ -137,8 +123,9 @@ class Packed:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def layout(self) -> dict[str, Any]:
-        """What the tensors mean, in plain values."""
-        return {"bits": list(self.bits), "group": self.group, "width": self.width}
+        """What the tensors mean, in plain values: runs of columns of equal bits, and columns of a group."""
+        runs = [[bits, columns.stop - columns.start] for bits, columns, _ in _runs(self.grid)]
+        return {"bits": runs, "group": self.grid.group}
 
 
 def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packed:
@@ -146,19 +133,19 @@ def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packe
 
     Raises ArtefactError with one sentence that begins with `where` and names the first thing wrong.
     """
-    width, group, bits = _checked_layout(layout, where)
-    unknown = sorted(set(tensors) - {"words", "scale", "zero", "columns"})
-    _require(not unknown, where, f"unknown parts {unknown}")
     _require("words" in tensors and "scale" in tensors, where, "no words, or no scales")
     words, scale = tensors["words"], tensors["scale"]
-    bytes_, rows = packed_bytes(bits, group, width), tuple(words.shape[:-1])
+    _require(words.dim() >= 2 and words.numel() > 0, where, "no rows")
+    grid = grid_of(layout, where)
+    rows, columns = tuple(words.shape[:-1]), len(grid.bits)
     expected = {
-        "words": ((*rows, bytes_), torch.uint8),
-        "scale": ((*rows, len(bits)), SCALE_DTYPE),
-        "zero": ((*rows, len(bits)), torch.uint8),
-        "columns": ((width,), SCALE_DTYPE),
+        "words": ((*rows, packed_bytes(grid)), torch.uint8),
+        "scale": ((*rows, grid.group_count), SCALE_DTYPE),
+        "zero": ((*rows, grid.group_count), torch.uint8),
+        "columns": ((columns,), SCALE_DTYPE),
     }
     for name, tensor in tensors.items():
+        _require(name in expected, where, f"an unknown part {name!r}")
         shape, dtype = expected[name]
         _require(
             tuple(tensor.shape) == shape and tensor.dtype == dtype,
@@ -167,26 +154,34 @@ def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packe
         )
         finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
         _require(finite, where, f"{name} that are NaN or infinite")
-    _require(words.dim() >= 2 and words.numel() > 0, where, "no rows")
     _require(bool((scale >= 0).all()), where, "negative scales")
     zero = tensors.get("zero")
     if zero is not None:
-        most = torch.tensor([2**b - 1 for b in bits], device=zero.device)
+        most = grid.top(scale.float())[:: grid.group]
         _require(bool((zero <= most).all()), where, "offsets beyond the largest integer")
-    return Packed(words, scale, bits, group, width, zero, tensors.get("columns"))
+    return Packed(words, scale, grid, zero, tensors.get("columns"))
 
 
-def _checked_layout(layout: Any, where: str) -> tuple[int, int, tuple[int, ...]]:
+def grid_of(layout: Any, where: str) -> Grid:
+    """The grid that `Packed.layout` describes. Raises ArtefactError where it describes none."""
     _require(isinstance(layout, Mapping), where, "no layout")
-    width, group, bits = layout.get("width"), layout.get("group"), layout.get("bits")
-    for name, value in (("width", width), ("group", group)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
-        _require(whole, where, f"a {name} of {value!r}")
-    _require(isinstance(bits, list | tuple), where, "no list of bits")
-    _require(len(bits) == -(-width // group), where, f"{len(bits)} numbers of bits for its groups")
-    good = all(isinstance(b, int) and not isinstance(b, bool) and 1 <= b <= MOST_BITS for b in bits)
-    _require(good, where, f"groups of other than 1 to {MOST_BITS} bits")
-    return width, group, tuple(bits)
+    group, runs = layout.get("group"), layout.get("bits")
+    _require(_whole(group, 1, _MOST_COLUMNS), where, f"a group of {group!r}")
+    _require(isinstance(runs, list | tuple) and len(runs) > 0, where, "no list of bits")
+    columns = 0
+    for run in runs:
+        pair = isinstance(run, list | tuple) and len(run) == 2
+        good = pair and _whole(run[0], 0, MOST_BITS) and _whole(run[1], 1, _MOST_COLUMNS)
+        _require(
+            good, where, f"a run of columns {run!r} that is no number of bits, 0 to {MOST_BITS}, and a length"
+        )
+        columns += run[1]
+    _require(columns <= _MOST_COLUMNS, where, f"{columns} columns")
+    return Grid(tuple(bits for bits, count in runs for _ in range(count)), group)
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _require(condition: bool, where: str, problem: str) -> None:

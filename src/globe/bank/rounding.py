@@ -1,8 +1,9 @@
 """Round matrices to integers of a few bits: groups of columns share a scale in every row.
 
-A row w of k columns is cut into groups of `group` columns. Within a group of b bits, w_j is stored as an integer
-q_j in 0 .. 2^b - 1 and read back as (q_j - z) s, with one scale s in bfloat16. A symmetric grid has z = (2^b - 1) / 2,
-so that its levels lie at -(2^b - 1)/2 s, .., -s/2, s/2, .., (2^b - 1)/2 s; an asymmetric one stores an integer z.
+A row w of k columns is cut into groups of `group` columns. Column j of b_j bits is stored as an integer q_j in
+0 .. 2^b_j - 1 and read back as (q_j - z_j) s, with one scale s, in bfloat16, for the group and row. On a symmetric grid
+z_j = (2^b_j - 1) / 2: levels lie at .., -s/2, s/2, .. as far as the bits reach, so columns of more bits reach farther
+in steps of the same size. On an asymmetric one z is an integer stored for the group and row.
 """
 
 from __future__ import annotations
@@ -16,12 +17,56 @@ from torch import Tensor
 
 MOST_BITS = 8
 SCALE_DTYPE = torch.bfloat16
-_LEAST_FACTOR = {1: 0.2, 2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7}
-"""Smallest scale that the search tries, as a share of the one that reaches the largest entry, by bits."""
-_TRIED = 17
-NOISE = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 0.001041, 7: 0.0003035, 8: 0.0000874}
-"""Mean squared error of the best uniform grid of so many bits on normally distributed numbers of variance 1 (Max 1960,
-table II). Other distributions and shared scales differ by some ten per cent."""
+NOISE = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104, 0.0003043, 0.00008769)
+"""Mean squared error of the best uniform grid of 0, 1, .. 8 bits on normal numbers of variance 1 (Max 1960, table II).
+Other distributions and shared scales differ by some ten per cent."""
+STEP = (1.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.05687, 0.03076)
+"""The scale of that grid; for 0 bits there is none."""
+_TRIED = 18
+_SHORTEST, _LONGEST = 0.45, 2.2
+"""Scales that the search tries, as shares of the one that the group's root mean square suggests."""
+
+
+class Grid(NamedTuple):
+    """How the columns of a matrix are rounded."""
+
+    bits: tuple[int, ...]
+    """of each column, 0 to 8; a column of 0 bits is read back as zero"""
+    group: int
+    """columns that share a scale; the last group may have fewer"""
+
+    @classmethod
+    def of(cls, bits: int | Sequence[int], k: int, group: int) -> Grid:
+        """One number of bits for all of k columns, or one for each. Raises ValueError where they do not fit."""
+        each = (bits,) * k if isinstance(bits, int) else tuple(bits)
+        if len(each) != k or not all(0 <= b <= MOST_BITS for b in each) or group < 1:
+            raise ValueError(
+                f"bits={bits!r} do not fit {k} columns in groups of {group}: give 0 to {MOST_BITS} for each"
+            )
+        return cls(each, group)
+
+    @property
+    def groups(self) -> Iterator[slice]:
+        """The columns of each group."""
+        for start in range(0, len(self.bits), self.group):
+            yield slice(start, min(len(self.bits), start + self.group))
+
+    @property
+    def group_count(self) -> int:
+        """Number of groups."""
+        return -(-len(self.bits) // self.group)
+
+    def nbits(self, rows: int, *, symmetric: bool = True) -> int:
+        """Bits of so many rounded rows: integers, scales of 16 bits, and an offset of 8 where there are any."""
+        return rows * (sum(self.bits) + (16 if symmetric else 24) * self.group_count)
+
+    def top(self, like: Tensor) -> Float[Tensor, " k"]:
+        """The largest integer of each column."""
+        return torch.tensor([2**b - 1 for b in self.bits], dtype=like.dtype, device=like.device)
+
+    def spread(self, per_group: Shaped[Tensor, "*rows groups"]) -> Shaped[Tensor, "*rows k"]:
+        """Repeat what there is once a group for each of its columns."""
+        return per_group.repeat_interleave(self.group, dim=-1)[..., : len(self.bits)]
 
 
 class Rounded(NamedTuple):
@@ -32,165 +77,145 @@ class Rounded(NamedTuple):
     """in bfloat16"""
     zero: UInt8[Tensor, "*rows groups"] | None
     """None for a symmetric grid"""
-    bits: tuple[int, ...]
-    """of each group"""
-    group: int
-    """columns of a group; the last one may have fewer"""
+    grid: Grid
+
+    def offsets(self, like: Tensor) -> Float[Tensor, "*axes k"]:
+        """z of each column, for every row alike on a symmetric grid."""
+        return self.grid.top(like) / 2 if self.zero is None else self.grid.spread(self.zero).to(like)
 
     def values(self) -> Float[Tensor, "*rows k"]:
         """The numbers that the integers stand for, in float32."""
-        levels = centred(self.codes, self.zero, self.bits, self.group)
-        return levels * spread_groups(self.scale.float(), self.group, self.codes.shape[-1])
+        levels = self.codes.float()
+        return (levels - self.offsets(levels)) * self.grid.spread(self.scale.float())
 
     @property
     def nbits(self) -> int:
-        """Bits that integers, scales and offsets take; offsets take as many as an integer of their group."""
-        return count_bits(
-            self.codes.numel() // max(1, self.codes.shape[-1]),
-            self.codes.shape[-1],
-            self.bits,
-            self.group,
-            symmetric=self.zero is None,
-        )
-
-
-def count_bits(rows: int, k: int, bits: Sequence[int], group: int, *, symmetric: bool = True) -> int:
-    """Bits of `rows` rounded rows of k columns: integers, scales of 16 bits, and offsets where there are any."""
-    each = sum(b * (part.stop - part.start) for b, part in zip(bits, groups_of(k, group), strict=True))
-    return rows * (each + 16 * len(bits) + (0 if symmetric else sum(bits)))
-
-
-def groups_of(k: int, group: int) -> Iterator[slice]:
-    """The columns of each group."""
-    for start in range(0, k, group):
-        yield slice(start, min(k, start + group))
-
-
-def bits_of_groups(bits: int | Sequence[int], k: int, group: int) -> tuple[int, ...]:
-    """One number of bits for each group. Raises ValueError unless each is from 1 to 8 and there is one a group."""
-    count = -(-k // group)
-    found = (bits,) * count if isinstance(bits, int) else tuple(bits)
-    if len(found) != count or not all(1 <= b <= MOST_BITS for b in found) or group < 1:
-        raise ValueError(
-            f"bits={bits!r} do not fit {k} columns in groups of {group}: give 1 to {MOST_BITS} for each"
-        )
-    return found
-
-
-def spread_groups(per_group: Shaped[Tensor, "*rows groups"], group: int, k: int) -> Shaped[Tensor, "*rows k"]:
-    """Repeat one number a group for each of its columns."""
-    return per_group.repeat_interleave(group, dim=-1)[..., :k]
-
-
-def offsets(
-    zero: UInt8[Tensor, "*rows groups"] | None, bits: Sequence[int], device: torch.device | None = None
-) -> Float[Tensor, "*rows groups"]:
-    """z of each group: what is stored, or half the largest integer."""
-    if zero is not None:
-        return zero.float()
-    return torch.tensor([(2**b - 1) / 2 for b in bits], device=device)
-
-
-def centred(
-    codes: UInt8[Tensor, "*rows k"],
-    zero: UInt8[Tensor, "*rows groups"] | None,
-    bits: Sequence[int],
-    group: int,
-) -> Float[Tensor, "*rows k"]:
-    """q - z, in float32."""
-    return codes.float() - spread_groups(offsets(zero, bits, codes.device), group, codes.shape[-1])
+        """Bits that integers, scales and offsets take."""
+        rows = self.codes.numel() // max(1, self.codes.shape[-1])
+        return self.grid.nbits(rows, symmetric=self.zero is None)
 
 
 def round_nearest(
-    W: Float[Tensor, "*rows k"],
-    bits: int | Sequence[int],
-    group: int,
-    *,
-    symmetric: bool = True,
-    searched: bool = True,
+    W: Float[Tensor, "*rows k"], grid: Grid, *, symmetric: bool = True, searched: bool = True
 ) -> Rounded:
     """Round every entry to the nearest level of its group.
 
-    bits       of all groups, or of each
-    searched   choose the scale of every group by least squares among `_TRIED` candidates and the best multiple of the
-               levels that the best of them gives; without it, the scale reaches the group's largest entry
+    searched   choose the scale of every group by least squares among `_TRIED` candidates, and then the best multiple
+               of the levels that the best of them gives; without it, the scale reaches the group's largest entry
 
-    The scale of a group of zeros is 0. Raises ValueError where the bits do not fit the groups.
+    The scale of a group of zeros is 0. An asymmetric grid needs one number of bits in a group (ValueError).
     """
-    k = W.shape[-1]
-    each = bits_of_groups(bits, k, group)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scales, zeros = [], []
-    for b, part in zip(each, groups_of(k, group), strict=True):
-        scale, zero = group_scale(W[..., part], b, symmetric=symmetric, searched=searched)
-        codes[..., part] = nearest_level(W[..., part], scale, zero, b)
+    top = grid.top(W)
+    for part in grid.groups:
+        own = W[..., part]
+        scale, zero = group_scale(own, grid.bits[part], symmetric=symmetric, searched=searched)
+        offset = top[part] / 2 if zero is None else zero[..., None]
+        codes[..., part] = nearest_level(own, scale, offset, top[part])
         scales.append(scale)
         zeros.append(zero)
-    stored = None if symmetric else torch.stack(zeros, dim=-1).to(torch.uint8)
-    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), stored, each, group)
+    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), _stack(zeros), grid)
+
+
+def _stack(zeros: Sequence[Tensor | None]) -> UInt8[Tensor, "*rows groups"] | None:
+    present = [zero for zero in zeros if zero is not None]
+    return torch.stack(present, dim=-1).to(torch.uint8) if present else None
 
 
 def nearest_level(
-    W: Float[Tensor, "*rows g"], scale: Float[Tensor, "*rows"], zero: Float[Tensor, "*rows"], bits: int
+    W: Float[Tensor, "*rows g"],
+    scale: Float[Tensor, "*rows"],
+    offset: Float[Tensor, ...],
+    top: Float[Tensor, " g"],
 ) -> UInt8[Tensor, "*rows g"]:
-    """The integers of the nearest levels; those of a zero scale are as near to z as they can be."""
+    """The integers of the nearest levels; those of a zero scale are as near to the offset as they can be.
+
+    `offset` is one number for each column, for each row, or for both.
+    """
+    return _levels(W, scale, offset, top).to(torch.uint8)
+
+
+def _levels(W: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    levels = torch.round(W * inverse[..., None] + zero[..., None])
-    return levels.clamp_(0, 2**bits - 1).to(torch.uint8)
+    levels = torch.round(W * inverse[..., None] + offset)
+    return torch.minimum(levels.clamp_min_(0), top)
 
 
 def group_scale(
-    W: Float[Tensor, "*rows g"], bits: int, *, symmetric: bool, searched: bool
-) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """Scale and offset of each row for one group of columns, in the dtype of W; the scale is one of bfloat16."""
-    top = 2**bits - 1
-    if symmetric:
-        whole = 2 * W.abs().amax(dim=-1) / top
-        low = None
-    else:
-        low = W.amin(dim=-1).clamp_max(0)
-        whole = (W.amax(dim=-1).clamp_min(0) - low) / top
+    W: Float[Tensor, "*rows g"], bits: Sequence[int], *, symmetric: bool, searched: bool
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"] | None]:
+    """Scale of each row for one group of columns, in the dtype of W but a number of bfloat16, and its offset.
 
-    def zero_of(scale: Tensor, shrunk: Tensor) -> Tensor:
-        if low is None:
-            return torch.full_like(scale, top / 2)
-        inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-        return torch.round(-low * shrunk * inverse).clamp_(0, top)
-
-    one = torch.ones_like(whole)
-    best = _storable(whole)
-    zero = zero_of(best, one)
+    Symmetric grids have none. Raises ValueError where an asymmetric one has several numbers of bits.
+    """
+    grid = Grid.of(bits, W.shape[-1], len(bits))
+    if not symmetric:
+        if len(set(bits)) != 1:
+            raise ValueError(f"an asymmetric group has one number of bits, not {sorted(set(bits))}")
+        return _asymmetric(W, bits[0], grid.top(W), searched=searched)
+    top = grid.top(W)
+    used = top > 0
+    if not bool(used.any()):
+        return torch.zeros_like(W[..., 0]), None
+    whole = _storable((2 * W.abs() / top.clamp_min(1) * used).amax(dim=-1))
     if not searched:
-        return best, zero
-    error = _error(W, best, zero, bits)
-    least = _LEAST_FACTOR.get(bits, 0.8)
-    for at in range(1, _TRIED):
+        return whole, None
+    step = torch.tensor([STEP[b] for b in bits], dtype=W.dtype, device=W.device)
+    usual = ((W * step).square() * used).sum(dim=-1).div(used.sum()).sqrt()
+    best, error = whole, _error(W, whole, top / 2, top)
+    for at in range(_TRIED):
+        factor = _SHORTEST * (_LONGEST / _SHORTEST) ** (at / (_TRIED - 1))
+        best, error = _better(W, top / 2, top, best, error, _storable(usual * factor))
+    return _fitted(W, top / 2, top, best, error), None
+
+
+def _asymmetric(
+    W: Float[Tensor, "*rows g"], bits: int, top: Float[Tensor, " g"], *, searched: bool
+) -> tuple[Tensor, Tensor]:
+    """The range of a group, zero included, and shrunk versions of it."""
+    most = 2**bits - 1
+    if most == 0:
+        return torch.zeros_like(W[..., 0]), torch.zeros_like(W[..., 0])
+    low, high = W.amin(dim=-1).clamp_max(0), W.amax(dim=-1).clamp_min(0)
+    least = {1: 0.3, 2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7}.get(bits, 0.8) if searched else 1.0
+    best = zero = error = None
+    for at in range(_TRIED if searched else 1):
         factor = 1 - (1 - least) * at / (_TRIED - 1)
-        scale = _storable(whole * factor)
-        offset = zero_of(scale, one * factor)
-        best, zero, error = _better(W, bits, (best, zero, error), (scale, offset))
-    levels = nearest_level(W, best, zero, bits).to(W) - zero[..., None]
+        scale = _storable((high - low) * (factor / most))
+        inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+        offset = torch.round(-low * factor * inverse).clamp(0, most)
+        found = _error(W, scale, offset[..., None], top)
+        if best is None or zero is None or error is None:
+            best, zero, error = scale, offset, found
+        wins = found < error
+        best, zero = torch.where(wins, scale, best), torch.where(wins, offset, zero)
+        error = torch.where(wins, found, error)
+    assert best is not None
+    assert zero is not None
+    assert error is not None
+    return (_fitted(W, zero[..., None], top, best, error) if searched else best), zero
+
+
+def _fitted(W: Tensor, offset: Tensor, top: Tensor, scale: Tensor, error: Tensor) -> Tensor:
+    """The best multiple of the levels that a scale gives, where it is any better."""
+    levels = _levels(W, scale, offset, top) - offset
     size = levels.square().sum(dim=-1)
-    fitted = torch.where(size > 0, (W * levels).sum(dim=-1) / size.clamp_min(1e-30), best)
-    best, zero, _ = _better(W, bits, (best, zero, error), (_storable(fitted.clamp_min(0)), zero))
-    return best, zero
+    found = torch.where(size > 0, (W * levels).sum(dim=-1) / size.clamp_min(1e-30), scale)
+    return _better(W, offset, top, scale, error, _storable(found.clamp_min(0)))[0]
 
 
 def _better(
-    W: Float[Tensor, "*rows g"], bits: int, held: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row by row, the scale and offset with the smaller error, and that error."""
-    error = _error(W, *other, bits)
-    wins = error < held[2]
-    return (
-        torch.where(wins, other[0], held[0]),
-        torch.where(wins, other[1], held[1]),
-        torch.where(wins, error, held[2]),
-    )
+    W: Tensor, offset: Tensor, top: Tensor, held: Tensor, error: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Row by row, the scale with the smaller error, and that error."""
+    found = _error(W, scale, offset, top)
+    wins = found < error
+    return torch.where(wins, scale, held), torch.where(wins, found, error)
 
 
-def _error(W: Float[Tensor, "*rows g"], scale: Tensor, zero: Tensor, bits: int) -> Float[Tensor, "*rows"]:
-    levels = nearest_level(W, scale, zero, bits).to(W) - zero[..., None]
+def _error(W: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Float[Tensor, "*rows"]:
+    levels = _levels(W, scale, offset, top) - offset
     return (W - levels * scale[..., None]).square().sum(dim=-1)
 
 
