@@ -12,6 +12,7 @@ from torch import Tensor
 
 from globe.bank.feedback import metric_errors, round_with_feedback
 from globe.bank.packing import Packed, pack, packed_bytes, read_packed, unpack
+from globe.bank.rotation import hadamard, rotation
 from globe.bank.rounding import NOISE, STEP, Grid, group_scale, nearest_level, round_nearest
 from globe.errors import ArtefactError, FitError
 
@@ -243,7 +244,7 @@ def test_hostile_packed_factors_are_refused_by_sentences() -> None:
     rounded = round_nearest(normal(N, O, K).float(), Grid.of(3, K, 4), symmetric=False)
     packed = Packed.of(rounded, torch.ones(K))
     tensors, layout = packed.tensors(), packed.layout()
-    assert layout == {"bits": [[3, 11]], "group": 4}
+    assert layout == {"bits": [[3, 11]], "group": 4, "turned": None}
     read_packed(tensors, layout, "it")
     nan = packed.scale.clone()
     nan[0, 0, 0] = torch.nan
@@ -270,9 +271,39 @@ def test_hostile_packed_factors_are_refused_by_sentences() -> None:
         (tensors | {"scale": -packed.scale}, layout, "negative scales"),
         (tensors | {"zero": packed.zero + 8}, layout, "offsets beyond"),
         (empty, layout, "no rows"),
+        (tensors, layout | {"turned": -1}, "rows turned by -1"),
+        (tensors, layout | {"turned": "7"}, "rows turned by '7'"),
     ]
     for parts, described, problem in cases:
         with pytest.raises(ArtefactError, match=problem) as caught:
             read_packed(parts, described, "it")
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("it can't be used: ")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 12, 16, 176])
+def test_rotations_are_orthogonal_exact_and_drawn_by_their_seed(size: int) -> None:
+    R = rotation(size, 5)
+    torch.testing.assert_close(R @ R.T, torch.eye(size), rtol=1e-6, atol=1e-6)
+    assert torch.equal(R, rotation(size, 5))
+    assert size == 1 or not torch.equal(R, rotation(size, 6))
+    block = size & -size
+    if block < size:
+        assert torch.equal(R * block, (R * block).round())
+        assert torch.equal(R.bfloat16().float(), R)
+
+
+def test_rotation_of_a_power_of_two_spreads_an_entry_over_all() -> None:
+    assert torch.equal(rotation(16, 3).abs(), torch.full((16, 16), 0.25))
+    with pytest.raises(ValueError, match="12 is not a power of two"):
+        hadamard(12)
+
+
+def test_turned_rows_come_back() -> None:
+    W, R = normal(N, 6, K).float(), rotation(6, 9)
+    rounded = round_nearest(R @ W, Grid.of(8, K, K))
+    packed = Packed.of(rounded, turned=9)
+    torch.testing.assert_close(packed.values(), R.T @ rounded.values())
+    assert float((packed.values() - W).norm() / W.norm()) < 0.01
+    assert torch.equal(packed[1:].values(), packed.values()[1:])
+    assert torch.equal(read_packed(packed.tensors(), packed.layout(), "it").values(), packed.values())

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from globe.bank.rotation import rotation
 from globe.bank.rounding import MOST_BITS, SCALE_DTYPE, Grid, Rounded
 from globe.errors import ArtefactError
 
@@ -84,12 +85,16 @@ class Packed:
     """(*rows, groups) of uint8; None for a symmetric grid"""
     columns: Tensor | None = None
     """(k,) of bfloat16: what the columns were divided by before they were rounded"""
+    turned: int | None = None
+    """seed of the rotation R that the rows of each matrix were multiplied by from the left before they were rounded"""
 
     @classmethod
-    def of(cls, rounded: Rounded, columns: Tensor | None = None) -> Packed:
+    def of(cls, rounded: Rounded, columns: Tensor | None = None, turned: int | None = None) -> Packed:
         """Pack what was rounded; `columns` are rounded to bfloat16."""
         scales = None if columns is None else columns.to(SCALE_DTYPE)
-        return cls(pack(rounded.codes, rounded.grid), rounded.scale, rounded.grid, rounded.zero, scales)
+        return cls(
+            pack(rounded.codes, rounded.grid), rounded.scale, rounded.grid, rounded.zero, scales, turned
+        )
 
     def rounded(self) -> Rounded:
         """Integers, scales and offsets again."""
@@ -98,15 +103,19 @@ class Packed:
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The factor (*rows, k): computed in float32, rounded once to `dtype`, a few rows at a time."""
         out = torch.empty(*self.shape, dtype=dtype, device=self.words.device)
+        back = None
+        if self.turned is not None:
+            back = rotation(self.shape[-2], self.turned).T.to(self.words.device)
         for at in range(self.words.shape[0]):
             row = self[at].rounded().values()
-            out[at] = row if self.columns is None else row * self.columns.float()
+            row = row if self.columns is None else row * self.columns.float()
+            out[at] = row if back is None else back @ row
         return out
 
     def __getitem__(self, rows: Any) -> Packed:
         """Some of the first axis."""
         zero = None if self.zero is None else self.zero[rows]
-        return Packed(self.words[rows], self.scale[rows], self.grid, zero, self.columns)
+        return Packed(self.words[rows], self.scale[rows], self.grid, zero, self.columns, self.turned)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,7 +134,7 @@ class Packed:
     def layout(self) -> dict[str, Any]:
         """What the tensors mean, in plain values: runs of columns of equal bits, and columns of a group."""
         runs = [[bits, columns.stop - columns.start] for bits, columns, _ in _runs(self.grid)]
-        return {"bits": runs, "group": self.grid.group}
+        return {"bits": runs, "group": self.grid.group, "turned": self.turned}
 
 
 def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packed:
@@ -159,7 +168,10 @@ def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packe
     if zero is not None:
         most = grid.top(scale.float())[:: grid.group]
         _require(bool((zero <= most).all()), where, "offsets beyond the largest integer")
-    return Packed(words, scale, grid, zero, tensors.get("columns"))
+    turned = layout.get("turned")
+    seed = turned is None or _whole(turned, 0, (1 << 63) - 1)
+    _require(seed and (turned is None or words.dim() == 3), where, f"rows turned by {turned!r}")
+    return Packed(words, scale, grid, zero, tensors.get("columns"), turned)
 
 
 def grid_of(layout: Any, where: str) -> Grid:

@@ -1,0 +1,305 @@
+"""Factors of few bits: atoms rounded, adapters refitted to them and rounded with feedback, atoms moved to fit those.
+
+Rounds of this go on for as long as the true error falls. All is measured where the fit is: on D_i X_i L_i, with the row
+weights D_i and the metric L_i of the inputs, or on X_i itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.am.dictionary.gauss_newton import gauss_newton_direction
+from globe.am.dictionary.tangent import tangent
+from globe.am.objective import Point
+from globe.am.records import Factors
+from globe.am.refit import refit
+from globe.am.state import Atoms, Constraint, low_rank_atoms
+from globe.bank.compose import mixed_bases
+from globe.bank.feedback import round_with_feedback
+from globe.bank.gauge import allocate_bits, balanced_gauge, column_factors
+from globe.bank.packing import Packed
+from globe.bank.rounding import NOISE, Grid, round_nearest
+from globe.errors import FitError
+from globe.fit.input_metric import InputMetric
+from globe.numerics.activation import phi_prime
+from globe.numerics.chunks import expert_chunks
+from globe.numerics.figures import squared_norms
+
+_ROUNDS = 4
+"""At most: moves of the atoms around rounded adapters."""
+_WORTH = 1e-3
+"""A round that lowers the error by less than this share of it is the last."""
+_FEEDBACK = 0.25
+"""Share of the noise of plain rounding that is left with feedback, for the ridge: of bits 3 and 4, SiLU and tanh, the
+best ridges of a trained layer lay at 0.1 to 0.3 of that noise."""
+_ITERATIONS, _DAMPING = 20, 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bits of the factors: of an adapter's columns on average, of every number of an atom, and columns of a group."""
+
+    adapters: float
+    atoms: int
+    group_adapters: int | None = None
+    """None is all columns"""
+    group_atoms: int = 64
+
+    @property
+    def ridge(self) -> float:
+        """Relative ridge of the adapters' refit: what rounding them is expected to cost in the metric of the bases.
+
+        Noise of variance v |A|^2 / (p r) an entry costs v |A|^2 mean(diag M M^T), which is a ridge of v.
+        """
+        low = int(self.adapters)
+        share = self.adapters - low
+        noise = NOISE[low] ** (1 - share) * NOISE[min(low + 1, len(NOISE) - 1)] ** share
+        return _FEEDBACK * noise
+
+    def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
+        """Bits that factors of these sizes take in a file: rows of whole bytes, scales and codes of 16 bits."""
+        columns = int(self.adapters * r)
+        adapters = n * p * (8 * -(-columns // 8) + 16 * -(-r // (self.group_adapters or r))) + 16 * r
+        if k is None:
+            atoms = m * r * _row_bits(d, self.atoms, self.group_atoms)
+        else:
+            atoms = m * r * _row_bits(k, self.atoms, self.group_atoms)
+            atoms += m * k * _row_bits(d, self.atoms, self.group_atoms)
+        return adapters + atoms + 16 * n * m
+
+
+def _row_bits(columns: int, bits: int, group: int) -> int:
+    return 8 * -(-columns * bits // 8) + 16 * -(-columns // group)
+
+
+class RoundedFactors(NamedTuple):
+    """Factors as they are read back, and what is stored of them."""
+
+    factors: Factors
+    """W_i - mean ~ adapters_i phi_lam(sum_j codes_ij bank_j), with the normalisation's scale in the adapters"""
+    packed: dict[str, Packed]
+    """adapters, and bank or atoms_left and atoms_right"""
+    error: float
+    """sum of the squared errors, in the metric"""
+    rounds: int
+    """moves of the atoms that were kept"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What stays the same while one bank is rounded."""
+
+    X: Float[Tensor, "n p d"]
+    lam: float
+    activation: str
+    precision: Precision
+    metric: InputMetric | None
+    scale: Tensor | None
+    dtype: torch.dtype
+
+    def parts(self, r: int) -> Iterator[slice]:
+        n, p, d = self.X.shape
+        return expert_chunks(n, max(r, p), d)
+
+    def bases(self, atoms: Atoms, part: slice) -> Float[Tensor, "c r d"]:
+        """phi(Y_i) of some experts, from the factors that are exported."""
+        dense = atoms.left is None
+        return mixed_bases(
+            atoms.codes[part],
+            atoms.bank if dense else None,
+            atoms_left=atoms.left,
+            atoms_right=atoms.right,
+            lam=self.lam,
+            activation=self.activation,
+        ).to(self.X)
+
+    def seen_bases(self, atoms: Atoms, part: slice) -> Float[Tensor, "c r d"]:
+        """phi(Y_i) L_i."""
+        M = self.bases(atoms, part)
+        return M if self.metric is None else M @ self.metric.forward
+
+    def target(self, part: slice) -> Float[Tensor, "c p d"]:
+        """D_i X_i L_i."""
+        return self.X[part] if self.metric is None else self.X[part] @ self.metric.forward
+
+    def stored(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
+        """Adapters of D_i X_i L_i as those of the experts W_i themselves."""
+        return A if self.scale is None else A * self._row_scale(part)
+
+    def fitted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
+        """Undo `stored`."""
+        return A if self.scale is None else A / self._row_scale(part)
+
+    def _row_scale(self, part: slice) -> Tensor:
+        assert self.scale is not None
+        own = self.scale[part].to(self.X)
+        return own.reshape(*own.shape, *[1] * (3 - own.dim()))
+
+
+def round_factors(
+    X: Float[Tensor, "n p d"],
+    factors: Factors,
+    precision: Precision,
+    *,
+    lam: float,
+    activation: str,
+    linear: bool,
+    export_dtype: torch.dtype,
+    scale: Tensor | None = None,
+    metric: InputMetric | None = None,
+    generator: torch.Generator,
+) -> RoundedFactors:
+    """Round the factors of a fit so that the error on the normalised experts X grows as little as it can.
+
+    First the gauge: balanced and diagonal where phi is linear, columns in the order of what they matter otherwise; the
+    bits of the adapters' columns are shared out by what these matter (`allocate_bits`). Then rounds: atoms are rounded,
+    adapters are refitted to them with the ridge of the expected noise and rounded with feedback in the metric of their
+    own bases (M_i L_i)(M_i L_i)^T, and atoms and codes make a Gauss-Newton step around the rounded adapters. A round
+    counts only if the error of what would be stored falls.
+
+    scale     what the normalisation divided by, (n,) or (n, p); the adapters are rounded with it folded in
+    Raises FitError when numbers are no longer finite.
+    """
+    task = _Task(X, lam, activation, precision, metric, scale, export_dtype)
+    codes = factors.codes.to(export_dtype).to(X)
+    atoms = Atoms(factors.bank, codes, factors.left, factors.right)
+    atoms = _in_gauge(task, atoms, linear=linear)
+    best, wanted = None, atoms
+    for at in range(_ROUNDS + 1):
+        found, rounded = _round_once(task, wanted, at)
+        if best is not None and not found.error < best.error:
+            break
+        small = best is not None and found.error > (1 - _WORTH) * best.error
+        best = found
+        if small or at == _ROUNDS or metric is not None:
+            break
+        wanted = _moved(task, wanted, rounded, found, generator)
+    assert best is not None
+    return best
+
+
+def _in_gauge(task: _Task, atoms: Atoms, *, linear: bool) -> Atoms:
+    """Atoms in the gauge that rounding wants, with the same products A_i M_i at best adapters."""
+    r = atoms.bank.shape[1]
+    K = task.X.new_zeros(r, r)
+    G = task.X.new_zeros(r, r)
+    for part in task.parts(r):
+        M = task.seen_bases(atoms, part)
+        A = refit(task.target(part), M, lambda_A=task.precision.ridge).adapters
+        K += (M @ M.mT).sum(dim=0)
+        G += (A.mT @ A).sum(dim=0)
+    if linear:
+        T, _ = balanced_gauge(K, G)
+        if atoms.left is None or atoms.right is None:
+            return atoms._replace(bank=T @ atoms.bank)
+        return low_rank_atoms(T @ atoms.left, atoms.right, atoms.codes)
+    order = (K.diagonal() * G.diagonal()).argsort(descending=True, stable=True)
+    if atoms.left is None or atoms.right is None:
+        return atoms._replace(bank=atoms.bank[:, order])
+    return low_rank_atoms(atoms.left[:, order], atoms.right, atoms.codes)
+
+
+def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors, Atoms]:
+    """Atoms rounded, adapters refitted and rounded: what would be stored, and its atoms as they are read back."""
+    atoms, packed = _round_atoms(task, wanted)
+    n, p, _ = task.X.shape
+    r = atoms.bank.shape[1]
+    A = task.X.new_empty(n, p, r)
+    weights, ridge = task.X.new_zeros(r), task.precision.ridge
+    for part in task.parts(r):
+        M = task.seen_bases(atoms, part)
+        A[part] = refit(task.target(part), M, lambda_A=ridge).adapters
+        weights += M.square().sum(dim=(0, 2))
+    squares = A.square().mean(dim=(0, 1))
+    weights /= n
+    bits = allocate_bits((squares * weights).tolist(), int(task.precision.adapters * r))
+    columns = column_factors(squares, weights, bits)
+    grid = Grid.of(bits, r, task.precision.group_adapters or r)
+    words, exported = [], task.X.new_empty(n, p, r, dtype=task.dtype)
+    error = 0.0
+    for part in task.parts(r):
+        M = task.seen_bases(atoms, part)
+        seen = M * columns[:, None]
+        own = round_with_feedback(task.stored(A[part], part) / columns, seen @ seen.mT, grid)
+        words.append(Packed.of(own, columns))
+        exported[part] = words[-1].values(task.dtype)
+        left = task.target(part) - task.fitted(exported[part].to(M), part) @ M
+        error += float(squared_norms(left).sum())
+    packed["adapters"] = _joined(words)
+    codes = atoms.codes.to(task.dtype)
+    factors = Factors(
+        atoms.bank.to(task.dtype),
+        codes,
+        exported,
+        None if atoms.left is None else atoms.left.to(task.dtype),
+        None if atoms.right is None else atoms.right.to(task.dtype),
+    )
+    if not bool(torch.isfinite(torch.tensor(error))):
+        raise FitError("the rounded factors are not finite: give more bits, or export_dtype=bfloat16")
+    return RoundedFactors(factors, packed, error, rounds), atoms
+
+
+def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed]]:
+    """Atoms as they are read back, in the dtype of the fit, and as they are stored."""
+    packed = {}
+
+    def rounded(tensor: Tensor, name: str) -> Tensor:
+        grid = Grid.of(task.precision.atoms, tensor.shape[-1], task.precision.group_atoms)
+        packed[name] = Packed.of(round_nearest(tensor, grid))
+        return packed[name].values(task.dtype).to(tensor)
+
+    if wanted.left is None or wanted.right is None:
+        return wanted._replace(bank=rounded(wanted.bank, "bank")), packed
+    left, right = rounded(wanted.left, "atoms_left"), rounded(wanted.right, "atoms_right")
+    return low_rank_atoms(left, right, wanted.codes), packed
+
+
+def _joined(parts: list[Packed]) -> Packed:
+    zero = None
+    return Packed(
+        torch.cat([one.words for one in parts]),
+        torch.cat([one.scale for one in parts]),
+        parts[0].grid,
+        zero,
+        parts[0].columns,
+    )
+
+
+def _moved(
+    task: _Task, wanted: Atoms, rounded: Atoms, found: RoundedFactors, generator: torch.Generator
+) -> Atoms:
+    """A Gauss-Newton step of atoms and codes for the adapters as they are rounded, from the atoms as they are."""
+    X, adapters = task.X, found.factors.adapters
+    n, _, d = X.shape
+    r = wanted.bank.shape[1]
+    gram, force = X.new_empty(n, r, r), X.new_empty(n, r, d)
+    slope = None if task.lam == 0 or task.activation == "identity" else X.new_empty(n, r, d)
+    errors = X.new_empty(n)
+    for part in task.parts(r):
+        Y = torch.tensordot(wanted.codes[part], wanted.bank, dims=1)
+        M = task.seen_bases(wanted, part)
+        A = task.fitted(adapters[part].to(X), part)
+        left = task.target(part) - A @ M
+        errors[part] = left.square().sum(dim=(1, 2))
+        gram[part], force[part] = A.mT @ A, A.mT @ left
+        if task.metric is not None:
+            force[part] = force[part] @ task.metric.forward.mT
+        if slope is not None:
+            J = phi_prime(Y, lam=task.lam, activation=task.activation)
+            assert J is not None
+            slope[part] = J
+            force[part] *= J
+    # no rows are projected out: the adapters stay as they are
+    point = Point(None, gram, X.new_zeros(n, r, d), slope, force, errors, float(errors.sum()), 0)
+    slopes = tangent(wanted.bank, wanted.codes, left=wanted.left, right=wanted.right, joint=True)
+    direction = gauss_newton_direction(
+        slopes, point, cg_iterations=_ITERATIONS, damping=_DAMPING, generator=generator
+    )
+    moved = wanted.moved(direction.move, Constraint(), joint=True)
+    return moved.with_codes(moved.codes.to(task.dtype).to(X))
