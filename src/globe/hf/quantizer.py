@@ -11,6 +11,7 @@ architecture it knows; both are written again by `save_pretrained`.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -142,10 +143,24 @@ def set_cache(model: nn.Module, S_cache: SCache) -> None:
 
 def compact_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
     """Read a compact checkpoint's `config.json`; arguments and result as of `PreTrainedConfig.from_dict`."""
+    require_plugin()
     upstream = str(config_dict["model_type"]).removeprefix(PREFIX)
     described = {**config_dict.get("quantization_config", {}), "quant_method": QUANT_METHOD}
     known = {**config_dict, "model_type": upstream, "quantization_config": described}
     return marked(CONFIG_MAPPING[upstream]).from_dict(known, **kwargs)
+
+
+def require_plugin() -> None:
+    """Raise CheckpointError inside a vLLM that lacks GloBE's plugin.
+
+    vLLM would read the configuration, drop the factors, whose names it does not know, and generate from random experts.
+    """
+    methods = getattr(sys.modules.get("vllm.model_executor.layers.quantization"), "QUANTIZATION_METHODS", None)
+    if ("vllm.config" in sys.modules and methods is None) or (methods is not None and QUANT_METHOD not in methods):
+        raise CheckpointError(
+            "vLLM serves compact GloBE checkpoints by a plugin: pip install globe-vllm (integrations/vllm of GloBE), or "
+            "serve the run patched with format=dense"
+        )
 
 
 @functools.cache
