@@ -1,4 +1,4 @@
-"""What keeps a vLLM without the plugin from running on random experts, and that the plugin's list is of known models."""
+"""What keeps a vLLM without the plugin from running on random experts, and the plugin's list of models."""
 
 from __future__ import annotations
 

@@ -155,11 +155,15 @@ def require_plugin() -> None:
 
     vLLM would read the configuration, drop the factors, whose names it does not know, and generate from random experts.
     """
-    methods = getattr(sys.modules.get("vllm.model_executor.layers.quantization"), "QUANTIZATION_METHODS", None)
-    if ("vllm.config" in sys.modules and methods is None) or (methods is not None and QUANT_METHOD not in methods):
+    methods = getattr(
+        sys.modules.get("vllm.model_executor.layers.quantization"), "QUANTIZATION_METHODS", None
+    )
+    if ("vllm.config" in sys.modules and methods is None) or (
+        methods is not None and QUANT_METHOD not in methods
+    ):
         raise CheckpointError(
-            "vLLM serves compact GloBE checkpoints by a plugin: pip install globe-vllm (integrations/vllm of GloBE), or "
-            "serve the run patched with format=dense"
+            "vLLM serves compact GloBE checkpoints by a plugin: pip install globe-vllm (integrations/vllm of GloBE), "
+            "or serve the run patched with format=dense"
         )
 
 
