@@ -74,7 +74,7 @@ def code_system(
 ) -> tuple[Float[Tensor, "n m m"], Float[Tensor, "n m"]]:
     """Normal equations of a change of codes: K_i[j, l] = <P B_ij, G_i P B_il>, h_i[j] = <B_j, force_i>.
 
-    B_ij = J_i * B_j, P removes the row space of M_i. Costs as much as m conjugate-gradient iterations.
+    B_ij = (J_i * B_j) L_i, P removes the row space of M_i. Costs as much as m conjugate-gradient iterations.
     """
     n, m = len(point.gram), len(bank)
     K, h = bank.new_empty(n, m, m), bank.new_empty(n, m)
@@ -83,6 +83,8 @@ def code_system(
         torch.mm(point.force[part].flatten(1), flat.T, out=h[part])
     for i in range(n):
         seen = bank if point.slope is None else bank * point.slope[i]
+        if point.metric is not None:
+            seen = seen @ point.metric.of(slice(i, i + 1))
         Q = point.rows[i]
         seen = seen - (seen @ Q.T) @ Q
         torch.mm(seen.flatten(1), (point.gram[i] @ seen).flatten(1).T, out=K[i])

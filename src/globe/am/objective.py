@@ -1,4 +1,8 @@
-"""The objective at one point, with all that the steps need there: f = sum_i ||X_i - A_i phi_lam(Y_i)||_F^2."""
+"""The objective at one point, with all that the steps need there: f = sum_i ||X_i - A_i phi_lam(Y_i)||_F^2.
+
+In a metric f = sum_i ||X_i - A_i phi_lam(Y_i) L_i||_F^2 for experts X_i that L_i is part of already; M_i then stands for
+phi_lam(Y_i) L_i, and what follows by the chain rule is multiplied by L_i once more.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from globe.am.refit import Refit, refit
 from globe.numerics.activation import phi, phi_prime
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.metric import Metric
 
 _WORTH_RELEASING = 1 << 24
 """Bytes of a tensor that is released; its pages are its own by then: `globe.numerics.device.keep_less_memory`."""
@@ -29,17 +34,19 @@ class Point(NamedTuple):
     gram: Float[Tensor, "n r r"]
     """A_i^T A_i"""
     rows: Float[Tensor, "n r d"]
-    """Q_i, orthonormal rows that span the row space of M_i = phi_lam(Y_i)"""
+    """Q_i, orthonormal rows that span the row space of M_i = phi_lam(Y_i) L_i"""
     slope: Float[Tensor, "n r d"] | None
     """J_i = phi_lam'(Y_i); None is all ones"""
     force: Float[Tensor, "n r d"]
-    """J_i * A_i^T (X_i - A_i M_i)"""
+    """J_i * A_i^T (X_i - A_i M_i) L_i"""
     errors: Float[Tensor, " n"]
     """||X_i - A_i M_i||_F^2"""
     objective: float
     """sum of `errors`, over all processes"""
     regularised: int
     """refits, of all processes, that needed more than the smallest ridge"""
+    metric: Metric | None = None
+    """L_i; None is the identity"""
 
 
 def mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
@@ -55,6 +62,7 @@ def evaluate(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
+    metric: Metric | None = None,
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> Point:
@@ -79,19 +87,21 @@ def evaluate(
         slope = X.new_empty(n, r, d)
     errors = X.new_empty(n)
     regularised = 0
-    for part, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A, slope):
+    for part, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A, metric, slope):
         errors[part] = torch.linalg.vector_norm(residual, dim=(1, 2)) ** 2
         rows[part] = fit.rows
         if adapters is not None:
             adapters[part] = fit.adapters
         torch.bmm(fit.adapters.mT, fit.adapters, out=gram[part])
         torch.bmm(fit.adapters.mT, residual, out=force[part])
+        if metric is not None:
+            force[part] = metric.times(force[part], part)
         if slope is not None:
             force[part] *= slope[part]
         regularised += fit.regularised
         del fit, residual  # before the next chunk makes its own
     objective, regularised = group.total(_sum(errors)), int(group.total(regularised))
-    return Point(adapters, gram, rows, slope, force, errors, objective, regularised)
+    return Point(adapters, gram, rows, slope, force, errors, objective, regularised, metric)
 
 
 def objective_at(
@@ -102,10 +112,11 @@ def objective_at(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
+    metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> float:
     """The objective of `evaluate` alone, which needs no memory beyond a chunk's."""
-    refits = _refits(X, bank, codes, lam, activation, lambda_A)
+    refits = _refits(X, bank, codes, lam, activation, lambda_A, metric)
     errors = torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits])
     return group.total(_sum(errors))
 
@@ -118,10 +129,11 @@ def adapters_at(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
+    metric: Metric | None = None,
 ) -> Float[Tensor, "n p r"]:
     """The adapters of `evaluate` alone, with the same bits."""
     adapters = X.new_empty(*X.shape[:2], bank.shape[1])
-    for part, fit, _ in _refits(X, bank, codes, lam, activation, lambda_A):
+    for part, fit, _ in _refits(X, bank, codes, lam, activation, lambda_A, metric):
         adapters[part] = fit.adapters
     return adapters
 
@@ -151,6 +163,7 @@ def _refits(
     lam: float,
     activation: str,
     lambda_A: float,
+    metric: Metric | None,
     slope: Float[Tensor, "n r d"] | None = None,
 ) -> Iterator[tuple[slice, Refit, Float[Tensor, "_ p d"]]]:
     """Chunk by chunk: which experts, their adapters, and the residual X - A M; phi' goes into `slope`."""
@@ -164,6 +177,8 @@ def _refits(
             slope[part] = J
             del J
         del Y
+        if metric is not None:
+            M = metric.times(M, part)
         own = X[part]
         fit = refit(own, M, lambda_A=lambda_A)
         residual = torch.bmm(fit.adapters, M)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.dictionary.remainder import Remainder
 from globe.am.dictionary.tangent import Tangent
 from globe.am.objective import Point, release
 from globe.am.records import Move
@@ -19,19 +20,33 @@ _PIECE = 1 << 18
 
 
 class Curvature:
-    """H move, H = sum_i dY_i^T J [G_i (.) (I - P_i)] J dY_i, with G_i = A_i^T A_i and P_i = Q_i^T Q_i.
+    """H move, H = sum_i dY_i^T J [G_i (.) K_i] J dY_i, with G_i = A_i^T A_i and K_i = I - Q_i^T Q_i.
 
-    Per expert and product 3 r^2 d + 3 m r d multiply-adds, in `dtype`. Copies of the point are made in that dtype once;
+    In a metric K_i = L_i (I - Q_i^T Q_i) L_i, which comes as a matrix: see `remainder`. Per expert and product
+    3 r^2 d + 3 m r d multiply-adds, or r^2 d + r d^2 + 3 m r d in a metric, in `dtype`. Copies of the point are made in that dtype once;
     a product comes back in the dtype of the fit. Lower precision perturbs only the direction of an inexact step, whose
     gradient and whose acceptance stay exact. With `spend` the point's own tensors are released as they are copied.
     """
 
-    def __init__(self, tangent: Tangent, point: Point, *, dtype: torch.dtype, spend: bool = False) -> None:
+    def __init__(
+        self,
+        tangent: Tangent,
+        point: Point,
+        *,
+        dtype: torch.dtype,
+        kept: Remainder | None = None,
+        spend: bool = False,
+    ) -> None:
         self._tangent = tangent
         self._dtype = dtype
         self._coordinates = tangent.coordinates.to(dtype)
         self._gram = _copy(point.gram, dtype, spend)
-        self._rows = _copy(point.rows, dtype, spend)
+        self._kept = None if kept is None else kept.own
+        self._rows = point.rows
+        if kept is None:
+            self._rows = _copy(point.rows, dtype, spend)
+        elif spend:
+            release(point.rows)
         self._slope = None if point.slope is None else _copy(point.slope, dtype, spend)
         bank = tangent.bank
         m, r, d = bank.shape
@@ -74,7 +89,10 @@ class Curvature:
         return self._gather(self._atoms.view(m, r, d))
 
     def _pull(self, change: Float[Tensor, "c r d"], pulled: Float[Tensor, "c r d"], own: slice) -> None:
-        """J [G (.) (I - P)] J of a change of a few experts' mixed bases, into `pulled`; spends `change`."""
+        """J [G (.) K] J of a change of a few experts' mixed bases, into `pulled`; spends `change`."""
+        if self._kept is not None:
+            self._pull_in_metric(change, pulled, own, self._kept[own])
+            return
         Q = self._rows[own]
         if self._slope is None:
             change.baddbmm_(change @ Q.mT, Q, alpha=-1)
@@ -85,6 +103,22 @@ class Curvature:
         pulled.baddbmm_(pulled @ Q.mT, Q, alpha=-1)
         torch.bmm(self._gram[own], pulled, out=change)
         torch.mul(change, self._slope[own], out=pulled)
+
+    def _pull_in_metric(
+        self,
+        change: Float[Tensor, "c r d"],
+        pulled: Float[Tensor, "c r d"],
+        own: slice,
+        K: Float[Tensor, "c d d"],
+    ) -> None:
+        if self._slope is None:
+            torch.bmm(change, K, out=pulled)
+            pulled.copy_(torch.bmm(self._gram[own], pulled, out=change))
+            return
+        torch.mul(change, self._slope[own], out=pulled)
+        torch.bmm(pulled, K, out=change)
+        torch.bmm(self._gram[own], change, out=pulled)
+        pulled.mul_(self._slope[own])
 
     def adjoint(self, force: Float[Tensor, "n r d"]) -> Move:
         """dY^T force: the inner products of a force on every mixed basis with the moves, in the force's dtype."""

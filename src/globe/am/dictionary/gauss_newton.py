@@ -3,7 +3,7 @@
 Variable projection in Kaufman's form (Golub and Pereyra 1973; Kaufman 1975): the adapters follow every move, so the
 part of a move inside the row space of M_i costs nothing and is projected out. The direction solves, approximately,
 
-    min over d   sum_i || R_i - A_i (J_i * dY_i(d)) (I - Q_i^T Q_i) ||_F^2 + damping ||d||^2
+    min over d   sum_i || R_i - A_i (J_i * dY_i(d)) L_i (I - Q_i^T Q_i) ||_F^2 + damping ||d||^2
 
 by a few preconditioned conjugate-gradient iterations on the normal equations (Levenberg-Marquardt, inexact).
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from globe.am.dictionary.curvature import Curvature
 from globe.am.dictionary.preconditioner import precondition
+from globe.am.dictionary.remainder import remainder
 from globe.am.dictionary.tangent import Tangent
 from globe.am.objective import Point, release
 from globe.am.records import Move
@@ -56,8 +57,9 @@ def gauss_newton_direction(
     A zero gradient gives a zero move; so does a direction without positive curvature, at the iteration that finds it.
     """
     dtype = curvature_dtype or point.force.dtype
-    solver = precondition(tangent, point, damping=damping, generator=generator, dtype=dtype)
-    curvature = Curvature(tangent, point, dtype=dtype, spend=spend)
+    kept = None if point.metric is None else remainder(point, tangent.group, dtype=dtype)
+    solver = precondition(tangent, point, damping=damping, generator=generator, dtype=dtype, kept=kept)
+    curvature = Curvature(tangent, point, dtype=dtype, kept=kept, spend=spend)
     solver = solver.to(dtype)
     residual = curvature.adjoint(point.force if force is None else force)
     if spend:

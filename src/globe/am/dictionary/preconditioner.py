@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.dictionary.remainder import Remainder
 from globe.am.dictionary.tangent import Tangent
 from globe.am.objective import Point
 from globe.am.records import Move
@@ -86,11 +87,13 @@ def precondition(
     damping: float,
     generator: torch.Generator,
     dtype: torch.dtype | None = None,
+    kept: Remainder | None = None,
 ) -> Preconditioner:
     """Blocks at one point; `damping` is relative to each block's mean diagonal.
 
     Bank: P_j (x) C with P_j = sum_i c_ij^2 mean(J_i^2) A_i^T A_i over an atom's rows and C = mean_i (I - Q_i^T Q_i)
-    over its columns, multiplied in `dtype`; C saves a fifth of the steps. Low-rank atoms: see `_low_rank_blocks`.
+    over its columns, multiplied in `dtype`; C saves a fifth of the steps. In a metric C is the mean of
+    `kept`. Low-rank atoms: see `_low_rank_blocks`.
     Codes: the m x m Gram of the atoms in expert i's projected metric, from a random sketch of the columns. Dense
     inverses, since multiplying by them is twice as fast as solving here. All processes get process 0's blocks of
     the atoms.
@@ -102,7 +105,10 @@ def precondition(
     blocks = group.sum((tangent.coordinates**2).T @ weights.flatten(1)).view(m, r, r)
     typical = float(blocks.diagonal(dim1=1, dim2=2).mean())
     bank = left = right = codes = None
-    metric = _column_metric(point.rows, group, dtype)
+    if kept is None or point.metric is None:
+        metric = _column_metric(point.rows, group, dtype)
+    else:
+        metric = kept.mean + _FLAT * point.metric.mean
     columns = group.same(_inverse(metric[None], absolute=0.0)[0])
     if tangent.left is None or tangent.right is None:
         bank = group.same(_inverse(blocks, absolute=damping * typical))
@@ -204,7 +210,7 @@ def _smallest_ridge(blocks: Float[Tensor, "b s s"]) -> float:
 def _code_blocks(
     tangent: Tangent, point: Point, weights: Float[Tensor, "n r r"], generator: torch.Generator
 ) -> Float[Tensor, "n m m"]:
-    """K_i[j, l] ~ <B_j (I - P_i), G_i B_l (I - P_i)> with the columns sketched: E[Omega Omega^T] = I."""
+    """K_i[j, l] ~ <B_j L_i (I - P_i), G_i B_l L_i (I - P_i)> with the columns sketched: E[Omega Omega^T] = I."""
     bank = tangent.bank
     n, (m, r, d) = len(weights), bank.shape
     omega = torch.randn(d, _SKETCH, generator=generator, dtype=torch.float32).to(bank) / _SKETCH**0.5
@@ -212,6 +218,8 @@ def _code_blocks(
     for part in expert_chunks(n, max(m * _SKETCH, r), r):
         rows = point.rows[part]
         sketch = omega - rows.mT @ (rows @ omega)
+        if point.metric is not None:
+            sketch = point.metric.of(part) @ sketch
         # one wide product instead of many narrow ones
         seen = bank.flatten(0, 1) @ sketch.transpose(0, 1).flatten(1)
         across = seen.view(m, r, -1, _SKETCH).permute(2, 1, 0, 3).flatten(2)
