@@ -26,6 +26,7 @@ from globe.config.schema import Config
 from globe.errors import FitError
 from globe.numerics.figures import energy_of_rank, squared_norms
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.metric import Metric
 
 _STALLED_AFTER = 12
 """Refused steps in a row; the damping has then grown by 5^12 and nothing descends any more."""
@@ -37,6 +38,7 @@ def fit_bank(
     config: Config,
     *,
     generator: torch.Generator,
+    metric: Metric | None = None,
     export_dtype: torch.dtype | None = None,
     resume: FitState | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
@@ -52,6 +54,9 @@ def fit_bank(
     same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step. `clock` counts
     the seconds of limits and records; `time.process_time` serves benchmarks on a shared machine.
 
+    With a metric the experts are X_i L_i, the objective is sum_i ||X_i L_i - A_i phi_lam(Y_i) L_i||_F^2, and so are all
+    errors here; bank, codes and adapters are those of X_i.
+
     With several processes, X are this one's experts and `sizes` those of the whole bank; all processes call this
     with equal
     arguments otherwise. Codes and adapters of the result are this process's, records and states those of all experts.
@@ -62,7 +67,7 @@ def fit_bank(
     Raises FitError when numbers are no longer finite.
     """
     started = clock()
-    problem, running = _begin(experts, sizes, config, generator, export_dtype, resume, group)
+    problem, running = _begin(experts, sizes, config, generator, metric, export_dtype, resume, group)
     before, saved = running.progress.seconds, 0.0
     stop = None
     while stop is None:
@@ -86,6 +91,7 @@ def _begin(
     sizes: Sizes,
     config: Config,
     generator: torch.Generator,
+    metric: Metric | None,
     export_dtype: torch.dtype | None,
     resume: FitState | None,
     group: ProcessGroup,
@@ -107,13 +113,15 @@ def _begin(
         export_dtype,
         warm.bases if warm is not None and pulls else None,
         total,
+        metric,
         group,
     )
     activation, lambda_A = problem.options.activation, problem.options.lambda_A
     if resume is not None:
-        return problem, restore(resume, X, activation=activation, lambda_A=lambda_A, group=group)
+        saved = restore(resume, X, activation=activation, lambda_A=lambda_A, metric=metric, group=group)
+        return problem, saved
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, group=group)
+    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, metric=metric, group=group)
     del warm  # as large as the state that comes now
     state = start_state(
         X,
@@ -123,6 +131,7 @@ def _begin(
         constraint=Constraint(None, config.codes.simplex),
         activation=activation,
         lambda_A=lambda_A,
+        metric=metric,
         group=group,
     )
     return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.objective)), None)
@@ -253,6 +262,7 @@ def _state_of_best(problem: Problem, running: Running) -> AMState:
         activation=problem.options.activation,
         lambda_A=problem.options.lambda_A,
         constraint=best.constraint,
+        metric=problem.metric,
         into=state.point,
         group=problem.group,
     )

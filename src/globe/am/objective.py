@@ -1,7 +1,7 @@
 """The objective at one point, with all that the steps need there: f = sum_i ||X_i - A_i phi_lam(Y_i)||_F^2.
 
-In a metric f = sum_i ||X_i - A_i phi_lam(Y_i) L_i||_F^2 for experts X_i that L_i is part of already; M_i then stands for
-phi_lam(Y_i) L_i, and what follows by the chain rule is multiplied by L_i once more.
+In a metric f = sum_i ||X_i - A_i phi_lam(Y_i) L_i||_F^2, for experts X_i that L_i is part of already. M_i then stands
+for phi_lam(Y_i) L_i, and gradients in phi_lam(Y_i) are those in M_i times L_i^T.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Point(NamedTuple):
     slope: Float[Tensor, "n r d"] | None
     """J_i = phi_lam'(Y_i); None is all ones"""
     force: Float[Tensor, "n r d"]
-    """J_i * A_i^T (X_i - A_i M_i) L_i"""
+    """J_i * A_i^T (X_i - A_i M_i) L_i^T"""
     errors: Float[Tensor, " n"]
     """||X_i - A_i M_i||_F^2"""
     objective: float
@@ -95,7 +95,7 @@ def evaluate(
         torch.bmm(fit.adapters.mT, fit.adapters, out=gram[part])
         torch.bmm(fit.adapters.mT, residual, out=force[part])
         if metric is not None:
-            force[part] = metric.times(force[part], part)
+            force[part] = metric.adjoint(force[part], part)
         if slope is not None:
             force[part] *= slope[part]
         regularised += fit.regularised

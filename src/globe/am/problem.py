@@ -20,6 +20,7 @@ from globe.am.temperature import prune
 from globe.config.schema import Config
 from globe.numerics.figures import support_sizes
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.metric import Metric
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,8 @@ class Problem:
     """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
     total: float
     """sum_i ||X_i||_F^2, over all processes"""
+    metric: Metric | None = None
+    """L_i, which X_i L_i in the place of X_i already holds; None is the identity"""
     group: ProcessGroup = ALONE
     """who holds the other experts, where X is a part of them"""
 
@@ -102,6 +105,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         lam=state.lam,
         activation=problem.options.activation,
         lambda_A=problem.options.lambda_A,
+        metric=problem.metric,
         group=problem.group,
     )
     return problem.relfrob(objective)

@@ -12,6 +12,7 @@ from torch import Tensor
 from globe.am.records import FitState
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.metric import Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ def restore(
     *,
     activation: str,
     lambda_A: float,
+    metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> Running:
     """The fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine.
@@ -103,6 +105,7 @@ def restore(
             activation=activation,
             lambda_A=lambda_A,
             constraint=constraint,
+            metric=metric,
             group=group,
         )
 

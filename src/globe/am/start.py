@@ -10,10 +10,11 @@ from globe.am.objective import mix
 from globe.am.records import Sizes
 from globe.am.seeding import first_codes, seed_bank
 from globe.am.state import Atoms, low_rank_atoms
-from globe.am.warm_start import WarmStart
+from globe.am.warm_start import WarmStart, truncated_svd
 from globe.config.choices import FirstCodes
 from globe.config.schema import InitConfig
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.metric import Metric, root_of, times_inverse
 
 
 def first_atoms(
@@ -23,6 +24,7 @@ def first_atoms(
     *,
     generator: torch.Generator,
     warm: WarmStart | None,
+    metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> Atoms:
     """Seeded bank and first codes, scaled so that the entries of the mixed bases have the deviation `init.scale`.
@@ -30,7 +32,13 @@ def first_atoms(
     Low-rank atoms are their seeds projected to k random directions of the r rows, B_j = Q_j Q_j^T S_j. One projection
     on both sides keeps the seeds' common gauge: with two, atoms of aligned seeds cancel in mixtures, and fits end 1 %
     higher.
+
+    In a metric, X_i L_i are given; atoms and codes are made for the experts as the mean metric sees them, all in one,
+    and the atoms brought back from there.
     """
+    if metric is not None:
+        X = metric.in_mean(X)
+        warm = None if warm is None else truncated_svd(X, sizes.r)
     bank, groups = seed_bank(
         X, sizes.m, sizes.r, seeding=init.seeding, generator=generator, warm_start=warm, group=group
     )
@@ -47,6 +55,8 @@ def first_atoms(
         bases=None if warm is None else warm.bases,
     )
     codes = group.own(codes) if drawn else codes
+    if metric is not None:
+        bank = group.same(times_inverse(bank, root_of(metric.mean)))
     if sizes.atom_rank is None:
         return Atoms(bank * (init.scale / spread(codes, bank, group)), codes)
     shape = (sizes.m, sizes.r, sizes.atom_rank)

@@ -11,6 +11,7 @@ from torch import Tensor
 from globe.am.objective import Point, adapters_at, evaluate
 from globe.am.records import Move, StepOptions
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.metric import Metric
 
 
 class Constraint(NamedTuple):
@@ -103,10 +104,11 @@ def start_state(
     damping: float = 1e-3,
     lambda_A: float = 0.0,
     constraint: Constraint = Constraint(),  # noqa: B008  (immutable)
+    metric: Metric | None = None,
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> AMState:
-    """A state at rest with the adapters refit to `atoms`; `into` as in `evaluate`."""
+    """A state at rest with the adapters refit to `atoms`; `metric` and `into` as in `evaluate`."""
     point = evaluate(
         X,
         atoms.bank,
@@ -114,6 +116,7 @@ def start_state(
         lam=lam,
         activation=activation,
         lambda_A=lambda_A,
+        metric=metric,
         into=into,
         group=group,
     )
@@ -125,6 +128,7 @@ def point_at(
     atoms: Atoms,
     options: StepOptions,
     *,
+    metric: Metric | None = None,
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> Point:
@@ -136,6 +140,7 @@ def point_at(
         lam=options.lam,
         activation=options.activation,
         lambda_A=options.lambda_A,
+        metric=metric,
         into=into,
         group=group,
     )
@@ -147,5 +152,11 @@ def adapters_of(X: Float[Tensor, "n p d"], state: AMState, options: StepOptions)
         return state.point.adapters
     bank, codes = state.atoms.bank, state.atoms.codes
     return adapters_at(
-        X, bank, codes, lam=state.lam, activation=options.activation, lambda_A=options.lambda_A
+        X,
+        bank,
+        codes,
+        lam=state.lam,
+        activation=options.activation,
+        lambda_A=options.lambda_A,
+        metric=state.point.metric,
     )

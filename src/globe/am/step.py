@@ -41,11 +41,11 @@ def am_step(
     group: ProcessGroup = ALONE,
     spend: bool = False,
 ) -> tuple[AMState, StepFigures]:
-    """Take one step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2.
+    """Take one step on sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j) L_i||_F^2, with the metric L of the state's point.
 
     Parameters
     ----------
-    X          the experts (n, p, d)
+    X          the experts (n, p, d), X_i L_i where there is a metric
     state      where the fit stands; see `start_state`
     options    lam, beta, temperature and the other scalars of the step
     generator  draws the sketch of the preconditioner; nothing else here is random
@@ -68,7 +68,7 @@ def am_step(
         state = state._replace(point=state.point._replace(adapters=None))
     if options.lam != state.lam:
         into = state.point if spend else None
-        point = point_at(X, state.atoms, options, into=into, group=group)
+        point = point_at(X, state.atoms, options, metric=state.point.metric, into=into, group=group)
         state = AMState(state.atoms, point, state.atoms, 0, state.damping, options.lam, state.constraint)
     refitted = time.perf_counter()
     if options.coding:
@@ -107,7 +107,7 @@ def coding_step(
     the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1
     penalty the proposal is taken as it is. `spend` as in `am_step`.
     """
-    constraint, present = state.constraint, state.atoms.codes
+    constraint, present, metric = state.constraint, state.atoms.codes, state.point.metric
     if support is not None:
         constraint = Constraint(support, constraint.simplex)
         present = constraint.feasible(present, present)
@@ -123,8 +123,10 @@ def coding_step(
     into = state.point if spend else None
     errors = state.point.errors
     if options.l1 == 0 and group.any(not torch.equal(present, state.atoms.codes)):
-        errors = point_at(X, state.atoms.with_codes(present), options, into=into, group=group).errors
-    point = point_at(X, state.atoms.with_codes(proposed), options, into=into, group=group)
+        cut = state.atoms.with_codes(present)
+        errors = point_at(X, cut, options, metric=metric, into=into, group=group).errors
+    new = state.atoms.with_codes(proposed)
+    point = point_at(X, new, options, metric=metric, into=into, group=group)
     codes = proposed
     if options.l1 == 0:
         # rounding must not decide a tie, as between two scales of a single atom
@@ -132,7 +134,7 @@ def coding_step(
         codes = torch.where(better[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
     if group.any(not torch.equal(codes, proposed)):
-        point = point_at(X, atoms, options, into=point, group=group)
+        point = point_at(X, atoms, options, metric=metric, into=point, group=group)
     # the bank stands still here, so the extrapolation may go on; the codes' share of it starts anew
     anchor = state.anchor.with_codes(codes)
     return state._replace(atoms=atoms, point=point, anchor=anchor, constraint=constraint)

@@ -1,4 +1,4 @@
-"""Which columns of an error count, expert by expert: E_i counts as ||E_i L_i||_F^2."""
+"""Which columns of an error count, expert by expert: E_i counts as ||E_i L_i||_F^2 = tr(E_i C_i E_i^T)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from globe.numerics.precision import to_float64
 
 
 class Metric(NamedTuple):
-    """Symmetric positive definite roots L_i = C_i^(1/2) of the experts' metrics, of mean eigenvalue near 1.
+    """Lower triangular roots L_i of the experts' metrics C_i = L_i L_i^T, whose mean eigenvalues are near 1.
 
-    Kernels take the experts as they are seen in it, X_i L_i, and multiply their approximations A_i M_i by L_i
-    themselves. Since L_i is symmetric, it is its own adjoint. No Metric at all stands for L_i = I.
+    Kernels take the experts as the metric sees them, X_i L_i, and multiply their approximations A_i M_i by L_i
+    themselves. No Metric at all stands for L_i = I.
     """
 
     roots: Float[Tensor, "k d d"]
     """one for all experts (k = 1), or several"""
     mean: Float[Tensor, "d d"]
-    """the mean of L_i^2 over the experts of all processes"""
+    """the mean of C_i over the experts of all processes"""
     which: Int[Tensor, " n"] | None = None
     """root of every expert, where several experts share one; None takes them in order"""
 
@@ -37,27 +37,23 @@ class Metric(NamedTuple):
         """M_i L_i for the experts of `part`."""
         return M @ self.of(part)
 
+    def adjoint(self, F: Float[Tensor, "c rows d"], part: slice) -> Float[Tensor, "c rows d"]:
+        """F_i L_i^T for the experts of `part`: a gradient in M_i L_i as one in M_i."""
+        return F @ self.of(part).mT
+
     def solved(self, T: Float[Tensor, "c rows d"], part: slice) -> Float[Tensor, "c rows d"]:
-        """T_i L_i^-1 for the experts of `part`; `times` undoes it up to rounding. d^3 multiply-adds an expert."""
+        """T_i L_i^-1 for the experts of `part`, which undoes `times` up to rounding."""
         return times_inverse(T, self.of(part))
 
     def in_mean(self, X: Float[Tensor, "n p d"]) -> Float[Tensor, "n p d"]:
-        """Experts X_i L_i as the mean metric sees them, X_i mean^(1/2): a copy, for what asks for one metric."""
+        """Experts X_i L_i as the mean metric sees them: a copy for what asks for one metric of all experts."""
         if len(self.roots) == 1:
             return X
-        root = square_root(self.mean)
+        root = root_of(self.mean)
         seen = torch.empty_like(X)
         for part in expert_chunks(*X.shape):
             seen[part] = self.solved(X[part], part) @ root
         return seen
-
-    def own(self, rows: slice) -> Metric:
-        """The metric of some of the experts."""
-        if len(self.roots) == 1:
-            return self
-        if self.which is None:
-            return self._replace(roots=self.roots[rows])
-        return self._replace(which=self.which[rows])
 
 
 def metric_of_roots(
@@ -72,16 +68,15 @@ def metric_of_roots(
     mean = to_float64(roots[0]).new_zeros(d, d)
     for root, share in zip(roots, (count / count.sum()).tolist(), strict=True):
         wide = to_float64(root)
-        mean.addmm_(wide, wide, alpha=share)
-    return Metric(roots, group.average(mean).to(roots), which)
+        mean.addmm_(wide, wide.T, alpha=share)
+    return Metric(roots, group.same(group.average(mean).to(roots)), which)
 
 
-def square_root(C: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k d d"]:
-    """The symmetric root of symmetric positive semidefinite matrices, made in float64, in their own dtype."""
-    values, vectors = torch.linalg.eigh(to_float64(C))
-    return ((vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT).to(C)
+def root_of(C: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k d d"]:
+    """Lower triangular L with L L^T = C for positive definite C, made in float64, in the dtype of C."""
+    return torch.linalg.cholesky(to_float64(C)).to(C)
 
 
 def times_inverse(T: Float[Tensor, "*c rows d"], root: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c rows d"]:
-    """T root^-1 by Cholesky factors of a symmetric positive definite root."""
-    return torch.cholesky_solve(T.mT, torch.linalg.cholesky(root)).mT
+    """T root^-1 for a lower triangular root."""
+    return torch.linalg.solve_triangular(root, T, upper=False, left=False)

@@ -22,10 +22,12 @@ _PIECE = 1 << 18
 class Curvature:
     """H move, H = sum_i dY_i^T J [G_i (.) K_i] J dY_i, with G_i = A_i^T A_i and K_i = I - Q_i^T Q_i.
 
-    In a metric K_i = L_i (I - Q_i^T Q_i) L_i, which comes as a matrix: see `remainder`. Per expert and product
-    3 r^2 d + 3 m r d multiply-adds, or r^2 d + r d^2 + 3 m r d in a metric, in `dtype`. Copies of the point are made in that dtype once;
-    a product comes back in the dtype of the fit. Lower precision perturbs only the direction of an inexact step, whose
-    gradient and whose acceptance stay exact. With `spend` the point's own tensors are released as they are copied.
+    In a metric K_i = L_i (I - Q_i^T Q_i) L_i^T, which comes as a matrix (`remainder`).
+
+    Per expert and product 3 r^2 d + 3 m r d multiply-adds, r^2 d + r d^2 + 3 m r d in a metric, in `dtype`. Copies of the
+    point are made in that dtype once; a product comes back in the dtype of the fit. Lower precision perturbs only the
+    direction of an inexact step, whose gradient and whose acceptance stay exact. With `spend` the point's own tensors are
+    released as they are copied.
     """
 
     def __init__(

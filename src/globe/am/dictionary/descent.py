@@ -53,10 +53,10 @@ def gauss_newton_step(
     With `spend` the candidates' points are made in the memory of the given state's, which is then of no more use;
     a refused step makes its own anew.
     """
-    pull = None
+    pull, metric = None, state.point.metric
     if options.beta < 1:
         assert warm is not None, "beta below 1 needs the warm start"
-        pull = aligned_warm_start(warm, _bases(state.atoms, options))
+        pull = aligned_warm_start(warm, _bases(state, options))
     slopes = tangent(
         state.atoms.bank,
         state.atoms.codes,
@@ -89,9 +89,9 @@ def gauss_newton_step(
     relaxed = max(_LEAST, _OF_ERROR * state.objective / (total or 1.0), state.damping / _DOWN)
     if pull is not None:
         adapters = adapters_of(X, state, options)
-        error = _blended_error(X, adapters, state.atoms, pull, options)
-        if _blended_error(X, adapters, plain, pull, options) < error:
-            point = point_at(X, plain, options, into=into, group=group)
+        error = _blended_error(X, adapters, state, pull, options)
+        if _blended_error(X, adapters, state._replace(atoms=plain), pull, options) < error:
+            point = point_at(X, plain, options, metric=metric, into=into, group=group)
             return state._replace(
                 atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed
             ), True
@@ -100,17 +100,17 @@ def gauss_newton_step(
     weight = min(options.momentum, count / (count + 3))
     if weight > 0:
         beyond = plain.beyond(state.anchor, weight, state.constraint)
-        point = point_at(X, beyond, options, into=into, group=group)
+        point = point_at(X, beyond, options, metric=metric, into=into, group=group)
         if point.objective < state.objective:
             return state._replace(
                 atoms=beyond, point=point, anchor=plain, momentum_steps=count, damping=relaxed
             ), True
         del point, beyond
-    point = point_at(X, plain, options, into=into, group=group)
+    point = point_at(X, plain, options, metric=metric, into=into, group=group)
     if point.objective < state.objective:
         return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
     if spend:
-        state = state._replace(point=point_at(X, state.atoms, options, into=into, group=group))
+        state = state._replace(point=point_at(X, state.atoms, options, metric=metric, into=into, group=group))
     return _refused(state, promised), False
 
 
@@ -121,16 +121,27 @@ def _refused(state: AMState, promised: float) -> AMState:
     )
 
 
-def _bases(atoms: Atoms, options: StepOptions) -> Float[Tensor, "n r d"]:
-    """M_i = phi_lam(Y_i) of all experts; only the steps off the fast path need it."""
-    return phi(mix(atoms.codes, atoms.bank), lam=options.lam, activation=options.activation)
+def _bases(state: AMState, options: StepOptions) -> Float[Tensor, "n r d"]:
+    """M_i = phi_lam(Y_i) L_i of all experts; only the steps off the fast path need it."""
+    return _in_metric(state, _activated(state.atoms, options, slice(None)), slice(None))
+
+
+def _activated(atoms: Atoms, options: StepOptions, part: slice) -> Float[Tensor, "c r d"]:
+    return phi(mix(atoms.codes[part], atoms.bank), lam=options.lam, activation=options.activation)
+
+
+def _in_metric(state: AMState, M: Float[Tensor, "c r d"], part: slice) -> Float[Tensor, "c r d"]:
+    """M_i L_i with the metric of the state's point."""
+    return M if state.point.metric is None else state.point.metric.times(M, part)
 
 
 def _blended_force(
     state: AMState, pull: Float[Tensor, "n r d"], options: StepOptions
 ) -> Float[Tensor, "n r d"]:
-    """J * A^T (X~ - A M) for the target X~ = beta X + (1 - beta) A pull."""
-    away = torch.bmm(state.point.gram, pull - _bases(state.atoms, options))
+    """J * A^T (X~ - A M) L^T for the target X~ = beta X + (1 - beta) A pull, M and pull as the metric sees them."""
+    away = torch.bmm(state.point.gram, pull - _bases(state, options))
+    if state.point.metric is not None:
+        away = state.point.metric.adjoint(away, slice(None))
     if state.point.slope is not None:
         away *= state.point.slope
     return torch.lerp(away, state.point.force, options.beta)
@@ -139,14 +150,14 @@ def _blended_force(
 def _blended_error(
     X: Float[Tensor, "n p d"],
     A: Float[Tensor, "n p r"],
-    atoms: Atoms,
+    state: AMState,
     pull: Float[Tensor, "n r d"],
     options: StepOptions,
 ) -> float:
     """sum_i ||X~_i - A_i M_i||^2 at adapters A, for the blended target X~ of `_blended_force`."""
     total = 0.0
     for part in expert_chunks(*X.shape):
-        M = phi(mix(atoms.codes[part], atoms.bank), lam=options.lam, activation=options.activation)
+        M = _in_metric(state, _activated(state.atoms, options, part), part)
         wanted = torch.lerp(A[part] @ pull[part], X[part], options.beta)
         total += float(torch.linalg.vector_norm(wanted - A[part] @ M)) ** 2
     return total
@@ -160,17 +171,24 @@ def mod_dictionary_step(
     warm: Float[Tensor, "n r d"] | None = None,
     group: ProcessGroup = ALONE,
 ) -> AMState:
-    """Plain MOD on blended targets, atoms brought to equal norms, then the refit; always taken, may ascend."""
+    """Plain MOD on blended targets, atoms brought to equal norms, then the refit; always taken, may ascend.
+
+    In a metric the targets are those of M_i L_i, brought back by L_i^-1: like A_i^T A_i, the metric itself is dropped.
+    """
     assert state.atoms.left is None, "MOD needs dense atoms"
+    metric = state.point.metric
     Y = mix(state.atoms.codes, state.atoms.bank)
     M = phi(Y, lam=options.lam, activation=options.activation)
     target = weight_aware_targets(X, adapters_of(X, state, options), lambda_T=options.lambda_T)
-    pull = None if options.beta == 1 or warm is None else aligned_warm_start(warm, M)
-    target = linearised_targets(Y, M, state.point.slope, blend(options.beta, target, pull))
+    seen = _in_metric(state, M, slice(None))
+    pull = None if options.beta == 1 or warm is None else aligned_warm_start(warm, seen)
+    target = blend(options.beta, target, pull)
+    if metric is not None:
+        target = metric.solved(target, slice(None))
+    target = linearised_targets(Y, M, state.point.slope, target)
     bank = mod_step(target, state.atoms.codes, state.atoms.bank, lambda_B=options.lambda_B)
     atoms = Atoms(bank, state.atoms.codes)
     if not state.constraint.simplex:
         atoms = Atoms(*rescale_gauge(bank, state.atoms.codes))
-    return state._replace(
-        atoms=atoms, point=point_at(X, atoms, options, group=group), anchor=atoms, momentum_steps=0
-    )
+    point = point_at(X, atoms, options, metric=metric, group=group)
+    return state._replace(atoms=atoms, point=point, anchor=atoms, momentum_steps=0)

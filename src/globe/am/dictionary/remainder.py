@@ -1,4 +1,4 @@
-"""What the adapters cannot absorb of an expert's metric: K_i = L_i (I - Q_i^T Q_i) L_i."""
+"""What the adapters cannot absorb of an expert's metric: K_i = L_i (I - Q_i^T Q_i) L_i^T."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def remainder(point: Point, group: ProcessGroup, *, dtype: torch.dtype) -> Remai
     total = rows.new_zeros(d, d)
     for part in expert_chunks(n, max(r, d), d):
         Q, root = rows[part], metric.of(part)
-        left = root - Q.mT @ (Q @ root)
-        kept = root @ left
+        kept = root @ (root.mT - Q.mT @ (Q @ root.mT))
         total += kept.sum(dim=0)
         own[part] = kept
     total = group.sum(total) / group.count(n)
