@@ -58,8 +58,10 @@ class ReferencePoint(NamedTuple):
     """Adapters, projectors and the first-order picture at (bank, codes)."""
 
     adapters: Float[Tensor, "n p r"]
-    projectors: Float[Tensor, "n d d"]
-    """onto the row space of M_i, shrunk by the ridge if there is one"""
+    projectors: Float[Tensor, "n d d"] | None
+    """onto the row space of M_i, shrunk by the ridge if there is one; None in a metric"""
+    kept: Float[Tensor, "n d d"]
+    """K_i = C_i - C_i M_i^T (M_i C_i M_i^T + ridge)^-1 M_i C_i: the metric of what the adapters leave"""
     slopes: Float[Tensor, "n r d"]
     residual: Float[Tensor, "n p d"]
     force: Float[Tensor, "n r d"]
@@ -74,8 +76,14 @@ def point(
     lam: float,
     activation: str,
     lambda_A: float = 0.0,
+    C: Float[Tensor, "n d d"] | None = None,
 ) -> ReferencePoint:
-    """A_i = argmin ||X_i - A M_i||^2 + rho_i ||A||^2 with rho_i = lambda_A mean(diag M_i M_i^T)."""
+    """A_i = argmin ||X_i - A M_i||^2 + rho_i ||A||^2 with rho_i = lambda_A mean(diag M_i M_i^T).
+
+    With metrics C_i every norm of rows, ||E||^2, is tr(E C_i E^T), and M_i M_i^T is M_i C_i M_i^T.
+    """
+    if C is not None:
+        return _point_in_metric(X, bank, codes, C, lam=lam, activation=activation, lambda_A=lambda_A)
     Y = mixed(codes, bank)
     J = slope(Y, lam=lam, activation=activation)
     adapters, projectors, residuals, forces = [], [], [], []
@@ -91,14 +99,46 @@ def point(
         residuals.append(X[i] - A @ M)
         forces.append(J[i] * (A.T @ residuals[i]))
     residual = torch.stack(residuals)
+    eye = torch.eye(X.shape[2], dtype=X.dtype)
     return ReferencePoint(
         torch.stack(adapters),
         torch.stack(projectors),
+        eye - torch.stack(projectors),
         J,
         residual,
         torch.stack(forces),
         float((residual**2).sum()),
     )
+
+
+def _point_in_metric(
+    X: Float[Tensor, "n p d"],
+    bank: Float[Tensor, "m r d"],
+    codes: Float[Tensor, "n m"],
+    C: Float[Tensor, "n d d"],
+    *,
+    lam: float,
+    activation: str,
+    lambda_A: float,
+) -> ReferencePoint:
+    """By the normal equations in C_i, without any root of it."""
+    Y = mixed(codes, bank)
+    J = slope(Y, lam=lam, activation=activation)
+    adapters, kept, residuals, forces, total = [], [], [], [], 0.0
+    for i in range(len(X)):
+        M = activate(Y[i], lam=lam, activation=activation)
+        gram = M @ C[i] @ M.T
+        gram = gram + max(lambda_A, 1e-14) * float(gram.trace()) / len(M) * torch.eye(len(M), dtype=M.dtype)
+        A = torch.linalg.solve(gram, M @ C[i] @ X[i].T).T
+        left = X[i] - A @ M
+        adapters.append(A)
+        kept.append(C[i] - C[i] @ M.T @ torch.linalg.solve(gram, M @ C[i]))
+        residuals.append(left)
+        forces.append(J[i] * (A.T @ left @ C[i]))
+        total += float((left @ C[i] @ left.T).trace())
+    stacked = (torch.stack(one) for one in (adapters, kept, residuals, forces))
+    A_, kept_, residual, force = stacked
+    return ReferencePoint(A_, None, kept_, J, residual, force, total)
 
 
 def reduced_objective(
@@ -184,9 +224,8 @@ def gauss_newton(
     """
     names, changes = unit_moves(bank, codes, left=left, right=right, free=free, joint=joint)
     gram = at.adapters.mT @ at.adapters
-    eye = torch.eye(bank.shape[2], dtype=bank.dtype)
     seen = changes * at.slopes
-    weighted = gram @ seen @ (eye - at.projectors)
+    weighted = gram @ seen @ at.kept
     H = weighted.flatten(1) @ seen.flatten(1).T
     g = changes.flatten(1) @ (at.force if force is None else force).flatten()
 
@@ -217,12 +256,11 @@ def gauss_newton(
 def code_system(
     at: ReferencePoint, bank: Float[Tensor, "m r d"]
 ) -> tuple[Float[Tensor, "n m m"], Float[Tensor, "n m"]]:
-    """K_i[j, l] = <A_i (J_i * B_j)(I - P_i), A_i (J_i * B_l)>, h_i[j] = <B_j, force_i>."""
+    """K_i[j, l] = <A_i (J_i * B_j) K_i, A_i (J_i * B_l)>, h_i[j] = <B_j, force_i>, K_i = I - P_i or as in a metric."""
     n, m = len(at.adapters), len(bank)
     K, h = torch.zeros(n, m, m, dtype=bank.dtype), torch.zeros(n, m, dtype=bank.dtype)
-    eye = torch.eye(bank.shape[2], dtype=bank.dtype)
     for i, j in itertools.product(range(n), range(m)):
-        one = at.adapters[i] @ (at.slopes[i] * bank[j]) @ (eye - at.projectors[i])
+        one = at.adapters[i] @ (at.slopes[i] * bank[j]) @ at.kept[i]
         h[i, j] = (bank[j] * at.force[i]).sum()
         for l in range(m):
             K[i, j, l] = (one * (at.adapters[i] @ (at.slopes[i] * bank[l]))).sum()

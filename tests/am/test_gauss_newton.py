@@ -14,6 +14,7 @@ from globe.am.dictionary import curvature
 from globe.am.dictionary.curvature import Curvature
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.preconditioner import precondition
+from globe.am.dictionary.remainder import Remainder
 from globe.am.dictionary.tangent import Tangent, tangent
 from globe.am.objective import Point, evaluate, mix
 from globe.am.records import StepOptions
@@ -73,8 +74,11 @@ def direction(
     return dict(zip((*names, "codes") if joint else names, found.move, strict=True))
 
 
-def damping_units(one: Case, at: Point, *, joint: bool, damping: float) -> dict[str, float]:
-    scales = precondition(slopes_at(one, joint=joint), at, damping=damping, generator=sketcher()).damping
+def damping_units(
+    one: Case, at: Point, *, joint: bool, damping: float, kept: Remainder | None = None
+) -> dict[str, float]:
+    slopes = slopes_at(one, joint=joint)
+    scales = precondition(slopes, at, damping=damping, generator=sketcher(), kept=kept).damping
     names = ("bank",) if one.atoms.left is None else ("left", "right")
     return dict(zip((*names, "codes") if joint else names, scales, strict=True))
 

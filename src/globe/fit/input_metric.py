@@ -1,7 +1,8 @@
 """Which errors of an expert matter: weights of its rows, and a metric of the directions that its inputs have.
 
-An error E of an expert counts as ||D E L||_F^2 in the place of ||E||_F^2, with a diagonal D over its rows and C = L L^T
-over its columns. An error in a direction that no input has, or in a row that the output hardly depends on, costs little.
+An error E of an expert counts as ||D E L||_F^2 in the place of ||E||_F^2, with a diagonal D over its rows and
+C = L L^T over its columns. An error in a direction that no input has, or in a row that the output hardly depends on,
+costs little.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """The metric of a bank's experts from what they did on a calibration text.
 
-The squared error that E_i makes in the output of expert i is to first order sum_k rows_ik (E_i C_i E_i^T)_kk gate2_i, with
-the second moment C_i of the inputs that are routed to it, what depends on its row k, and the sum of squared gate values.
-An expert that few tokens reach knows little of all that; it borrows from the layer.
+The squared error that E_i makes in the output of expert i is to first order gate2_i sum_k rows_ik (E_i C_i E_i^T)_kk,
+with the second moment C_i of the inputs that are routed to it, what depends on its row k, and the sum of squared gate
+values. An expert that few tokens reach knows little of all that; it borrows from the layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def inputs_metric(
     starts = [0]
     for member in members:
         starts.append(starts[-1] + len(member.experts))
-    parts = [group.within(*bounds) for bounds in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [group.within(*bounds) for bounds in pairwise(starts)]
     columns = _columns(members, parts, X, group)
     weights = [row_weights(one)[part.rows] for one, part in zip(members, parts, strict=True)]
     rows = torch.cat(weights).sqrt()
@@ -91,9 +92,7 @@ def row_weights(one: Observed) -> Float[Tensor, "n p"]:
     return torch.cat([average if expert == SHARED else weight[expert, None] for expert in one.experts])
 
 
-def metric_of_expert(
-    s: LayerStatistics, expert: int, mean: Float[Tensor, "d d"]
-) -> Float[Tensor, "d d"]:
+def metric_of_expert(s: LayerStatistics, expert: int, mean: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """C_i, shrunk to the layer's `mean` by d tokens, of mean eigenvalue 1, with a floor; in float64."""
     C = mean
     if expert != SHARED:

@@ -64,9 +64,9 @@ def metric_of_roots(
     eye = torch.eye(d, dtype=roots.dtype, device=roots.device)
     if not group.any(not all(torch.equal(root, eye) for root in roots)):
         return None
-    count = roots.new_ones(len(roots)) if which is None else torch.bincount(which, minlength=len(roots))
+    count = torch.ones(len(roots)) if which is None else torch.bincount(which, minlength=len(roots)).cpu()
     mean = to_float64(roots[0]).new_zeros(d, d)
-    for root, share in zip(roots, (count / count.sum()).tolist(), strict=True):
+    for root, share in zip(roots, (count.double() / count.sum()).tolist(), strict=True):
         wide = to_float64(root)
         mean.addmm_(wide, wide.T, alpha=share)
     return Metric(roots, group.same(group.average(mean).to(roots)), which)
@@ -77,6 +77,6 @@ def root_of(C: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k d d"]:
     return torch.linalg.cholesky(to_float64(C)).to(C)
 
 
-def times_inverse(T: Float[Tensor, "*c rows d"], root: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c rows d"]:
-    """T root^-1 for a lower triangular root."""
+def times_inverse(T: Float[Tensor, "*c rows d"], root: Float[Tensor, "*k d d"]) -> Float[Tensor, "*c rows d"]:
+    """T root^-1 for a lower triangular root of all, or one of each."""
     return torch.linalg.solve_triangular(root, T, upper=False, left=False)

@@ -24,10 +24,10 @@ class Curvature:
 
     In a metric K_i = L_i (I - Q_i^T Q_i) L_i^T, which comes as a matrix (`remainder`).
 
-    Per expert and product 3 r^2 d + 3 m r d multiply-adds, r^2 d + r d^2 + 3 m r d in a metric, in `dtype`. Copies of the
-    point are made in that dtype once; a product comes back in the dtype of the fit. Lower precision perturbs only the
-    direction of an inexact step, whose gradient and whose acceptance stay exact. With `spend` the point's own tensors are
-    released as they are copied.
+    Per expert and product 3 r^2 d + 3 m r d multiply-adds, r^2 d + r d^2 + 3 m r d in a metric, in `dtype`. Copies of
+    the point are made in that dtype once; a product comes back in the dtype of the fit. Lower precision perturbs only
+    the direction of an inexact step, whose gradient and whose acceptance stay exact. With `spend` the point's own
+    tensors are released as they are copied.
     """
 
     def __init__(
