@@ -48,7 +48,9 @@ def test_norms_are_those_of_the_second_moment() -> None:
     C = second_moment(X)
     slow = torch.stack([(one @ C @ one.T).trace() for one in E])
     metric = second_moment_metric(X)
+    assert metric is not None
     torch.testing.assert_close(metric.norms(E), slow)
+    torch.testing.assert_close(metric.norms(E[2:], 2), slow[2:])
     assert float(metric.norms(X).sum()) == pytest.approx(float(X.square().sum()))
     assert float(slow.sum() / E.square().sum()) < 0.9  # most of a random error is where no row is
 
@@ -57,6 +59,7 @@ def test_norms_are_those_of_the_second_moment() -> None:
 def test_leaving_the_metric_gives_the_experts_back(dtype: torch.dtype, tolerance: float) -> None:
     X = leaning_experts().to(dtype)
     metric, changed = second_moment_metric(X), X.clone()
+    assert metric is not None
     metric.enter(changed)
     assert float((changed - X).norm() / X.norm()) > 0.3
     metric.leave(changed)
@@ -64,22 +67,24 @@ def test_leaving_the_metric_gives_the_experts_back(dtype: torch.dtype, tolerance
 
 
 def test_experts_of_zeros_have_the_plain_metric() -> None:
-    metric = second_moment_metric(torch.zeros(N, P, D))
-    assert torch.equal(metric.forward, torch.eye(D))
-    assert torch.equal(metric.back, torch.eye(D))
+    assert second_moment_metric(torch.zeros(N, P, D)) is None
 
 
 def test_factors_leave_the_metric_as_the_experts_do() -> None:
     X = leaning_experts()
     metric, generator = second_moment_metric(X), torch.Generator().manual_seed(5)
+    assert metric is not None
+    assert metric.columns is not None
+    assert metric.kernel(linear=True) is None
+    assert metric.kernel(linear=False) is metric.columns
     codes, left = torch.rand(N, M, dtype=X.dtype), torch.randn(M, R, 2, dtype=X.dtype, generator=generator)
     right, adapters = torch.randn(M, 2, D, dtype=X.dtype), torch.randn(N, P, R, dtype=X.dtype)
     inside = Factors(left @ right, codes, adapters, left, right)
-    outside = metric.of_model(inside)
+    outside = metric.of_model(inside, linear=True)
     assert outside.right is not None
     torch.testing.assert_close(left @ outside.right, outside.bank)
     seen, plain = (adapters @ torch.einsum("nm,mrd->nrd", codes, one.bank) for one in (inside, outside))
-    torch.testing.assert_close(plain @ metric.forward, seen)
+    torch.testing.assert_close(metric.seen(plain, slice(0, N)), seen)
 
 
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
@@ -153,14 +158,15 @@ def test_one_shared_basis_is_its_own_optimum_in_the_metric(tmp_path: Path) -> No
     assert figure == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize(("activation", "changed"), [("identity", True), ("tanh", False)])
+@pytest.mark.parametrize(("activation", "inside"), [("identity", False), ("tanh", True)])
 def test_the_search_compares_in_the_metric_of_the_fit(
-    monkeypatch: pytest.MonkeyPatch, activation: str, changed: bool
+    monkeypatch: pytest.MonkeyPatch, activation: str, inside: bool
 ) -> None:
     seen: list[Tensor] = []
 
-    def fit(X: Tensor, sizes: Sizes, *rest: object, **also: object) -> FitResult:
+    def fit(X: Tensor, sizes: Sizes, *rest: object, metric: object, **also: object) -> FitResult:
         seen.append(X)
+        assert (metric is not None) == inside
         raise FitError("enough")
 
     monkeypatch.setattr(globe.sizes.search, "fit_bank", fit)
@@ -168,7 +174,9 @@ def test_the_search_compares_in_the_metric_of_the_fit(
     options = ("bank.kept=0.6", f"bank.activation={activation}", "normalise.metric=experts")
     with pytest.raises(FitError, match="no size"):
         search(X, Room(N, P, D, 491), to_config(composed(*options)), seed=0, allows=lambda m: True)
-    wanted = X @ second_moment_metric(X).forward if changed else X
+    metric = second_moment_metric(X)
+    assert metric is not None
+    wanted = metric.seen(X, slice(0, N))
     assert all(torch.equal(one, wanted) for one in seen)
     assert seen
 

@@ -18,6 +18,7 @@ from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of
 from globe.fit.normalise import Joined
 from globe.numerics.figures import relfrob, squared_norms
+from globe.numerics.metric import times_inverse
 
 
 def fit_baseline(
@@ -62,9 +63,10 @@ def fit_baseline(
     )
     result, mean = _as_fit(baseline, X, total), baseline.mean
     if metric is not None:
+        assert metric.columns is not None
         metric.leave(X)
-        result = replace(result, factors=metric.of_model(result.factors))
-        mean = None if mean is None else mean @ metric.back
+        result = replace(result, factors=metric.of_model(result.factors, linear=True))
+        mean = None if mean is None else times_inverse(mean, metric.columns.roots[0])
     own = joined if mean is None else less_mean(joined, mean)
     done = finalise(
         result.factors,

@@ -61,7 +61,7 @@ def finalise(
 
     `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
     rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are. With a
-    metric L the refit is that of X L to M L, whatever the activation.
+    metric the refit is that of D_i X_i L_i to M_i L_i, whatever the activation.
 
     The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
     experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
@@ -80,7 +80,11 @@ def finalise(
     for rows in _chunks(X):
         own = factors.adapters[rows]
         if refit is not None:
-            own = refit(*_seen(metric, X[rows], _bases(exported, rows, lam, activation).to(X)))
+            M = _bases(exported, rows, lam, activation).to(X)
+            if metric is None:
+                own = refit(X[rows], M)
+            else:
+                own = metric.adapters(refit(metric.seen(X[rows], rows), metric.bases(M, rows)), rows)
         adapters[rows] = fold_scale(own, None if joined.scale is None else joined.scale[rows])
     exported = exported._replace(adapters=adapters)
     mean = joined.mean
@@ -137,10 +141,6 @@ def _check(exported: Factors, kept: Float[Tensor, "n m"], mean: Tensor | None, d
         raise FitError(f"codes of {int(lost.sum())} experts vanish in export_dtype={name}: {remedy}")
 
 
-def _seen(metric: InputMetric | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tensors if metric is None else tuple(one @ metric.forward for one in tensors)
-
-
 def _exported_errors(
     exported: Factors,
     joined: Joined,
@@ -161,7 +161,7 @@ def _exported_errors(
             approximation += fold_scale(shift, inverse)
         left = X[rows] - approximation
         parts.append(squared_norms(left))
-        seen.append(parts[-1] if metric is None else metric.norms(left))
+        seen.append(parts[-1] if metric is None else metric.norms(left, rows.start))
     return torch.cat(parts), torch.cat(seen)
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.records import Factors
+from globe.config.choices import Metric as Choice
+from globe.config.schema import Config
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.figures import squared_norms
 from globe.numerics.group import ALONE, ProcessGroup
@@ -55,23 +57,31 @@ class InputMetric:
         ]
         return torch.cat([squared_norms(part) for part in parts])
 
+    def bases(self, M: Float[Tensor, "c r d"], part: slice) -> Float[Tensor, "c r d"]:
+        """M_i L_i for the experts of `part`."""
+        return M if self.columns is None else self.columns.times(M, part)
+
     def adapters(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """D_i^-1 A_i: adapters fitted to D_i X_i L_i as those of X_i."""
         return A if self.rows is None else A / self.rows[part].unsqueeze(2)
 
-    @property
-    def enters(self) -> bool:
-        """Whether a linear fit to X_i L_i needs no metric of its own, since its bank can leave the one L of all."""
-        return self.columns is None or len(self.columns.roots) == 1
+    def kernel(self, *, linear: bool) -> Metric | None:
+        """What a fit to D_i X_i L_i has to know of L; nothing where its bank may stand for B L, since phi is linear and
+        all experts have one L."""
+        return None if linear and self._one else self.columns
 
     def of_model(self, factors: Factors, *, linear: bool) -> Factors:
-        """Factors of D_i X_i L_i as those of X_i; `linear`: fitted without a metric to X_i L."""
+        """Factors that a fit with that kernel gave, as those of X_i."""
         factors = factors._replace(adapters=self.adapters(factors.adapters, slice(None)))
-        if self.columns is None or not linear:
+        if self.columns is None or not (linear and self._one):
             return factors
         bank = times_inverse(factors.bank, self.columns.roots[0])
         right = None if factors.right is None else times_inverse(factors.right, self.columns.roots[0])
         return factors._replace(bank=bank, right=right)
+
+    @property
+    def _one(self) -> bool:
+        return self.columns is not None and len(self.columns.roots) == 1
 
 
 def second_moment_metric(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> InputMetric | None:
@@ -98,3 +108,8 @@ def second_moment_metric(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE)
     weighted *= d / float((C * weighted).sum())
     columns = metric_of_roots(group.same(root_of(weighted).to(X.dtype))[None], group=group)
     return None if columns is None else InputMetric(columns)
+
+
+def metric_of(config: Config, X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> InputMetric | None:
+    """The metric that `normalise.metric` asks for; None is the plain Frobenius norm."""
+    return second_moment_metric(X, group) if config.normalise.metric is Choice.experts else None

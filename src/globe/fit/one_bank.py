@@ -229,14 +229,16 @@ def fit_globe(
     """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
     metric = metric_of(config, X, group)
-    inside = metric is not None and is_linear(config)
-    if metric is not None and inside:
+    columns = None
+    if metric is not None:
         metric.enter(X)
+        columns = metric.kernel(linear=is_linear(config))
     result = fit_bank(
         X,
         bank.sizes,
         config,
         generator=generator,
+        metric=columns,
         export_dtype=read.export_dtype,
         resume=state,
         on_step=on_step,
@@ -244,9 +246,9 @@ def fit_globe(
         group=group,
     )
     trim_heap()  # of the steps
-    if metric is not None and inside:
+    if metric is not None:
         metric.leave(X)
-        result = replace(result, factors=metric.of_model(result.factors))
+        result = replace(result, factors=metric.of_model(result.factors, linear=is_linear(config)))
     done = finalise(
         result.factors,
         read.joined,

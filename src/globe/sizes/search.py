@@ -23,6 +23,7 @@ from globe.config.schema import Config, is_linear
 from globe.errors import FitError
 from globe.fit.input_metric import metric_of
 from globe.fit.plan import BankSize, target_support
+from globe.numerics.metric import Metric
 from globe.sizes.budget import Room, candidates, enlarged, neighbours
 from globe.sizes.costs import reference_seconds, step_work, usual_iterations
 
@@ -104,15 +105,15 @@ def search(
     """Fit the candidates to normalised experts for a few steps, the better third and what lies between for more steps,
     the best three for the most, and take the one with the least error, in the metric of the fit. Raises FitError if all
     break.
-
-    A curved phi is fitted in the plain metric whatever `normalise.metric` says, and compared in it: sizes chosen by the
-    error after its last refit, in the other, had a higher KL.
     """
     plan = plan_search(room, config, allows)
     block = plan.room
     X = X if block is room else _block(X, block, seed)
-    metric = metric_of(config, X) if is_linear(config) else None
-    X = X if metric is None else X @ metric.forward
+    metric = metric_of(config, X)
+    columns = None
+    if metric is not None:
+        X = metric.seen(X, slice(0, len(X)))
+        columns = metric.kernel(linear=is_linear(config))
     seen: dict[BankSize, dict[int, float]] = {}
     running = list(plan.first)
     for rung, steps in enumerate(plan.steps):
@@ -120,7 +121,7 @@ def search(
         for size in running:
             tried = seen.setdefault(size, {})
             if steps not in tried:
-                tried[steps] = _error(X, block, size, config, steps, seed)
+                tried[steps] = _error(X, columns, block, size, config, steps, seed)
         merits = {size: _merit(block, size, seen[size][steps], block is not room) for size in running}
         running.sort(key=merits.__getitem__)
         if rung == 0:
@@ -163,7 +164,13 @@ def _seconds(room: Room, size: BankSize, config: Config) -> float:
 
 
 def _error(
-    X: Float[Tensor, "n p d"], room: Room, size: BankSize, config: Config, steps: int, seed: int
+    X: Float[Tensor, "n p d"],
+    metric: Metric | None,
+    room: Room,
+    size: BankSize,
+    config: Config,
+    steps: int,
+    seed: int,
 ) -> float:
     """RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks."""
     support = target_support(config, size.m)
@@ -171,7 +178,7 @@ def _error(
     train = replace(config.train, steps=steps, time_limit=None, patience=0, checkpoint_every=1e9)
     generator = torch.Generator().manual_seed(seed)
     try:
-        return fit_bank(X, sizes, replace(config, train=train), generator=generator).relfrob
+        return fit_bank(X, sizes, replace(config, train=train), metric=metric, generator=generator).relfrob
     except (FitError, torch.linalg.LinAlgError) as error:
         _log.warning("sizes m=%d, r=%d, atom rank %s are left out: %s", *size, error)
         return math.inf
