@@ -65,6 +65,10 @@ class InputMetric:
         """D_i^-1 A_i: adapters fitted to D_i X_i L_i as those of X_i."""
         return A if self.rows is None else A / self.rows[part].unsqueeze(2)
 
+    def weighted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
+        """D_i A_i: undo `adapters`."""
+        return A if self.rows is None else A * self.rows[part].unsqueeze(2)
+
     def kernel(self, *, linear: bool) -> Metric | None:
         """What a fit to D_i X_i L_i has to know of L; nothing where its bank may stand for B L, since phi is linear and
         all experts have one L."""

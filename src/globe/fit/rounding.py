@@ -122,19 +122,21 @@ class _Task:
     def seen_bases(self, atoms: Atoms, part: slice) -> Float[Tensor, "c r d"]:
         """phi(Y_i) L_i."""
         M = self.bases(atoms, part)
-        return M if self.metric is None else M @ self.metric.forward
+        return M if self.metric is None else self.metric.bases(M, part)
 
     def target(self, part: slice) -> Float[Tensor, "c p d"]:
         """D_i X_i L_i."""
-        return self.X[part] if self.metric is None else self.X[part] @ self.metric.forward
+        return self.X[part] if self.metric is None else self.metric.seen(self.X[part], part)
 
     def stored(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """Adapters of D_i X_i L_i as those of the experts W_i themselves."""
-        return A if self.scale is None else A * self._row_scale(part)
+        own = A if self.metric is None else self.metric.adapters(A, part)
+        return own if self.scale is None else own * self._row_scale(part)
 
     def fitted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """Undo `stored`."""
-        return A if self.scale is None else A / self._row_scale(part)
+        own = A if self.scale is None else A / self._row_scale(part)
+        return own if self.metric is None else self.metric.weighted(own, part)
 
     def _row_scale(self, part: slice) -> Tensor:
         assert self.scale is not None
@@ -281,6 +283,7 @@ def _moved(
     gram, force = X.new_empty(n, r, r), X.new_empty(n, r, d)
     slope = None if task.lam == 0 or task.activation == "identity" else X.new_empty(n, r, d)
     errors = X.new_empty(n)
+    columns = None if task.metric is None else task.metric.columns
     for part in task.parts(r):
         Y = torch.tensordot(wanted.codes[part], wanted.bank, dims=1)
         M = task.seen_bases(wanted, part)
@@ -288,15 +291,15 @@ def _moved(
         left = task.target(part) - A @ M
         errors[part] = left.square().sum(dim=(1, 2))
         gram[part], force[part] = A.mT @ A, A.mT @ left
-        if task.metric is not None:
-            force[part] = force[part] @ task.metric.forward.mT
+        if columns is not None:
+            force[part] = columns.adjoint(force[part], part)
         if slope is not None:
             J = phi_prime(Y, lam=task.lam, activation=task.activation)
             assert J is not None
             slope[part] = J
             force[part] *= J
     # no rows are projected out: the adapters stay as they are
-    point = Point(None, gram, X.new_zeros(n, r, d), slope, force, errors, float(errors.sum()), 0)
+    point = Point(None, gram, X.new_zeros(n, r, d), slope, force, errors, float(errors.sum()), 0, columns)
     slopes = tangent(wanted.bank, wanted.codes, left=wanted.left, right=wanted.right, joint=True)
     direction = gauss_newton_direction(
         slopes, point, cg_iterations=_ITERATIONS, damping=_DAMPING, generator=generator
