@@ -131,6 +131,8 @@ def test_identity_is_blind_to_where_a_run_happens_and_who_watches() -> None:
         "wandb.log_every=7",
         "train.checkpoint_every=1",
         "model.force_download=true",
+        "calibrate.batch=3",
+        "calibrate.out=elsewhere",
     ):
         assert identity(plain(composed(override))) == base, override
 
@@ -154,7 +156,12 @@ def test_identity_sees_every_other_option() -> None:
     blind = (
         "output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "S_cache", "objectives",
     )  # fmt: skip
-    blind_in = {"train": ("checkpoint_every",), "model": ("force_download",), "normalise": ("store",)}
+    blind_in = {
+        "train": ("checkpoint_every",),
+        "model": ("force_download",),
+        "normalise": ("store",),
+        "calibrate": ("batch", "out"),
+    }
 
     def leaves(tree: dict[str, object], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
         found = []

@@ -146,6 +146,19 @@ def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
     return _checked(tensors, header, path)
 
 
+def is_complete(path: Path, *, key: str) -> bool:
+    """Is there a whole file of this `key`? Looks at its header and length; what it holds is checked when it is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return isinstance(header, dict) and (header.get("format_version"), header.get("key")) == (
+        FORMAT_VERSION,
+        key,
+    )
+
+
 def _checked(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> LayerStatistics:
     """The record of the tensors of a file, with shapes that agree and finite numbers."""
     try:

@@ -25,6 +25,7 @@ _NOT_IDENTITY = {
     "train": ("checkpoint_every",),
     "normalise": ("store",),
     "model": ("force_download",),
+    "calibrate": ("batch", "out"),
 }
 """Options that say where a run happens, who watches and how its banks are used, by group; all others change its
 numbers. `S_cache` is in the name of a run all the same: runs that differ in it alone share a fit."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from globe.config.bank_options import BankConfig, BudgetConfig, ModelConfig, NormaliseConfig
+from globe.config.calibrate_options import CalibrateConfig
 from globe.config.checks import check, positive
 from globe.config.choices import (
     ADAM_METHODS,
@@ -36,6 +37,7 @@ from globe.errors import ConfigError
 __all__ = [
     "BankConfig",
     "BudgetConfig",
+    "CalibrateConfig",
     "CodesConfig",
     "Config",
     "CurveConfig",
@@ -111,6 +113,7 @@ class Config:
     dry_run: bool = False
     """Predict sizes, memory and time of every bank and fit nothing. (`--dry_run` would be an option of Hydra.)"""
     model: ModelConfig = field(default_factory=ModelConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -1,6 +1,6 @@
-"""The model and the text that come with the package: a small trained MoE, so nothing has to be downloaded.
+"""The model and the texts that come with the package: a small trained MoE, so nothing has to be downloaded.
 
-`MODEL_CARD.md` beside this file says where both come from.
+`MODEL_CARD.md` beside this file says where they come from.
 """
 
 from __future__ import annotations
@@ -18,3 +18,8 @@ def path() -> Path:
 def text_path() -> Path:
     """Held-out text for perplexity, UTF-8: never seen in training."""
     return _HERE / "heldout.txt"
+
+
+def calibration_path() -> Path:
+    """Calibration text, UTF-8: out of the text the model was trained on, nothing of the held-out one."""
+    return _HERE / "calibration.txt"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from globe.calibration.text import has_tokenizer, read_tokenizer
 from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.hub import EMBEDDED_ID, resolve
 from globe.checkpoint.model_config import PREFIX, read_config
@@ -22,7 +23,6 @@ from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
 
 EMBEDDED = "embedded"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +129,7 @@ def load_tokenizer(subject: Subject, original: Subject | None, given: str | None
         folders = [Path(given).expanduser()]
     else:
         folders = [one.folder for one in (original, subject) if one is not None]
-    found = [_tokenizer(folder) for folder in dict.fromkeys(folders) if _has_tokenizer(folder)]
+    found = [read_tokenizer(folder) for folder in dict.fromkeys(folders) if has_tokenizer(folder)]
     if not found:
         named = " or ".join(str(folder) for folder in dict.fromkeys(folders))
         raise ConfigError(f"{named} has no tokenizer: give the folder of one as tokenizer")
@@ -139,25 +139,6 @@ def load_tokenizer(subject: Subject, original: Subject | None, given: str | None
             "made from, or give against=none"
         )
     return found[0]
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    from globe.hf.register import install
-
-    install()
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # of many kinds: an unknown class, a missing library, a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"the tokenizer in {folder} can't be loaded ({reason}): give the folder of another as tokenizer"
-        ) from error
 
 
 def check_model(model: Any, highest: int, window: int, *, original: Any | None) -> None:

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from typing import NamedTuple
 
 import globe.embedded
+from globe.calibration.text import EMBEDDED, Text, Tokens, read_file, tokenise
 from globe.errors import ConfigError
 
-EMBEDDED = "embedded"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """A text as tokens."""
-
-    ids: Int[Tensor, " t"]
-    bytes: Int[Tensor, " t"]
-    """UTF-8 bytes of the text that each token stands for; 0 for a token the tokenizer put in front"""
-
-
-class Text(NamedTuple):
-    name: str
-    """as it was given"""
-    content: str
-    sha256: str
-    """of the file"""
+__all__ = ["EMBEDDED", "Text", "Tokens", "Window", "batches", "read_text", "sliding_windows", "tokenise"]
 
 
 class Window(NamedTuple):
@@ -46,46 +22,11 @@ class Window(NamedTuple):
 
 
 def read_text(text: str) -> Text:
-    """The text of a file, or (`embedded`) the one that comes with the package.
+    """The text of a file, or (`embedded`) the held-out one that comes with the package.
 
     Raises ConfigError naming `text` if the file is missing, is not UTF-8, or is empty.
     """
-    path = globe.embedded.text_path() if text == EMBEDDED else Path(text).expanduser()
-    try:
-        raw = path.read_bytes()
-        content = raw.decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"text={text!r} can't be read ({error.strerror}): give a text file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"text={text!r} is not UTF-8 (byte {error.start}): convert it") from error
-    if not content.strip():
-        raise ConfigError(f"text={text!r} holds no words: give a text file")
-    return Text(text, content, hashlib.sha256(raw).hexdigest())
-
-
-def tokenise(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> Tokens:
-    """The first `max_tokens` tokens of a text (None: all), with the bytes each of them stands for.
-
-    A character that was split into several tokens counts for the first of them, what a tokenizer leaves out
-    between two tokens for the second. A tokenizer that keeps no offsets gets equal bytes for all tokens.
-    """
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, return_offsets_mapping=fast, verbose=False)
-    ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    if fast:
-        widths = _byte_widths(text)
-        ends = np.maximum.accumulate(widths[np.array([stop for _, stop in encoded["offset_mapping"]])])
-    else:
-        ends = np.arange(1, len(ids) + 1) * len(text.encode()) // len(ids)
-    counts = torch.from_numpy(np.diff(ends, prepend=0).astype(np.int64))
-    return Tokens(ids[:max_tokens], counts[:max_tokens])
-
-
-def _byte_widths(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character of the text, and at the end of all of them."""
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    each = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
-    return np.concatenate([[0], np.cumsum(each)])
+    return read_file(text, embedded=globe.embedded.text_path(), option="text")
 
 
 def sliding_windows(tokens: int, *, window: int, stride: int) -> tuple[Window, ...]:

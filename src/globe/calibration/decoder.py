@@ -1,0 +1,202 @@
+"""A model of which one decoder layer at a time is in memory, read from the checkpoint when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from globe.calibration.experts_module import ExpertsView, experts_modules
+from globe.checkpoint import Checkpoint
+from globe.errors import CheckpointError
+
+
+class Decoder:
+    """The text part of a model, without its output layer: embeddings in memory, every decoder layer on its own.
+
+    transformers builds the modules without values and says which stored tensor goes where, so every architecture that
+    it can load works here. Raises CheckpointError for a model whose layers can't be told apart.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint, self._dtype, self.device = checkpoint, dtype, device
+        self._model = _without_values(checkpoint, dtype)
+        self._experts = experts_modules(self._model)
+        prefixes = {name.split(f".{layer}.")[0] for layer, name in self._experts.items()}
+        if len(prefixes) != 1:
+            raise CheckpointError(
+                f"the layers of {type(self._model).__name__} can't be told apart: leave calibrate.text=null"
+            )
+        self._layers = prefixes.pop()
+        self._root = self._layers.rpartition(".")[0]
+        modules = self._model.get_submodule(self._layers)
+        assert isinstance(modules, nn.ModuleList)
+        self._modules: list[nn.Module] = list(modules)
+        self._names = self._stored_names()
+        self.wrapped: int | None = None
+        """Fields of the tuple that a decoder layer gives; None where it gives the hidden states alone."""
+        self._load_rest()
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, with experts or without."""
+        return len(self._modules)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self._experts))
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._model.config.get_text_config().hidden_size)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text part."""
+        return self._model.config.get_text_config()
+
+    def parameters(self, layer: int) -> int:
+        """Numbers in the parameters of a decoder layer."""
+        return sum(one.numel() for one in self._modules[layer].parameters())
+
+    @property
+    def other_parameters(self) -> int:
+        """Numbers in the embeddings and whatever else stays in memory."""
+        inside = sum(self.parameters(layer) for layer in range(self.layers))
+        return sum(one.numel() for one in self._model.get_submodule(self._root).parameters()) - inside
+
+    def experts(self, layer: int) -> tuple[nn.Module, ExpertsView]:
+        """The experts module of a layer that is in memory."""
+        name = self._experts[layer]
+        module = self._model.get_submodule(name)
+        return module, ExpertsView(module, name)
+
+    @contextmanager
+    def loaded(self, layer: int) -> Iterator[None]:
+        """Have the values of a decoder layer in memory."""
+        module = self._modules[layer]
+        self._load(self._names.get(layer, []))
+        absent = [name for name, one in module.named_parameters() if one.is_meta]
+        if absent:
+            raise CheckpointError(
+                f"{self._checkpoint.folder} lacks {self._layers}.{layer}.{absent[0]}: download it again"
+            )
+        try:
+            yield
+        finally:
+            for part in module.modules():
+                for name, one in list(part.named_parameters(recurse=False)):
+                    part.register_parameter(name, nn.Parameter(torch.empty_like(one, device="meta"), False))
+
+    @torch.no_grad()
+    def step(
+        self, layer: int, ids: Int[Tensor, "b t"], hidden: Float[Tensor, "b t ..."] | None
+    ) -> Float[Tensor, "b t ..."]:
+        """What a loaded decoder layer makes of the hidden states before it; None takes the embeddings.
+
+        The model's own loop over its layers runs, so that masks and positions are what they always are; the other
+        layers hand on what they are given.
+        """
+        found: list[Any] = []
+
+        def at_layer(given: Tensor, *args: Any, **kwargs: Any) -> Any:
+            found.append(type(module).forward(module, given if hidden is None else hidden, *args, **kwargs))
+            return found[0]
+
+        def before(given: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return given if self.wrapped is None else (given, *[None] * (self.wrapped - 1))
+
+        module = self._modules[layer]
+        replaced = {layer: at_layer} | dict.fromkeys(range(layer), before)
+        replaced |= dict.fromkeys(range(layer + 1, self.layers), lambda *args, **kwargs: found[0])
+        for other, forward in replaced.items():
+            self._modules[other].forward = forward
+        try:
+            self._model.get_submodule(self._root)(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for other in replaced:
+                del self._modules[other].forward
+        output = found[0]
+        self.wrapped = len(output) if isinstance(output, tuple) else None
+        return output[0] if isinstance(output, tuple) else output
+
+    def _stored_names(self) -> dict[int | None, list[str]]:
+        """The names of the stored tensors by the decoder layer they go to; None for what stays in memory."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._mapping = get_model_conversion_mapping(self._model)
+        renamings = [one for one in self._mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in self._mapping if isinstance(one, WeightConverter)]
+        expected = self._model.state_dict()
+        found: dict[int | None, list[str]] = {}
+        for stored in self._checkpoint.reader.names:
+            name, _ = rename_source_key(
+                stored, renamings, converters, self._model.base_model_prefix, expected
+            )
+            if name not in expected and stored in expected:
+                name = stored
+            if name not in expected or not name.startswith(f"{self._root}."):
+                continue
+            rest = name.removeprefix(f"{self._layers}.")
+            layer = None if rest == name else int(rest.partition(".")[0])
+            found.setdefault(layer, []).append(stored)
+        return found
+
+    def _load_rest(self) -> None:
+        """Load what is no decoder layer, and compute the buffers that are in no file."""
+        model = self._model
+        self._load(self._names.get(None, []))
+        model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
+        model._initialize_missing_keys(False)
+
+    def _load(self, names: Iterable[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        reader = self._checkpoint.reader
+        options = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self._dtype,
+            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            weight_mapping=self._mapping,
+        )
+        with ExitStack() as stack:
+            by_file: dict[str, list[str]] = {}
+            for name in names:
+                by_file.setdefault(reader.index[name], []).append(name)
+            state: dict[str, Any] = {}
+            for file, inside in by_file.items():
+                handle = stack.enter_context(safe_open(reader.folder / file, framework="pt"))
+                state |= {name: handle.get_slice(name) for name in inside}
+            with _silent_bars():
+                convert_and_load_state_dict_in_model(self._model, state, options)
+
+
+def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model on the meta device, which has shapes and no values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import initialization as init
+
+    config = AutoConfig.from_pretrained(str(checkpoint.folder))
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@contextmanager
+def _silent_bars() -> Iterator[None]:
+    """No bar of transformers for every layer that is loaded."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

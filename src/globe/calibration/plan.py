@@ -1,0 +1,110 @@
+"""What a calibration takes, from headers alone: the form of its second moments, memory and disk."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from globe.calibration.collect import BUFFERED
+from globe.checkpoint import Checkpoint
+from globe.config.calibrate_options import CalibrateConfig
+from globe.errors import ConfigError
+
+WHOLE = 16e9
+"""Bytes up to which the second moments of a layer are kept whole where no limit is given."""
+LEAST_RANK = 8
+_GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSize:
+    """The largest n, p and d of the layers."""
+
+    n: int
+    p: int
+    d: int
+
+    def sums(self, rank: int | None) -> int:
+        """Bytes of the sums of a layer while they grow, and of the copy in which they are written."""
+        n, both = self.n, self.p + self.d
+        rows = n * max(BUFFERED, rank or 0) * both * 4
+        if rank is None:
+            return rows + n * (self.p**2 + self.d**2) * 8 + n * max(self.p, self.d) ** 2 * 4
+        return rows + n * both * (2 * rank * 4 + 8) + 3 * (rank + max(BUFFERED, rank)) * both * 8
+
+    def stored(self, rank: int | None) -> int:
+        """Bytes of a layer's file."""
+        if rank is None:
+            return self.n * (self.p**2 + self.d**2 + 2 * self.p) * 4
+        return self.n * (self.p + self.d) * (rank + 3) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is told before the time is spent."""
+
+    rank: int | None
+    """of the second moments; None keeps them whole"""
+    memory: int
+    """bytes, about"""
+    disk: int
+    """bytes of the files that stay and of the hidden states in between"""
+
+    @property
+    def sentence(self) -> str:
+        form = "whole" if self.rank is None else f"of rank {self.rank} plus a diagonal"
+        return (
+            f"calibration takes about {self.memory / _GB:.2f} GB of memory and {self.disk / _GB:.2f} GB of disk, with "
+            f"second moments {form}"
+        )
+
+
+def plan_calibration(
+    checkpoint: Checkpoint, options: CalibrateConfig, *, tokens: int, dtype: torch.dtype
+) -> Plan:
+    """The form that fits into `calibrate.memory`. Raises ConfigError if none does."""
+    shapes = [checkpoint.shape(layer, "up") for layer in checkpoint.moe_layers]
+    size = LayerSize(*(max(getattr(one, axis) for one in shapes) for axis in ("n", "p", "d")))
+    model = _resident(checkpoint, dtype) + _working(size, options)
+    room = WHOLE if options.memory is None else options.memory * _GB - model
+    rank = _rank(size, room)
+    if rank is not None and rank < LEAST_RANK:
+        least = (model + size.sums(LEAST_RANK)) / _GB
+        raise ConfigError(
+            f"calibrate.memory={options.memory} is too little for a layer of {checkpoint.folder}: give at least "
+            f"{least + 0.01:.2f}"
+        )
+    hidden = 2 * tokens * size.d * dtype.itemsize
+    return Plan(rank, int(model + size.sums(rank)), len(shapes) * size.stored(rank) + hidden)
+
+
+def _rank(size: LayerSize, room: float) -> int | None:
+    """The largest rank whose sums fit, None if whole matrices do."""
+    if size.sums(None) <= room:
+        return None
+    low, high = 0, max(size.p, size.d)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size.sums(middle) <= room else (low, middle - 1)
+    return low
+
+
+def _resident(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
+    """Bytes of the largest decoder layer, as stored and converted, and of all that is in no layer."""
+    layers: dict[str, float] = {}
+    for name in checkpoint.reader.names:
+        found = re.search(r"(?<![^.])layers\.(\d+)(?![^.])", name)
+        entry = checkpoint.reader.entry(name)
+        numbers = entry.nbytes // entry.dtype.itemsize
+        key = found[1] if found else ""
+        stored = entry.nbytes if found else 0
+        layers[key] = layers.get(key, 0) + numbers * dtype.itemsize + stored
+    return layers.pop("", 0) + max(layers.values(), default=0)
+
+
+def _working(size: LayerSize, options: CalibrateConfig) -> float:
+    """Bytes of what a batch leaves in memory on its way through a layer."""
+    tokens = options.batch * options.window
+    return tokens * 4.0 * (16 * size.d + 12 * size.p + 4 * options.window)

@@ -1,0 +1,284 @@
+"""Calibrate a model: its decoder layers one after the other over windows of a text, each layer's statistics in a file.
+
+The folder of a calibration holds `calibration.json`, which says what it is of, `layer-012.safetensors` for every layer
+with experts, and, while it is not finished, the hidden states after the layers done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+
+import globe.embedded
+from globe.calibration.collect import LayerSums, watched
+from globe.calibration.decoder import Decoder
+from globe.calibration.hidden_states import HiddenStates, Progress
+from globe.calibration.plan import Plan, plan_calibration
+from globe.calibration.statistics import (
+    FORMAT_VERSION,
+    LayerStatistics,
+    is_complete,
+    read_statistics,
+    write_statistics,
+)
+from globe.calibration.text import Text, passages, read_file, read_tokenizer, spread_windows, tokenise
+from globe.checkpoint import Checkpoint
+from globe.config.calibrate_options import CalibrateConfig
+from globe.config.choices import ExportDtype
+from globe.errors import ConfigError
+from globe.runs.folder import read_json, write_json
+
+RECORD = "calibration.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The statistics of a model on a text, in a folder. Layers are read when they are asked for."""
+
+    folder: Path
+    key: str
+    """of model, text and sizes"""
+    record: dict[str, Any]
+    """what is in `calibration.json`"""
+
+    def layer(self, layer: int) -> LayerStatistics:
+        """Raises ArtefactError if the layer has no statistics, or a damaged file."""
+        return read_statistics(self.file(layer), key=self.key)
+
+    def file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:03d}.safetensors"
+
+    def has(self, layer: int) -> bool:
+        """Is there a whole file of this calibration?"""
+        return is_complete(self.file(layer), key=self.key)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What is to be calibrated, before any of the model is read."""
+
+    checkpoint: Checkpoint
+    options: CalibrateConfig
+    text: Text
+    windows: Int[Tensor, "w t"]
+    dtype: torch.dtype
+    plan: Plan
+    passages: frozenset[int]
+
+    @property
+    def key(self) -> str:
+        """64 hexadecimal digits of model, windows, dtype and form."""
+        digest = hashlib.sha256(fingerprint(self.checkpoint).encode())
+        digest.update(self.windows.numpy().tobytes())
+        sizes = [FORMAT_VERSION, list(self.windows.shape), str(self.dtype), self.plan.rank]
+        digest.update(json.dumps(sizes).encode())
+        return digest.hexdigest()
+
+    def record(self, key: str) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "source": self.checkpoint.source(),
+            "text": self.text.name,
+            "text_sha256": self.text.sha256,
+            "tokens": self.windows.numel(),
+            "window": self.windows.shape[1],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "rank": self.plan.rank,
+            "passages": sorted(self.passages),
+        }
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    options: CalibrateConfig,
+    *,
+    output: str | Path = "outputs",
+    layers: Sequence[int] | None = None,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = _log.info,
+) -> Calibration:
+    """The statistics of a model on `calibrate.text`, for some layers or all; what is on disk already is not repeated.
+
+    A pass that was killed goes on with the layer it was in. Raises ConfigError for a text, a size or a folder that
+    can't be used, CheckpointError for a model that can't be run layer by layer, ArtefactError when the disk refuses.
+    """
+    request = prepare(checkpoint, options)
+    key = request.key
+    folder = _folder(checkpoint, options, output, key)
+    wanted = checkpoint.moe_layers if layers is None else tuple(sorted(set(layers)))
+    with _held(folder):
+        calibration = Calibration(folder, key, _recorded(folder, request, key))
+        absent = [layer for layer in wanted if not calibration.has(layer)]
+        if absent:
+            say(request.plan.sentence)
+            _run(calibration, request, max(absent), device or torch.device("cpu"))
+    return calibration
+
+
+def prepare(checkpoint: Checkpoint, options: CalibrateConfig) -> Request:
+    """Read and tokenise the text, and plan the rest. Raises ConfigError."""
+    if options.text is None:
+        raise ConfigError("calibrate.text=null is no text: give a file, or embedded")
+    text = read_file(options.text, embedded=globe.embedded.calibration_path(), option="calibrate.text")
+    folder = checkpoint.folder if options.tokenizer is None else Path(options.tokenizer).expanduser()
+    tokenizer = read_tokenizer(folder)
+    ids = tokenise(text.content, tokenizer).ids
+    windows = spread_windows(ids, window=options.window, tokens=options.tokens)
+    _check_windows(checkpoint, windows)
+    dtype = _dtype(checkpoint, options)
+    plan = plan_calibration(checkpoint, options, tokens=windows.numel(), dtype=dtype)
+    read = passages(tokenizer.decode(one, skip_special_tokens=True) for one in windows)
+    return Request(checkpoint, options, text, windows, dtype, plan, read)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of a checkpoint's config, tensor names, shapes, dtypes, and the first row of every tensor."""
+    reader = checkpoint.reader
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name in sorted(reader.names):
+        shape = reader.shape(name)
+        row = reader.read(name, slice(0, 1) if shape else None)
+        digest.update(f"{name} {shape} {row.dtype}".encode())
+        digest.update(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_windows(checkpoint: Checkpoint, windows: Tensor) -> None:
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    vocabulary, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    if vocabulary is not None and int(windows.max()) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer gives token {int(windows.max())} and the model has {vocabulary}: give its own as "
+            "calibrate.tokenizer"
+        )
+    if positions is not None and windows.shape[1] > positions:
+        raise ConfigError(
+            f"calibrate.window={windows.shape[1]} is more than the {positions} positions of the model: give at "
+            "most that"
+        )
+
+
+def _dtype(checkpoint: Checkpoint, options: CalibrateConfig) -> torch.dtype:
+    if options.dtype is not ExportDtype.auto:
+        return getattr(torch, str(options.dtype))
+    layer = checkpoint.moe_layers[0]
+    return checkpoint.reader.dtype(checkpoint.locate(layer, "up", 0).tensor)
+
+
+def _folder(checkpoint: Checkpoint, options: CalibrateConfig, output: str | Path, key: str) -> Path:
+    if options.out is not None:
+        return Path(options.out).expanduser()
+    name = re.sub(r"[^A-Za-z0-9.+-]+", "-", Path(str(checkpoint.source()["id"])).name).strip("-") or "model"
+    return Path(output).expanduser() / "calibration" / f"{name}_{key[:8]}"
+
+
+def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
+    """The record of the folder, written if there is none. Raises ConfigError for a folder of something else."""
+    record = read_json(folder / RECORD)
+    if record is not None and record.get("key") == key:
+        return record
+    if any(one.name != ".lock" for one in folder.iterdir()):
+        raise ConfigError(
+            f"calibrate.out={str(folder)!r} holds something else, or the statistics of another model, text or size: "
+            "give another folder"
+        )
+    fresh = request.record(key)
+    write_json(folder / RECORD, fresh)
+    return fresh
+
+
+def _run(calibration: Calibration, request: Request, last: int, device: torch.device) -> None:
+    """The layers up to `last`, from where an earlier pass came to."""
+    decoder = Decoder(request.checkpoint, dtype=request.dtype, device=device)
+    states = HiddenStates(calibration.folder)
+    done = states.found()
+    if done is not None:
+        complete = all(calibration.has(layer) for layer in decoder.moe_layers if layer < done.next)
+        done = done if complete else None
+        decoder.wrapped = None if done is None else done.wrapped
+    first = 0 if done is None else done.next
+    batches = -(-request.windows.shape[0] // request.options.batch)
+    with tqdm(total=(last + 1 - first) * batches, unit="batch", disable=None, leave=False) as bar:
+        for layer in range(first, last + 1):
+            done = _one_layer(calibration, request, decoder, layer, states, done, bar.update)
+    if all(calibration.has(layer) for layer in decoder.moe_layers):
+        states.clear()
+
+
+@torch.no_grad()
+def _one_layer(
+    calibration: Calibration,
+    request: Request,
+    decoder: Decoder,
+    layer: int,
+    states: HiddenStates,
+    done: Progress | None,
+    on_batch: Callable[[int], Any],
+) -> Progress:
+    """Run all windows through a layer; write its statistics, then the hidden states after it."""
+    before = None if done is None else states.read(done)
+    after: Tensor | None = None
+    start = 0
+    with decoder.loaded(layer), _statistics(calibration, request, decoder, layer):
+        for ids in request.windows.split(request.options.batch):
+            stop = start + ids.shape[0]
+            given = None if before is None else before[start:stop].to(decoder.device, copy=True)
+            output = decoder.step(layer, ids, given)
+            if after is None:
+                shape = (request.windows.shape[0], *output.shape[1:])
+                after = states.create(layer + 1, shape, output.dtype)
+            after[start:stop] = output.cpu()
+            start = stop
+            on_batch(1)
+    assert after is not None
+    progress = Progress(
+        layer + 1, tuple(after.shape), str(after.dtype).removeprefix("torch."), decoder.wrapped
+    )
+    states.commit(progress)
+    return progress
+
+
+@contextmanager
+def _statistics(calibration: Calibration, request: Request, decoder: Decoder, layer: int) -> Iterator[None]:
+    """Watch the experts of a loaded layer, if it has any, and write their statistics at the end."""
+    if layer not in decoder.moe_layers:
+        yield
+        return
+    module, view = decoder.experts(layer)
+    sums = LayerSums(layer, view, rank=request.plan.rank)
+    with watched(module, sums):
+        yield
+    write_statistics(sums.finish(), calibration.file(layer), key=calibration.key)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the folder; another process with the same calibration waits, and then finds it done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"calibrate.out={str(folder)!r} can't be used ({error.strerror}): give another folder"
+        ) from error
+    with (folder / ".lock").open("r") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
