@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runs": ("errors", "files", "config", "numerics", "am", "bank"),
     "processes": ("errors", "files", "config", "numerics", "am", "runs"),
     "checkpoint": ("errors", "files", "embedded", "config", "numerics"),
-    "calibration": ("errors", "files", "embedded", "config", "numerics", "runs", "checkpoint"),
+    "calibration": ("errors", "files", "embedded", "config", "numerics", "checkpoint"),
     "fit": (
         "errors", "files", "config", "numerics", "am", "bank", "baselines", "runs", "processes", "checkpoint",
         "calibration",

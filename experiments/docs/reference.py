@@ -41,7 +41,7 @@ takes the name of one of its files, `schedule=linear`, and single options of it 
 runs every combination of comma-separated values. `--cfg job` shows the composed configuration and runs nothing. An
 unknown key, or a value that cannot be, ends in one sentence before anything is read.
 """
-COMMANDS = ("globe.patch", "globe.evaluate", "globe.report", "globe.inspect")
+COMMANDS = ("globe.calibrate", "globe.patch", "globe.evaluate", "globe.report", "globe.inspect")
 """Beside `globe.train`; what each says of itself is its reference."""
 KINDS = {int: "integer", float: "number", str: "text"}
 TEXTS = {"S_cache": "`all`"}

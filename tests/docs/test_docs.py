@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 import globe
 from globe import patch
+from globe.calibrate import CalibrateOptions
 from globe.checkpoint import architecture, known_model_types, open_checkpoint
 from globe.config.command_line import parse_options
 from globe.config.composition import conf_dir, register, to_config
@@ -137,6 +138,10 @@ def check_evaluate(words: list[str]) -> None:
     assert parse_options(EvaluateOptions, words)
 
 
+def check_calibrate(words: list[str]) -> None:
+    assert parse_options(CalibrateOptions, words, positional="model")
+
+
 def check_module(words: list[str]) -> None:
     """Another module of ours that parses `KEY=VALUE` words by its own `parse`; any other one has to exist."""
     module = importlib.import_module(words[0])
@@ -149,6 +154,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "globe.train": check_train,
     "globe.patch": check_patch,
     "globe.evaluate": check_evaluate,
+    "globe.calibrate": check_calibrate,
 }
 HARMLESS = ("source", "cd", "cp", "mkdir", "git", "pip", "wandb", ".venv/bin/pre-commit")
 
@@ -183,6 +189,7 @@ def test_every_command_parses(name: str) -> None:
         "python -m globe.train hydra/launcher=rocket",
         "python -m globe.patch run=a out=b fmt=dense",
         "python -m globe.evaluate model=a windows=3",
+        "python -m globe.calibrate model=a tokens=0",
         "python experiments/nothing.py",
         "make demoo",
         "make demo ARG=1",

@@ -29,6 +29,7 @@ FILES = (
 def test_every_file_is_there() -> None:
     assert sorted(path.name for path in globe.embedded.path().iterdir()) == sorted(FILES)
     assert 100_000 < globe.embedded.text_path().stat().st_size < 140_000
+    assert 55_000 < globe.embedded.calibration_path().stat().st_size < 70_000
     assert (globe.embedded.path().parent / "MODEL_CARD.md").is_file()
 
 
@@ -42,6 +43,18 @@ def test_the_paths_cost_no_heavy_import() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_calibration_text_has_nothing_of_the_held_out_one() -> None:
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in (globe.embedded.calibration_path(), globe.embedded.text_path())
+    ]
+    calibration, heldout = ("".join(text.lower().split()) for text in texts)
+    runs = {heldout[start : start + 60] for start in range(len(heldout) - 59)}
+    assert not any(calibration[start : start + 60] in runs for start in range(len(calibration) - 59))
+    card = (globe.embedded.path().parent / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"{globe.embedded.calibration_path().stat().st_size:,} bytes" in card
 
 
 def test_an_unknown_public_name() -> None:

@@ -185,7 +185,9 @@ def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     config = AutoConfig.from_pretrained(str(checkpoint.folder))
     with torch.device("meta"), init.meta_device_safe_creation_ops():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.set_experts_implementation("eager")  # the grouped product takes rows of a multiple of 16 bytes only
+    return model
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from globe.errors import ArtefactError
-from globe.runs.folder import read_json, write_json
+from globe.files import parse_record, plain_record, read_record, sync, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class HiddenStates:
 
     def found(self) -> Progress | None:
         """How far an earlier pass came; None for no pass, or one whose file is not whole."""
-        record = read_json(self._record)
+        record = read_record(self._record)
         if record is None:
             return None
         try:
-            progress = Progress(**record | {"shape": tuple(record["shape"])})
+            progress = parse_record(Progress, record)
             size = torch.Size(progress.shape).numel() * getattr(torch, progress.dtype).itemsize
             return progress if self._file(progress.next).stat().st_size == size else None
-        except (OSError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, AttributeError):
             return None
 
     def read(self, progress: Progress) -> Tensor:
@@ -57,9 +57,8 @@ class HiddenStates:
 
     def commit(self, progress: Progress) -> None:
         """Let the states before layer `progress.next`, all written, take the place of those before the last layer."""
-        with self._file(progress.next).open("rb+") as file:
-            os.fsync(file.fileno())
-        write_json(self._record, asdict(progress) | {"shape": list(progress.shape)})
+        sync(self._file(progress.next))
+        write_json(self._record, plain_record(progress))
         self._remove(keep=progress.next)
 
     def clear(self) -> None:

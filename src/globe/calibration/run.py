@@ -10,9 +10,8 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from globe.checkpoint import Checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import ExportDtype
 from globe.errors import ConfigError
-from globe.runs.folder import read_json, write_json
+from globe.files import lock, read_record, write_json
 
 RECORD = "calibration.json"
 _log = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ def _folder(checkpoint: Checkpoint, options: CalibrateConfig, output: str | Path
 
 def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
     """The record of the folder, written if there is none. Raises ConfigError for a folder of something else."""
-    record = read_json(folder / RECORD)
+    record = read_record(folder / RECORD)
     if record is not None and record.get("key") == key:
         return record
     if any(one.name != ".lock" for one in folder.iterdir()):
@@ -269,16 +268,12 @@ def _statistics(calibration: Calibration, request: Request, decoder: Decoder, la
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """Hold the folder; another process with the same calibration waits, and then finds it done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise ConfigError(
-            f"calibrate.out={str(folder)!r} can't be used ({error.strerror}): give another folder"
-        ) from error
-    with (folder / ".lock").open("r") as lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder / ".lock", wait=True))
+        except OSError as error:
+            raise ConfigError(
+                f"calibrate.out={str(folder)!r} can't be used ({error.strerror}): give another folder"
+            ) from error
         yield

@@ -119,7 +119,10 @@ def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") 
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.touch()
+        mode = fresh.stat().st_mode
         save_file(tensors, fresh, metadata={METADATA_KEY: header})
+        fresh.chmod(mode)  # safetensors makes its file readable by the owner alone, whatever the umask says
         with fresh.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(fresh, path)
