@@ -77,6 +77,7 @@ def child(options: argparse.Namespace) -> None:
 
     import globe.am.loop
     import globe.sizes.dry_run
+    import globe.sizes.timing
     from globe.config.composition import conf_dir, to_config
     from globe.runs.folder import RunFolder
     from globe.train import train
@@ -85,7 +86,7 @@ def child(options: argparse.Namespace) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
         config = to_config(compose("config", overrides=options.option))
     if options.child == "predict":
-        globe.sizes.dry_run.time.perf_counter = clock  # type: ignore[attr-defined]
+        globe.sizes.timing.time.perf_counter = clock  # type: ignore[attr-defined]
         (found,) = globe.sizes.dry_run.dry_run(config)
         print(json.dumps([found.bytes, found.seconds]))
         return

@@ -13,16 +13,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import globe.fit.one_bank
 import globe.sizes.dry_run
+import globe.sizes.timing
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
+from globe.checkpoint import ShardReader, open_checkpoint
+from globe.checkpoint.in_memory import ExpertsInMemory
 from globe.config.composition import to_config
 from globe.config.schema import Config
 from globe.errors import ConfigError
+from globe.fit.plan import outline
+from globe.hf.globe_checkpoint import write_globe
+from globe.hf.run_banks import open_run
 from globe.runs.folder import RunFolder, State
-from globe.sizes.costs import chunk_of, fit_bytes, step_work
+from globe.sizes.chosen import choose_sizes
+from globe.sizes.costs import average_work, chunk_of, fit_bytes, reference_seconds, step_work
 from run_support import composed, run_in
 
 SIZES = Sizes(12, 20, 28, 5, 9)
@@ -36,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel()  # type: ignore[operator]
         return 1e-3
 
-    monkeypatch.setattr(globe.sizes.dry_run, "_time", once)
+    monkeypatch.setattr(globe.sizes.timing, "_time", once)
 
 
 def forbidden(*args: object, **kwargs: object) -> object:
@@ -76,6 +84,7 @@ def test_within_a_budget_it_shows_the_candidates_and_does_not_search(
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if "16 x 44 x 64" in line]
     assert len(rows) > 5  # once, for all three layers
+    assert all("3 banks" in row for row in rows)
     assert "chooses among these" in printed
     assert not list(tmp_path.iterdir())
 
@@ -95,6 +104,130 @@ def test_wrong_options_are_refused_as_in_a_run(tmp_path: Path) -> None:
         run_in(tmp_path, "dry_run=true", "bank.kept=0.01")
 
 
+# --- sizes and totals -------------------------------------------------------------------------------------------------
+
+
+class Large:
+    """Experts of real sizes in bfloat16, of which there is nothing but the shapes."""
+
+    stored_bytes = 10**12
+
+    def __init__(self, *shape: int, layers: int = 5) -> None:
+        self.n, self.p, self.d = shape
+        self.num_layers, self.moe_layers = layers + 1, tuple(range(1, layers + 1))
+
+    def shape(self, layer: int, family: str) -> Large:
+        return self
+
+    def dtype(self, layer: int, family: str) -> torch.dtype:
+        return torch.bfloat16
+
+
+LARGE = [(60, 1408, 2048), (128, 768, 2048), (256, 2048, 7168), (60, 88, 256), (8, 14336, 4096)]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("words", [[], ["codes.target_support=5"], ["train.dictionary=mod"]])
+def test_candidates_for_large_experts_fill_the_budget(shape: tuple[int, int, int], words: list[str]) -> None:
+    """The search probes a small block of such experts; what it would choose for it keeps next to nothing of them."""
+    config = to_config(composed("bank.kept=0.5", "layer=3", *words))
+    (bank,) = outline(config, Large(*shape))
+    plans = globe.sizes.dry_run.candidate_plans(config, bank)
+    assert len(plans) > 2
+    assert len({one.sizes for one in plans}) == len(plans)
+    for one in plans:
+        assert (one.sizes.n, one.sizes.p, one.sizes.d) == shape
+        assert 0.43 < one.kept <= 0.5, one.sizes
+        assert one.sizes.target_support in (None, 5)
+        assert one.sizes.m >= (one.sizes.target_support or 1)
+
+
+def test_the_run_takes_sizes_between_those_shown(tmp_path: Path, quick: None) -> None:
+    """n = 9 experts of 160 x 200 are probed in a block, as globe-ref's are."""
+    experts = torch.randn(9, 160, 200, generator=torch.Generator().manual_seed(3))
+    words = ["bank.kept=0.5", "budget.seconds=0.3", "train.steps=12", "layer=0", "train.dictionary=mod"]
+    config = to_config(composed(*words))
+    source = ExpertsInMemory({(0, "up"): experts}, model_type="tensors")
+    (bank,) = outline(config, source)
+    plans = globe.sizes.dry_run.candidate_plans(config, bank)
+    found = choose_sizes(
+        config, source, [bank], torch.device("cpu"), tmp_path / "f.json", show=lambda searched: None
+    )
+    chosen = found[bank.shape]
+    frontier = json.loads((tmp_path / "f.json").read_text())["shapes"]["9x160x200"]
+    assert frontier["block"]["p"] < 160
+    dense = sorted((one.sizes.m, one.sizes.r) for one in plans if one.sizes.atom_rank is None)
+    assert dense[0][0] <= chosen.m <= dense[-1][0]
+    assert dense[-1][1] <= chosen.r <= dense[0][1]
+    assert all(0.45 < one.kept <= 0.5 for one in plans)
+
+
+def test_one_candidate_is_measured_and_the_others_follow_from_their_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[Sizes] = []
+
+    def measured(config: Config, sizes: Sizes, device: torch.device) -> float:
+        timed.append(sizes)
+        return 30.0
+
+    monkeypatch.setattr(globe.sizes.timing, "seconds_per_step", measured)
+    config = Config()
+    few, some, many = (Sizes(60, 1408, 2048, m, r) for m, r in ((1, 900), (8, 700), (60, 380)))
+    other = Sizes(60, 704, 2048, 8, 300)
+    found = globe.sizes.timing.seconds_of_steps(config, [few, many, some, other, some], torch.device("cpu"))
+    assert set(found) == {few, some, many, other}
+    assert len(timed) == 2
+    middle = timed[0]
+    assert found[middle] == found[other] == 30.0
+    for one in (few, some, many):
+        ratio = reference_seconds(average_work(config, one)) / reference_seconds(average_work(config, middle))
+        assert found[one] == pytest.approx(30 * ratio)
+
+
+def test_totals_are_those_of_all_banks_and_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(config: Config, sizes: Sizes, device: torch.device) -> float:
+        return 50.0
+
+    monkeypatch.setattr(globe.sizes.timing, "seconds_per_step", measured)
+    config = to_config(composed("bank.kept=0.5", "layer=all", "family=both", "train.steps=60"))
+    model = Large(60, 1408, 2048, layers=24)
+    found = globe.sizes.dry_run.predict(config, model, torch.device("cpu"))
+    whole = globe.sizes.dry_run.totals(config, model, found)
+    assert whole.banks == 48
+    assert {one.count for one in found} == {48}
+    numbers = 60 * 1408 * 2048
+    assert whole.seconds is not None
+    longest = max(one.seconds for one in found if one.seconds is not None)
+    assert whole.seconds[1] == pytest.approx(48 * 60 * longest + config.budget.seconds)
+    assert whole.seconds[0] < whole.seconds[1]
+    assert 0.45 * 48 * numbers * 2 < whole.file_bytes[0] <= whole.file_bytes[1] < 0.501 * 48 * numbers * 2
+    saved = 10**12 - whole.patched_bytes[1]
+    assert 0.499 * 48 * numbers * 2 < saved < 0.55 * 48 * numbers * 2
+    lines = globe.sizes.dry_run.sentences(config, whole)
+    assert lines[1].startswith("48 banks: ")
+    assert " h to " in lines[1]
+    assert " GiB of memory" in lines[1]
+
+
+def stored(folder: Path) -> int:
+    reader = ShardReader(folder)
+    return sum(reader.entry(name).nbytes for name in reader.names)
+
+
+def test_file_sizes_are_those_that_are_written(tmp_path: Path, quick: None) -> None:
+    options = ("train.steps=1", "layer=3-4", "bank.m=3", "bank.r=11", "normalise.scale=row")
+    _, folder = run_in(tmp_path, *options)
+    config, checkpoint = to_config(composed(*options)), open_checkpoint(None)
+    found = globe.sizes.dry_run.predict(config, checkpoint, torch.device("cpu"))
+    whole = globe.sizes.dry_run.totals(config, checkpoint, found)
+    tensors = [load_file(file) for file in folder.glob("banks/*/bank.safetensors")]
+    assert whole.file_bytes == (sum(one.nbytes for each in tensors for one in each.values()),) * 2
+    write_globe(open_run(folder), checkpoint, tmp_path / "compact")
+    assert whole.patched_bytes == (stored(tmp_path / "compact"),) * 2
+    assert whole.model_bytes == stored(checkpoint.folder)
+
+
 # --- how it predicts --------------------------------------------------------------------------------------------------
 
 
@@ -104,10 +237,10 @@ def test_a_step_is_put_together_from_its_kernels(quick: None) -> None:
     # 0 and 4 iterations take equally long under the fixture, so that an iteration costs nothing
     expected = 1 + (1.15 + 1 / 2 + 2 / 4) + 1 / 4
     device = torch.device("cpu")
-    assert globe.sizes.dry_run.seconds_per_step(config, SIZES, device) == pytest.approx(1e-3 * expected)
+    assert globe.sizes.timing.seconds_per_step(config, SIZES, device) == pytest.approx(1e-3 * expected)
     config.codes.every = 0
     low_rank = replace(SIZES, atom_rank=3)
-    assert globe.sizes.dry_run.seconds_per_step(config, low_rank, device) == pytest.approx(
+    assert globe.sizes.timing.seconds_per_step(config, low_rank, device) == pytest.approx(
         1e-3 * (1 + 1.15 + 1 / 2)
     )
 
@@ -119,9 +252,9 @@ def test_many_experts_are_extended_from_a_few(monkeypatch: pytest.MonkeyPatch) -
         timed.append(sizes.n)
         return 0.5 + 0.25 * sizes.n
 
-    monkeypatch.setattr(globe.sizes.dry_run, "_timed_step", linear)
+    monkeypatch.setattr(globe.sizes.timing, "_timed_step", linear)
     sizes = Sizes(200, 300, 400, 6, 150)
-    assert globe.sizes.dry_run.seconds_per_step(Config(), sizes, torch.device("cpu")) == pytest.approx(
+    assert globe.sizes.timing.seconds_per_step(Config(), sizes, torch.device("cpu")) == pytest.approx(
         0.5 + 0.25 * 200
     )
     assert max(timed) == 2 * chunk_of(sizes, itemsize=2) < 200

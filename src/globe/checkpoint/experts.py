@@ -69,6 +69,11 @@ class Checkpoint:
         entries = [self.reader.entry(name) for name in self.reader.names]
         return sum(one.nbytes // one.dtype.itemsize for one in entries if one.dtype.is_floating_point)
 
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors of the checkpoint, by its headers."""
+        return sum(self.reader.entry(name).nbytes for name in self.reader.names)
+
     def source(self) -> dict[str, str | None]:
         """Provenance: id (hub id or folder), revision (commit, hub only), model_type."""
         return {"id": self._source.id, "revision": self._source.revision, "model_type": self.model_type}

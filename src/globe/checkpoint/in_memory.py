@@ -61,6 +61,10 @@ class ExpertsInMemory(Checkpoint):
     def total_parameters(self) -> int:
         return self._parameters or sum(tensor.numel() for tensor in self._experts.values())
 
+    @cached_property
+    def stored_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._experts.values())
+
     def source(self) -> dict[str, str | None]:
         return {"id": "memory", "revision": None, "model_type": self.model_type}
 

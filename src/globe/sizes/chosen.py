@@ -49,9 +49,9 @@ def room_of(config: Config, bank: Outline) -> Room:
     room = Room(*bank.shape, max(0, allowed(config, bank)))
     if not candidates(room, ratio=RATIO, low_rank=False):
         raise too_small(config.bank.kept, room, means=mean_parameters(config, bank))
-    if not any(_allows(config, m) for m in range(1, bank.n + 1)):
+    if not any(allows(config, m) for m in range(1, bank.n + 1)):
         target_support(config, bank.n)  # raises, with the sentence for a number that no bank can have
-    if not candidates(room, ratio=RATIO, low_rank=False, allows=lambda m: _allows(config, m)):
+    if not candidates(room, ratio=RATIO, low_rank=False, allows=lambda m: allows(config, m)):
         raise ConfigError(
             f"bank.kept={config.bank.kept} leaves no room for the atoms that "
             f"codes.target_support={config.codes.target_support} needs: give a larger share or a smaller support"
@@ -59,7 +59,7 @@ def room_of(config: Config, bank: Outline) -> Room:
     return room
 
 
-def _allows(config: Config, m: int) -> bool:
+def allows(config: Config, m: int) -> bool:
     """Whether `codes.target_support` comes out for m atoms."""
     try:
         target_support(config, m)
@@ -109,7 +109,7 @@ def _search(
 ) -> Frontier:
     experts = read_experts(config, checkpoint, probed, device).joined.experts
     seed = bank_seed(config.seed, f"sizes of {_name(probed.shape)}")
-    return search(experts, room, config, seed=seed, allows=lambda m: _allows(config, m))
+    return search(experts, room, config, seed=seed, allows=lambda m: allows(config, m))
 
 
 def _fingerprint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from globe.am.records import Sizes
-from globe.config.schema import TrainConfig
+from globe.config.schema import Config, TrainConfig
 from globe.numerics.chunks import chunk_size, product_chunk_size
 
 REFERENCE_RATE = 2e10
@@ -52,6 +52,17 @@ def _of_atoms(sizes: Sizes) -> float:
 def usual_iterations(train: TrainConfig) -> int:
     """Of conjugate gradients in an average step: all, or with the truncation test what fits of 60 steps made."""
     return train.cg_iterations if train.cg_tolerance == 0 else min(train.cg_iterations, USUAL_ITERATIONS)
+
+
+def average_work(config: Config, sizes: Sizes) -> float:
+    """Multiply-adds of an average step as `config` asks for it."""
+    return step_work(
+        sizes,
+        cg_iterations=usual_iterations(config.train),
+        joint=config.codes.joint,
+        coding_every=config.codes.every,
+        evaluate_every=config.train.evaluate_every,
+    )
 
 
 def chunk_of(sizes: Sizes, *, itemsize: int) -> int:

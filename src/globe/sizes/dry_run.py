@@ -1,77 +1,175 @@
-"""`dry_run=true`: sizes, kept shares, peak memory and seconds per step of every bank, predicted without a fit.
+"""`dry_run=true`: sizes, kept shares, memory, time and file sizes of a run, predicted without a fit.
 
-Memory is counted (`globe.sizes.costs`). Time is measured on the solver's own kernels with a few random experts, about a
-second for small banks, and extended to all experts. What is predicted is a GloBE fit by Gauss-Newton steps; the other
-methods show their sizes and what they keep.
+Memory is counted (`globe.sizes.costs`), time is measured on a few random experts (`globe.sizes.timing`), about a second
+for small banks. What is predicted is a GloBE fit by Gauss-Newton steps; the other methods show their sizes, what they
+keep and their files.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from globe.am.coding import propose_codes
-from globe.am.dictionary.gauss_newton import gauss_newton_direction
-from globe.am.dictionary.low_precision import curvature_dtype
-from globe.am.dictionary.tangent import tangent
-from globe.am.objective import evaluate
 from globe.am.records import Sizes
-from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
 from globe.checkpoint import Checkpoint, open_checkpoint
-from globe.config.choices import Activation, Method, Store
+from globe.config.choices import ExportDtype, Method, Scale, Store
 from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.schema import Config
 from globe.fit.plan import BankPlan, Outline, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
-from globe.sizes.chosen import room_of
-from globe.sizes.costs import EVALUATIONS, chunk_of, fit_bytes, usual_iterations
+from globe.sizes.budget import enlarged
+from globe.sizes.chosen import allows, room_of
+from globe.sizes.costs import fit_bytes
 from globe.sizes.search import plan_search
+from globe.sizes.timing import is_curved, seconds_of_steps
 
-_EACH = 0.2
-"""Seconds that each kernel is measured for; once more than that if a single call takes longer."""
 _LATER = 40 * 2**20
 """Bytes of what a fit loads only when it needs it, scipy's solvers above all."""
-_ITERATIONS = 4
-"""Of conjugate gradients, timed together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
+    """One row of the table: a bank, or with `bank.kept` a candidate for the sizes of all banks of one shape."""
+
     bank: BankPlan
-    bytes: int | None
+    count: int
+    """banks that the row stands for"""
+    file_bytes: int
+    """of one bank's artefact"""
+    bytes: int | None = None
     """peak, of the process on a CPU and of the device on another; None where it is not predicted"""
-    seconds: float | None
+    seconds: float | None = None
     """per step"""
+
+    def seconds_at_most(self, config: Config) -> float | None:
+        """Seconds of the fit of one bank, if it takes all its steps."""
+        if self.seconds is None:
+            return None
+        return min(self.seconds * config.train.steps, config.train.time_limit or float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The whole run, each figure at least and at most over the candidates for its sizes."""
+
+    banks: int
+    seconds: tuple[float, float] | None
+    """of the fits one after the other, and the search for sizes"""
+    bytes: int | None
+    """peak of the largest"""
+    file_bytes: tuple[int, int]
+    """of all artefacts"""
+    model_bytes: int
+    """of the checkpoint as it is"""
+    patched_bytes: tuple[int, int]
+    """of a checkpoint with factors, `globe.patch format=globe`"""
+
+
+def is_search(config: Config) -> bool:
+    """Whether the sizes are still to be chosen by short fits."""
+    return config.method is Method.globe and config.bank.kept is not None
 
 
 def predict(config: Config, checkpoint: Checkpoint, device: torch.device) -> tuple[Prediction, ...]:
-    """Every bank of a run. With `bank.kept` the sizes are still to be chosen: every candidate of the first rung, once
-    for each shape.
-    """
-    banks = [bank for one in outline(config, checkpoint) for bank in _plans(config, one)]
-    if config.method is Method.globe and config.bank.kept is not None:
-        banks = list({(bank.outline.shape, bank.sizes): bank for bank in banks}.values())
-    base = _resident_bytes() + _LATER if device.type == "cpu" else 0
-    steps: dict[Sizes, float] = {}
+    """Predict every bank of a run. With `bank.kept` the sizes are still to be chosen: the candidates of each shape."""
+    rows = _rows(config, outline(config, checkpoint))
+    seconds: dict[Sizes, float] = {}
+    base = 0
+    if config.method is Method.globe:
+        base = _resident_bytes() + _LATER if device.type == "cpu" else 0
+        seconds |= seconds_of_steps(config, [bank.sizes for bank, _ in rows], device)
+    return tuple(
+        Prediction(
+            bank,
+            count,
+            file_bytes(config, checkpoint, bank),
+            base + bytes_of(config, checkpoint, bank) if bank.sizes in seconds else None,
+            seconds.get(bank.sizes),
+        )
+        for bank, count in rows
+    )
+
+
+def _rows(config: Config, banks: Sequence[Outline]) -> list[tuple[BankPlan, int]]:
+    """Every bank once; or where sizes are to be chosen, every candidate of a shape with its number of banks."""
+    if not is_search(config):
+        return [(plan_bank(config, one), 1) for one in banks]
     found = []
-    for bank in banks:
-        if config.method is not Method.globe:
-            found.append(Prediction(bank, None, None))
-            continue
-        if bank.sizes not in steps:
-            steps[bank.sizes] = seconds_per_step(config, bank.sizes, device)
-        found.append(Prediction(bank, base + bytes_of(config, checkpoint, bank), steps[bank.sizes]))
-    return tuple(found)
+    for shape in dict.fromkeys(one.shape for one in banks):
+        alike = [one for one in banks if one.shape == shape]
+        found += [(bank, len(alike)) for bank in candidate_plans(config, alike[0])]
+    return found
+
+
+def candidate_plans(config: Config, bank: Outline) -> list[BankPlan]:
+    """The sizes that the search begins with, for the whole experts: it may probe them in a smaller block of these."""
+    room = room_of(config, bank)
+
+    def allowed(m: int) -> bool:
+        return allows(config, m)
+
+    search = plan_search(room, config, allowed)
+    block = search.room
+    sizes = [one if block == room else enlarged(room, one, block, allows=allowed) for one in search.first]
+    return [plan_bank(config, bank, size) for size in dict.fromkeys(sizes)]
+
+
+def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) -> Totals:
+    """Add up the banks: of every shape the least and the most that its candidates take."""
+    groups: dict[object, list[Prediction]] = {}
+    for one in found:
+        groups.setdefault(one.bank.outline.shape if is_search(config) else one.bank.key, []).append(one)
+    alike = list(groups.values())
+    sizes = [_span([one.count * one.file_bytes for one in rows]) for rows in alike]
+    saved = [_span([one.count * _saved(config, checkpoint, one.bank) for one in rows]) for rows in alike]
+    stored = checkpoint.stored_bytes
+    seconds = None
+    if all(one.seconds is not None for one in found):
+        times = [_span([one.count * (one.seconds_at_most(config) or 0.0) for one in rows]) for rows in alike]
+        searching = config.budget.seconds * len(alike) if is_search(config) else 0.0
+        seconds = sum(least for least, _ in times) + searching, sum(most for _, most in times) + searching
+    return Totals(
+        banks=sum(rows[0].count for rows in alike),
+        seconds=seconds,
+        bytes=max((one.bytes for one in found if one.bytes is not None), default=None),
+        file_bytes=(int(sum(least for least, _ in sizes)), int(sum(most for _, most in sizes))),
+        model_bytes=stored,
+        patched_bytes=(
+            int(stored - sum(most for _, most in saved)),
+            int(stored - sum(least for least, _ in saved)),
+        ),
+    )
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def _saved(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
+    """Bytes by which a checkpoint with this bank's factors is smaller than the dense one; shared experts stay dense."""
+    sizes, shared = bank.sizes, len(bank.members) * config.model.include_shared
+    held = sizes.parameters - shared * (sizes.p * sizes.r + sizes.m) + bank.mean_parameters
+    dense = (sizes.n - shared) * sizes.p * sizes.d
+    return (dense - held) * checkpoint.dtype(*bank.members[0]).itemsize
+
+
+def file_bytes(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
+    """Bytes of a bank's artefact: factors in the export dtype, means and scales; its header is some hundred more."""
+    sizes, fit = bank.sizes, DTYPES[config.dtype].itemsize
+    exported = checkpoint.dtype(*bank.members[0])
+    if config.export_dtype is not ExportDtype.auto:
+        exported = DTYPES[config.export_dtype]
+    scales = {Scale.none: 0, Scale.row: sizes.n * sizes.p}.get(config.normalise.scale, sizes.n)
+    matrices = bank.mean_parameters > len(bank.members)
+    mean = bank.mean_parameters * (exported.itemsize if matrices else fit)
+    return sizes.parameters * exported.itemsize + mean + scales * fit
 
 
 def _resident_bytes() -> int:
@@ -83,138 +181,21 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _plans(config: Config, bank: Outline) -> list[BankPlan]:
-    if config.method is Method.globe and config.bank.kept is not None:
-        first = plan_search(room_of(config, bank), config, lambda m: True).first
-        return [plan_bank(config, bank, size) for size in first]
-    return [plan_bank(config, bank)]
-
-
 def bytes_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
+    """Bytes that a fit of the bank holds at most, beside the program."""
     return fit_bytes(
         bank.sizes,
         itemsize=DTYPES[config.dtype].itemsize,
         source_itemsize=checkpoint.dtype(*bank.members[0]).itemsize,
-        curved=_curved(config),
+        curved=is_curved(config),
         joint=config.codes.joint,
         members=len(bank.members),
         stored=config.normalise.store is Store.checkpoint,
     )
 
 
-def _curved(config: Config) -> bool:
-    lam = config.schedule.lam
-    return config.bank.activation is not Activation.identity and max(lam.start, lam.end) > 0
-
-
-def seconds_per_step(config: Config, sizes: Sizes, device: torch.device) -> float:
-    """An average step, from the solver's own kernels on a few random experts at the very p, d, m and r.
-
-    Every kernel's time is a part for each expert and a part for the atoms, so two numbers of experts give both; where
-    all experts are few, they are measured as they are. Products are in the precision that the fit begins with.
-    """
-    few = min(sizes.n, 2 * chunk_of(sizes, itemsize=2))
-    whole = _timed_step(config, replace(sizes, n=few), device)
-    if few == sizes.n:
-        return whole
-    half = _timed_step(config, replace(sizes, n=few // 2), device)
-    each = max(0.0, whole - half) / (few - few // 2)
-    return whole + each * (sizes.n - few)
-
-
-def _timed_step(config: Config, sizes: Sizes, device: torch.device) -> float:
-    generator = torch.Generator().manual_seed(0)
-    state, X = _random_state(config, sizes, device)
-    inner = curvature_dtype(config.train.curvature_dtype, X)
-    lam, activation = state.lam, str(config.bank.activation)
-
-    def direction(iterations: int) -> float:
-        atoms = state.atoms
-
-        def solve() -> None:
-            slopes = tangent(
-                atoms.bank, atoms.codes, left=atoms.left, right=atoms.right, joint=config.codes.joint
-            )
-            gauss_newton_direction(
-                slopes,
-                state.point,
-                cg_iterations=iterations,
-                damping=config.train.damping,
-                generator=generator,
-                curvature_dtype=inner,
-            )
-
-        return _time(solve, device)
-
-    prepare = direction(0)
-    product = max(0.0, direction(_ITERATIONS) - prepare) / _ITERATIONS
-    evaluated = _time(
-        lambda: evaluate(
-            X,
-            state.atoms.bank,
-            state.atoms.codes,
-            lam=lam,
-            activation=activation,
-            lambda_A=config.train.lambda_A,
-            into=state.point,
-        ),
-        device,
-    )
-    coded = 1 / config.codes.every if config.codes.every else 0.0
-    total = prepare + usual_iterations(config.train) * product
-    total += (EVALUATIONS + 1 / config.train.evaluate_every + 2 * coded) * evaluated
-    if coded:
-        total += coded * _time(
-            lambda: propose_codes(state.atoms.bank, state.atoms.codes, state.point), device
-        )
-    return total
-
-
-def _random_state(
-    config: Config, sizes: Sizes, device: torch.device
-) -> tuple[AMState, Float[Tensor, "n p d"]]:
-    generator = torch.Generator().manual_seed(0)
-    dtype, k = DTYPES[config.dtype], sizes.atom_rank
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
-
-    X = normal(sizes.n, sizes.p, sizes.d)
-    codes = normal(sizes.n, sizes.m).abs()
-    if k is None:
-        atoms = Atoms(0.2 * normal(sizes.m, sizes.r, sizes.d), codes)
-    else:
-        atoms = low_rank_atoms(0.2 * normal(sizes.m, sizes.r, k), normal(sizes.m, k, sizes.d), codes)
-    lam = config.schedule.lam.end if _curved(config) else 0.0
-    activation, ridge = str(config.bank.activation), config.train.lambda_A
-    return start_state(X, atoms, lam=lam, activation=activation, lambda_A=ridge), X
-
-
-def _time(kernel: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the least of several rounds, since another program can only add to it."""
-    kernel()
-    best, count, started = float("inf"), 1, time.perf_counter()
-    while True:
-        _wait(device)
-        clock = time.perf_counter()
-        for _ in range(count):
-            kernel()
-        _wait(device)
-        spent = time.perf_counter() - clock
-        best = min(best, spent / count)
-        if time.perf_counter() - started > _EACH:
-            return best
-        if spent < _EACH / 20:
-            count *= 2
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction, ...]:
-    """Open the checkpoint, predict, print the table. Raises ConfigError or CheckpointError as a run would."""
+    """Open the checkpoint, predict, print the table and the totals. Raises ConfigError or CheckpointError as a run."""
     console = wide_console(console)
     with arithmetic(config) as device:
         checkpoint = open_checkpoint(
@@ -223,27 +204,58 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outline(config, checkpoint)))
         found = predict(config, checkpoint, device)
     console.print(_table(config, found, str(device)))
-    if config.method is Method.globe and config.bank.kept is not None:
-        say(
-            console,
-            f"bank.kept={config.bank.kept} chooses among these by short fits that take about "
-            f"{config.budget.seconds:g} s (budget.seconds) for each shape",
-        )
+    for line in sentences(config, totals(config, checkpoint, found)):
+        say(console, line)
     return found
 
 
-def _table(config: Config, found: tuple[Prediction, ...], device: str) -> Table:
-    figures = ("kept of\nfamily", "peak\nmemory", "seconds\nper step", "seconds\nat most")
+def sentences(config: Config, whole: Totals) -> list[str]:
+    """What the run takes in all."""
+    plural = "s" * (whole.banks != 1)
+    lines = []
+    if is_search(config):
+        lines.append(
+            f"bank.kept={config.bank.kept} chooses among these, and what lies halfway between them, by short fits that "
+            f"take about {config.budget.seconds:g} s (budget.seconds) for each shape"
+        )
+    if whole.seconds is not None:
+        least, most = (_duration(one) for one in whole.seconds)
+        time = least if least == most else f"{least} to {most}"
+        memory = "" if whole.bytes is None else f", in {_size(whole.bytes)} of memory"
+        lines.append(f"{whole.banks} bank{plural}: {time} at most, one after the other{memory}")
+    lines.append(
+        f"files: {_sizes(whole.file_bytes)} for the bank{plural}; the model's {_size(whole.model_bytes)} become "
+        f"{_sizes(whole.patched_bytes)} with globe.patch format=globe, and stay with format=dense"
+    )
+    return lines
+
+
+def _sizes(span: tuple[int, int]) -> str:
+    least, most = (_size(one) for one in span)
+    return least if least == most else f"{least} to {most}"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{max(1, seconds):.0f} s"
+
+
+def _table(config: Config, found: Sequence[Prediction], device: str) -> Table:
+    figures = ("kept of\nfamily", "peak\nmemory", "seconds\nper step", "seconds\nat most", "file")
     title = f"dry run of {config.method} on {device}: nothing is fitted"
     table = new_table(title, ("bank", "n x p x d", "m", "r", "k", *figures))
     for one in found:
-        sizes = one.bank.sizes
-        limit = config.train.time_limit
-        longest = None if one.seconds is None else one.seconds * config.train.steps
-        if longest is not None and limit is not None:
-            longest = min(longest, limit)
+        sizes, longest = one.bank.sizes, one.seconds_at_most(config)
         cells = (
-            one.bank.key,
+            one.bank.key if one.count == 1 else f"{one.count} banks",
             f"{sizes.n} x {sizes.p} x {sizes.d}",
             str(sizes.m),
             str(sizes.r),
@@ -252,6 +264,7 @@ def _table(config: Config, found: tuple[Prediction, ...], device: str) -> Table:
             "-" if one.bytes is None else f"{one.bytes / 2**20:,.0f} MiB",
             "-" if one.seconds is None else f"{one.seconds:.3g}",
             "-" if longest is None else f"{longest:,.0f}",
+            _size(one.file_bytes),
         )
         add_row(table, cells)
     return table

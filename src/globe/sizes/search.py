@@ -25,7 +25,7 @@ from globe.fit.input_metric import metric_of
 from globe.fit.plan import BankSize, target_support
 from globe.numerics.metric import Metric
 from globe.sizes.budget import Room, candidates, enlarged, neighbours
-from globe.sizes.costs import reference_seconds, step_work, usual_iterations
+from globe.sizes.costs import average_work, reference_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -153,14 +153,7 @@ def _second(first: int) -> int:
 
 def _seconds(room: Room, size: BankSize, config: Config) -> float:
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, atom_rank=size.atom_rank)
-    work = step_work(
-        sizes,
-        cg_iterations=usual_iterations(config.train),
-        joint=config.codes.joint,
-        coding_every=config.codes.every,
-        evaluate_every=config.train.evaluate_every,
-    )
-    return reference_seconds(work)
+    return reference_seconds(average_work(config, sizes))
 
 
 def _error(
