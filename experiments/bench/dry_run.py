@@ -79,6 +79,7 @@ def child(options: argparse.Namespace) -> None:
     import globe.sizes.dry_run
     import globe.sizes.timing
     from globe.config.composition import conf_dir, to_config
+    from globe.processes.torchrun import Group
     from globe.runs.folder import RunFolder
     from globe.train import train
 
@@ -100,7 +101,7 @@ def child(options: argparse.Namespace) -> None:
     globe.am.loop.am_step = timed  # type: ignore[assignment]
     folder = RunFolder(Path(tempfile.mkdtemp(prefix="globe-dry-run-")) / "run")
     folder.begin({})
-    summary = train(config, folder)
+    summary = train(config, folder, Group(), sweep_name=None)
     (runtime,) = summary.runtimes.values()
     print(json.dumps([runtime.peak_host_bytes, (times[-1] - times[0]) / (len(times) - 1)]))
 

@@ -285,7 +285,7 @@ def test_a_target_support_leaves_out_sizes_for_which_it_does_not_come_out() -> N
     (bank,) = outline(config, Model())
     config.codes.target_support = "m/3"
     room = globe.sizes.chosen.room_of(config, bank)
-    found = candidates(room, ratio=2.0, low_rank=True, allows=lambda m: globe.sizes.chosen._allows(config, m))
+    found = candidates(room, ratio=2.0, low_rank=True, allows=lambda m: globe.sizes.chosen.allows(config, m))
     assert found
     assert all(size.m % 3 == 0 for size in found)
     config.codes.target_support = 17
