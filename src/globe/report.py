@@ -1,7 +1,8 @@
 """python -m globe.report sweep=FOLDER [KEY=VALUE ...]
 
-Tables and pictures of the runs below a folder: report.html (one file, opens without a network), report.md with its
-pictures, and runs.csv with every digit. Reads what the runs wrote beside their banks, no bank and no checkpoint.
+Tables and pictures of the runs below a folder: report.html (one file, opens without a network), report.md, pictures as
+PNG and SVG, tables as CSV and LaTeX, and runs.csv with every digit of every bank. Reads what the runs wrote beside
+their banks, no bank and no checkpoint. report.json lists what was written: nothing else is ever replaced or removed.
 
 sweep=FOLDER       folder of a multirun, or any folder with runs of globe.train below it
 run=FOLDER         folder of a single run, instead of sweep
@@ -12,24 +13,20 @@ title=null         heading; null is the name of the folder
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
-from globe.errors import ConfigError
-from globe.files import write_bytes, write_text
+from globe.errors import ConfigError, printable
+from globe.reporting.documents import table_csv, to_csv, to_html, to_latex, to_markdown
 from globe.reporting.labels import varied_options
-from globe.reporting.markdown import to_markdown
-from globe.reporting.page import to_html
+from globe.reporting.plot import require_matplotlib
+from globe.reporting.publish import publish
 from globe.reporting.runs import ReportRun, read_runs
 from globe.reporting.sections import Report, build
-from globe.reporting.style import require_matplotlib
-from globe.reporting.tables import runs_csv
-
-_OURS = re.compile(r"fig-[a-z]+(-\d+)?\.png")
-"""Names of our pictures; those of an earlier report in the same folder are removed."""
+from globe.reporting.tables import digits
 
 
 @dataclass
@@ -48,31 +45,34 @@ class ReportOptions:
 
 
 def report(options: ReportOptions) -> tuple[tuple[ReportRun, ...], Report, Path]:
-    """Read the runs, build the report, write it; returns all three. Raises ConfigError with one sentence."""
+    """Read the runs, build the report and write it; return all three.
+
+    Raises
+    ------
+    ConfigError if there is no run, no matplotlib, or a file of somebody else where one would be written.
+    """
     if (options.sweep is None) == (options.run is None):
         raise ConfigError("give either sweep=FOLDER or run=FOLDER, --help lists the options")
     key = "sweep" if options.sweep is not None else "run"
-    root = Path(options.sweep or options.run or "").expanduser()
+    root = Path(options.sweep or options.run or "")
     require_matplotlib()
     runs = read_runs(root, key=key)
     built = build(runs, options.title or f"{root.resolve().name}: GloBE report", details=options.details)
-    out = root / "report" if options.out is None else Path(options.out).expanduser()
-    write(built, runs_csv(runs, varied_options(runs)), out)
+    out = root / "report" if options.out is None else Path(options.out)
+    publish(out, _files(built, runs))
     return runs, built, out
 
 
-def write(built: Report, csv: str, out: Path) -> None:
-    """Write all files, each atomically, the documents last; pictures of an earlier report go."""
-    out.mkdir(parents=True, exist_ok=True)
-    names = {f"{picture.name}.png" for picture in built.pictures}
-    for stale in out.glob("fig-*.png"):
-        if _OURS.fullmatch(stale.name) and stale.name not in names:
-            stale.unlink()
+def _files(built: Report, runs: Sequence[ReportRun]) -> dict[str, bytes]:
+    """Return the contents of all files by their names, the documents last."""
+    files: dict[str, bytes] = {}
     for picture in built.pictures:
-        write_bytes(out / f"{picture.name}.png", picture.png)
-    write_text(out / "runs.csv", csv)
-    write_text(out / "report.md", to_markdown(built))
-    write_text(out / "report.html", to_html(built))
+        files |= {f"{picture.name}.png": picture.png, f"{picture.name}.svg": picture.svg}
+    texts = {f"table-{table.name}.tex": to_latex(table) for table in built.tables}
+    texts |= {f"table-{table.name}.csv": table_csv(table) for table in built.tables}
+    texts["runs.csv"] = to_csv(digits(runs, varied_options(runs)))
+    texts |= {"report.md": to_markdown(built), "report.html": to_html(built)}
+    return files | {name: text.encode("utf-8") for name, text in texts.items()}
 
 
 def main() -> None:
@@ -84,8 +84,10 @@ def _report_and_say(options: ReportOptions) -> None:
     lacking = sum(run.state != "finished" for run in runs)
     said = f", {lacking} of them not finished" if lacking else ""
     print(
-        f"{out}: {len(runs)} run{'s' * (len(runs) != 1)}{said}; report.html, report.md, runs.csv and "
-        f"{len(built.pictures)} pictures"
+        printable(
+            f"{out}: {len(runs)} run{'s' * (len(runs) != 1)}{said}; report.html, report.md, tables as csv and tex, and "
+            f"{len(built.pictures)} pictures as png and svg"
+        )
     )
 
 

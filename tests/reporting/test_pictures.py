@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from globe.reporting import bank_plots, sweep_plots
+from globe.reporting import bank_plots, curve_plots, sweep_plots
 from globe.reporting.front import Track, tracks
 from globe.reporting.labels import labels
+from globe.reporting.plot import Picture, few_markers, series_style
 from globe.reporting.runs import ReportRun
-from globe.reporting.style import few_markers, series_style
 from globe.runs.chart_data import BankCharts
 
 
@@ -25,16 +25,24 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     kept: list[Any] = []
 
-    def draw(
-        make: Any, *, rows: int = 1, columns: int = 1, width: float = 7, height: float = 3, **shared: Any
-    ) -> bytes:
-        axes = Figure(figsize=(width, height * rows)).subplots(rows, columns, squeeze=False, **shared)
+    def picture(
+        name: str,
+        title: str,
+        caption: str,
+        make: Any,
+        *,
+        rows: int = 1,
+        columns: int = 1,
+        height: float = 3,
+        **shared: Any,
+    ) -> Picture:
+        axes = Figure(figsize=(7, height * rows)).subplots(rows, columns, squeeze=False, **shared)
         make(axes[0, 0].figure, axes)
         kept.append(axes)
-        return b""
+        return Picture(name, title, caption, b"", b"")
 
-    for module in (sweep_plots, bank_plots):
-        monkeypatch.setattr(module, "draw", draw)
+    for module in (sweep_plots, bank_plots, curve_plots):
+        monkeypatch.setattr(module, "picture", picture)
     yield kept
     for axes in kept:
         assert all(plot.get_xlabel() for plot in axes[-1] if plot.has_data())
@@ -100,9 +108,7 @@ def test_runs_that_differ_in_support_alone_are_joined(
     drawn: list[Any], measured: tuple[ReportRun, ...]
 ) -> None:
     sparse = replace(measured[1], summary=_with_supports(measured[1], 2))
-    series = sweep_plots.support_series(
-        (measured[0], sparse, measured[2]), ("bank.m", "codes.target_support")
-    )
+    series = sweep_plots.support_series((measured[0], sparse, measured[2]))
     assert {name: [x for x, _, _ in points] for name, points in series.items()} == {"m=2": [2], "m=3": [2, 3]}
     sweep_plots.error_by_support(series)
     assert lines_of(drawn[0][0, 0])["m=3"][0] == [2, 3]
@@ -117,25 +123,29 @@ def _with_supports(run: ReportRun, size: int) -> Any:
 def test_curves_start_at_the_warm_start_and_the_others_are_grey(
     drawn: list[Any], measured: tuple[ReportRun, ...], all_tracks: list[Track]
 ) -> None:
-    picture = sweep_plots.convergence(measured, all_tracks[:1])
+    picture = curve_plots.convergence(measured, all_tracks[:1])
     found = lines_of(drawn[0][0, 0])
     xs, ys = found[all_tracks[0].label]
     assert np.allclose(xs, [0, 0.1, 0.2, 0.3, 0.4])
     assert np.allclose(ys, [0.9, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
-    assert sum(line.get_color() == sweep_plots.GREY for line in drawn[0][0, 0].lines) == 2
+    by_step = lines_of(drawn[0][0, 1])[all_tracks[0].label]
+    assert by_step[0] == [0, 1, 2, 3, 4]
+    assert np.allclose(by_step[1], ys)
+    assert [plot.get_xlabel() for plot in drawn[0][0]] == ["wall-clock time of the fit (s)", "step"]
+    assert all(sum(line.get_color() == sweep_plots.GREY for line in plot.lines) == 2 for plot in drawn[0][0])
     assert "The 2 others are grey" in picture.caption
 
 
 def test_only_schedules_that_move_are_drawn(drawn: list[Any], all_tracks: list[Track]) -> None:
-    assert sweep_plots.trajectories(all_tracks) is None
-    assert sweep_plots.constant_schedules(all_tracks) == ["temperature = 1", "lam = 0", "beta = 1"]
-    assert len(sweep_plots.distinct_schedules(all_tracks, 8)) == 1
+    assert curve_plots.trajectories(all_tracks) is None
+    assert curve_plots.constant_schedules(all_tracks) == ["temperature = 1", "lam = 0", "beta = 1"]
+    assert len(curve_plots.distinct_schedules(all_tracks, 8)) == 1
     one = all_tracks[0]
     trace = replace(one.run.traces[one.bank.key], lam=(0.0, 0.5, None, 1.0))
     moved = Track(replace(one.run, traces={one.bank.key: trace}), one.bank, one.label)
-    both = sweep_plots.distinct_schedules([*all_tracks, moved], 8)
+    both = curve_plots.distinct_schedules([*all_tracks, moved], 8)
     assert len(both) == 2
-    assert sweep_plots.trajectories(both) is not None
+    assert curve_plots.trajectories(both) is not None
     (axes,) = drawn
     assert axes.shape == (1, 1)
     assert axes[0, 0].get_ylabel() == "homotopy lam"
@@ -207,3 +217,83 @@ def test_the_numbers_beside_a_front_cover_no_other() -> None:
         [(x, y + drop) for (x, y), drop in zip(places, drops, strict=True)], 2
     ):
         assert abs(x - left) >= 24 or abs(y - low) >= 11
+
+
+def _with_kept(run: ReportRun, number: int, kept: float, relfrob: float, **changes: Any) -> ReportRun:
+    assert run.summary is not None
+    (bank,) = run.summary.banks
+    bank = replace(bank, kept_parameters=round(kept * bank.parameters), relfrob=relfrob, **changes)
+    return replace(run, number=number, summary=replace(run.summary, banks=(bank,)))
+
+
+def test_a_run_that_keeps_more_than_there_was_is_on_no_front(
+    drawn: list[Any], measured: tuple[ReportRun, ...]
+) -> None:
+    runs = [_with_kept(measured[0], at, *point) for at, point in enumerate([(0.4, 0.5), (1.2, 0.1)], start=1)]
+    sweep_plots.error_front(runs)
+    plot = drawn[0][0, 0]
+    assert [text.get_text() for text in plot.texts] == ["#1"]
+    hollow = [line for line in plot.lines if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_ydata()) for line in hollow] == [[0.1]]
+    assert any(list(line.get_xdata()) == [100, 100] for line in plot.lines)
+
+
+def test_baselines_of_closed_form_are_lines_of_reference(
+    drawn: list[Any], measured: tuple[ReportRun, ...]
+) -> None:
+    runs = [_with_kept(measured[0], 1, 0.4, 0.3)]
+    runs += [_with_kept(measured[0], 2 + at, 0.6 - at / 5, 0.4 + at / 9, method="svd") for at in range(2)]
+    picture = sweep_plots.error_front(runs)
+    joined = [
+        line for line in drawn[0][0, 0].lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"
+    ]
+    assert [round(float(x)) for x in joined[0].get_xdata()] == [40, 60]
+    assert joined[0].get_linestyle() != "None"
+    assert "references" in picture.caption
+
+
+def test_maps_over_sizes_hold_the_mean_over_seeds(drawn: list[Any], measured: tuple[ReportRun, ...]) -> None:
+    cells = [(2, 11), (2, 5), (3, 11), (3, 5), (3, 5)]
+    errors = [0.5, 0.7, 0.2, 0.4, 0.6]
+    runs = [
+        _with_kept(replace(measured[0], options={"seed": at}), at, 0.5, error, m=m, r=r)
+        for at, ((m, r), error) in enumerate(zip(cells, errors, strict=True))
+    ]
+    grids = sweep_plots.size_grids(runs, lambda run: run.relfrob)
+    assert grids == {"all runs": {(2, 11): 0.5, (2, 5): 0.7, (3, 11): 0.2, (3, 5): pytest.approx(0.5)}}
+    sweep_plots.size_maps(grids, "fig-sizes", "RelFrob")
+    plot = drawn[0][0, 0]
+    assert np.allclose(plot.images[0].get_array(), [[0.7, 0.5], [0.5, 0.2]])
+    assert [label.get_text() for label in plot.get_yticklabels()] == ["2", "3"]
+    assert [label.get_text() for label in plot.get_xticklabels()] == ["5", "11"]
+    assert [text.get_text() for text in plot.texts if text.get_weight() == "bold"] == ["0.2000"]
+    sparse = [
+        replace(run, options=run.options | {"codes.target_support": at % 2}) for at, run in enumerate(runs)
+    ]
+    found = sweep_plots.size_grids(sparse, lambda run: 1.0)
+    assert list(found) == ["support=0"]  # the other support has one m
+    assert sweep_plots.size_grids(runs[:2], lambda run: 1.0) == {}
+
+
+def test_pictures_are_sharp_and_nothing_is_cut_off() -> None:
+    from xml.etree import ElementTree
+
+    from globe.reporting.plot import WIDTH, legend_below, picture
+
+    names = ["a name that is long enough to fill half a line", "$_{", "x" * 300]
+
+    def make(figure: Any, axes: Any) -> None:
+        for at, name in enumerate(names):
+            axes[0, 0].plot([0, 1], [at, at], label=name, **series_style(at))
+        axes[0, 0].annotate("far " * 40, (0, 0))
+        legend_below(figure, axes[0, 0])
+        legend = figure.legends[0]
+        shown = "".join(text.get_text().replace("\n", "") for text in legend.get_texts())
+        assert shown == "".join(names)
+
+    made = picture("fig-x", "X", "x", make)
+    assert made.png.startswith(b"\x89PNG")
+    assert made.width > 110 * WIDTH  # wider than its figure: what stands outside is there
+    root = ElementTree.fromstring(made.svg)
+    assert root.tag.endswith("svg")
+    assert picture("fig-x", "X", "x", make) == made

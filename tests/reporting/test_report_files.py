@@ -8,9 +8,11 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_support import STEPS, train
@@ -18,12 +20,14 @@ from report_support import STEPS, train
 import globe.report as command
 from globe.config.command_line import parse_options
 from globe.config.commands import start
+from globe.errors import ConfigError
 from globe.report import ReportOptions, report
-from globe.reporting.markdown import escape
+from globe.reporting.documents import escape_latex, escape_markdown, to_csv
+from globe.reporting.publish import MANIFEST, publish
 from globe.reporting.runs import ReportRun
 
 PNG = b"\x89PNG\r\n\x1a\n"
-VOID = {"meta", "link", "img"}
+VOID = {"meta", "link", "img", "wbr"}
 
 
 class Page(HTMLParser):
@@ -79,7 +83,7 @@ def test_the_page_needs_nothing_but_itself(made: Path) -> None:
     assert len(images) == len(list(made.glob("*.png"))) >= 7
     assert all(base64.b64decode(one.partition(",")[2]).startswith(PNG) for one in images)
     rest = set(page.references) - set(images)
-    assert all(one.startswith("#section-") or one == "data:," for one in rest)
+    assert all(one.startswith("#section-") or one in ("data:,", "#top") for one in rest)
     assert not re.search(r"https?://|@import|url\(", (made / "report.html").read_text())
 
 
@@ -104,6 +108,7 @@ def test_the_table_sorts_by_numbers_and_marks_the_front(made: Path, runs: tuple[
     assert len(rows) == 3
     for row, run in zip(rows, runs, strict=False):
         assert run.summary is not None
+        assert row[names.index("folder")][0] == run.name
         assert row[names.index("kept of family")] == (f"{run.summary.kept:.1%}", str(run.summary.kept))
         assert float(row[names.index("RelFrob")][1] or "nan") == run.summary.relfrob
         assert row[names.index("perplexity")][0] in ("8.0000", "7.0000")
@@ -118,7 +123,7 @@ def test_runs_that_did_not_finish_are_listed_with_the_reason(made: Path) -> None
     assert [name for name, _ in heads] == ["#", "run", "state", "banks done", "reason"]
     reasons = {row[1][0]: (row[2][0], row[4][0]) for row in rows}
     assert len(reasons) == 4
-    assert reasons["a|b <i>"][1] == "it <script>alert(1)</script> broke | badly\nin two lines"
+    assert reasons["a|b <i>"][1] == "it <script>alert(1)</script> broke | badly in two lines"
     assert reasons["deeper/killed"][0] == "running"
     assert any("n/5" in reason for _, reason in reasons.values())
     assert ("interrupted", "-") in reasons.values()
@@ -129,7 +134,7 @@ def test_what_a_run_is_called_or_says_is_never_markup(made: Path) -> None:
     assert "<script>alert" not in (made / "report.html").read_text()
     text = (made / "report.md").read_text()
     assert "&lt;script>alert(1)&lt;/script> broke \\| badly in two lines" in text
-    assert escape("a_b _c_ *d* `e` [f] # g |h|") == r"a_b \_c\_ \*d\* \`e\` \[f\] \# g \|h\|"
+    assert escape_markdown("a_b _c_ *d* `e` [f] # g |h|") == r"a_b \_c\_ \*d\* \`e\` \[f\] \# g \|h\|"
 
 
 def test_the_csv_has_every_digit_of_every_bank(made: Path, runs: tuple[ReportRun, ...]) -> None:
@@ -149,8 +154,8 @@ def test_the_csv_has_every_digit_of_every_bank(made: Path, runs: tuple[ReportRun
 
 def test_equal_runs_give_equal_files_and_old_pictures_go(made: Path, sweep: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "fig-codes-9.png").write_bytes(b"old")
+    report(ReportOptions(sweep=str(sweep), out=str(out), details=3))
+    assert (out / "fig-codes-3.png").exists()
     (out / "fig-own_picture.png").write_bytes(b"of the user")
     report(ReportOptions(sweep=str(sweep), out=str(out), details=2))
     names = {one.name for one in made.iterdir()}
@@ -257,7 +262,168 @@ def test_the_command_says_what_it_wrote(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command_output(f"sweep={sweep}", f"out={tmp_path / 'out'}", "details=0", "title=Mine") == 0
-    assert "7 runs, 4 of them not finished; report.html, report.md, runs.csv" in capsys.readouterr().out
+    assert "7 runs, 4 of them not finished; report.html, report.md, tables" in capsys.readouterr().out
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("# Mine\n")
     assert "Left out, as details=0 asks for." in text
+
+
+def test_what_no_report_has_listed_is_neither_replaced_nor_removed(sweep: Path, tmp_path: Path) -> None:
+    """`out=` removed every fig-*.png of a user and wrote over report.html and runs.csv."""
+    for name in ("report.html", "runs.csv", "fig-front.png", MANIFEST):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_bytes(b"mine")
+        (out / "fig-old-1.png").write_bytes(b"mine too")
+        assert run_command_output(f"sweep={sweep}", f"out={out}", "details=0") == 1
+        assert {one.name: one.read_bytes() for one in out.iterdir()} == {
+            name: b"mine",
+            "fig-old-1.png": b"mine too",
+        }
+
+
+def test_a_report_replaces_its_own_files_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    publish(out, {"a.txt": b"1", "b.txt": b"2", "c.txt": b"3"})
+    (out / "b.txt").write_bytes(b"changed by hand")
+    (out / "notes.md").write_bytes(b"mine")
+    publish(out, {"a.txt": b"4"})
+    assert {one.name: one.read_bytes() for one in out.iterdir() if one.name != MANIFEST} == {
+        "a.txt": b"4", "b.txt": b"changed by hand", "notes.md": b"mine",
+    }  # fmt: skip
+    assert list(json.loads((out / MANIFEST).read_text())["files"]) == ["a.txt"]
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"elsewhere")
+    (out / "a.txt").unlink()
+    (out / "a.txt").symlink_to(outside)
+    with pytest.raises(ConfigError, match="is no file but something else"):
+        publish(out, {"a.txt": b"5"})
+    assert outside.read_bytes() == b"elsewhere"
+    record = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps(record | {"files": {"../outside": record["files"]["a.txt"]}}))
+    with pytest.raises(ConfigError, match="has listed it"):
+        publish(out, {"z.txt": b"6"} | {"notes.md": b"7"})
+    assert outside.exists()
+
+
+def test_the_environment_and_control_codes_never_reach_a_report(
+    sweep: Path, runs: tuple[ReportRun, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SECRET", "hunter2")
+    for at, run in enumerate(runs[:2]):
+        copy = tmp_path / "runs" / f"{at}\x1b[31m[bold]=1+1"
+        shutil.copytree(sweep / run.name, copy)
+        with (copy / "config.yaml").open("a") as file:
+            file.write("secret: ${oc.env:SECRET}\nbroken: ${\n")
+            file.write(f'formula: "=cmd|{at}"\nescape: "\\e[2J{at}"\n')
+    assert run_command_output(f"sweep={tmp_path / 'runs'}", f"out={tmp_path / 'out'}") == 0
+    for file in (tmp_path / "out").glob("*.[hmct]*"):
+        text = file.read_text()
+        assert "hunter2" not in text
+        assert "\x1b" not in text
+    with (tmp_path / "out" / "runs.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["option.formula"] for line in lines] == ["'=cmd|0", "'=cmd|1"]
+    assert "\x1b" not in capsys.readouterr().out
+    assert "${oc.env:SECRET}" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_csv_and_latex_say_what_a_cell_says() -> None:
+    records = [{"a": "=1", "b": -2.5, "c": "-x"}, {"a": "@y", "b": None, "c": ["=z"]}]
+    assert to_csv(records) == "a,b,c\n'=1,-2.5,'-x\n'@y,,['=z']\n"
+    assert escape_latex(r"50 % of a_b & {c} \ #1 ~ ^") == (
+        r"50 \% of a\_b \& \{c\} \textbackslash{} \#1 \textasciitilde{} \textasciicircum{}"
+    )
+
+
+def test_latex_and_csv_tables_are_those_of_the_page(made: Path, runs: tuple[ReportRun, ...]) -> None:
+    tex = (made / "table-runs.tex").read_text()
+    body = tex.split("\\endhead\n")[1].split("\\bottomrule")[0]
+    columns = len(Page((made / "report.html").read_text()).tables["runs"][0])
+    assert [line.count(" & ") for line in body.splitlines()] == [columns - 1] * 3
+    assert body.splitlines()[0].startswith("\\textbf{1}")
+    with (made / "table-runs.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line, run in zip(lines, runs, strict=False):
+        assert run.summary is not None
+        assert float(line["RelFrob"]) == run.summary.relfrob
+    assert {one.stem for one in made.glob("*.svg")} == {one.stem for one in made.glob("*.png")}
+
+
+def test_columns_are_explained_and_the_page_has_its_dark_form(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in text
+    assert re.search(r'<th scope="col" class="number" title="[^"]*Frobenius', text)
+    assert "What the columns mean" in text
+    page = Page(text)
+    assert all(f"#section-{at}" in page.references for at in range(1, text.count("<section>") + 1))
+
+
+def test_runs_that_differ_in_their_cache_alone_share_a_row_and_seeds_a_mean(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for seed in (1, 2):
+        first = train(root, "bank.m=2", f"seed={seed}")
+    twin = Path(shutil.copytree(first, root / "twin"))
+    summary = json.loads((twin / "summary.json").read_text())
+    (twin / "summary.json").write_text(json.dumps(summary | {"S_cache": 4}))
+    found, built, _ = report(ReportOptions(sweep=str(root), details=0))
+    tables = {table.name: table for table in built.tables}
+    headings = [column.heading for column in tables["runs"].columns]
+    caches = sorted(row[headings.index("S_cache")].text for row in tables["runs"].rows)
+    assert len(caches) == 2
+    assert {"4", "all"} == set(", ".join(caches).split(", "))
+    assert "1 more differ" in built.introduction[0]
+    (row,) = tables["seeds"].rows
+    assert [cell.text for cell in row[:2]] == ["#1, #2", "2"]
+    errors = [run.summary.relfrob for run in found if run.summary]
+    assert row[2].value == pytest.approx(sum(errors) / 2)
+    assert row[3].value == pytest.approx(abs(errors[0] - errors[1]) / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bank: bank.update(relfrob="<b>"),
+        lambda bank: bank.update(m=10**400),
+        lambda bank: bank.update(supports=[]),
+        lambda bank: bank["charts"].update(code_shares=[[1], [2, 3]]),
+        lambda bank: bank["charts"].update(code_atoms=[99]),
+        lambda bank: bank.update(metrics=[1]),
+        lambda bank: bank.update(key=["layer"]),
+        lambda bank: bank.update(expert_relfrob=[0.5]),
+        lambda bank: bank.update(runtime={"seconds": "long"}),
+    ],
+)
+def test_one_bad_run_is_listed_and_the_others_are_reported(
+    change: Callable[[dict[str, Any]], None], sweep: Path, runs: tuple[ReportRun, ...], tmp_path: Path
+) -> None:
+    for run in runs[:2]:
+        shutil.copytree(sweep / run.name, tmp_path / "runs" / run.name)
+    file = tmp_path / "runs" / runs[0].name / "summary.json"
+    summary = json.loads(file.read_text())
+    change(summary["banks"][0])
+    file.write_text(json.dumps(summary))
+    found, built, _ = report(ReportOptions(sweep=str(tmp_path / "runs"), details=2))
+    assert [run.measured for run in found] == [True, False]
+    (trouble,) = [table for table in built.tables if table.name == "unfinished"]
+    assert trouble.rows[0][1].text == runs[0].name
+    assert "damaged" in trouble.rows[0][4].text
+
+
+def test_files_that_are_no_files_and_bombs_of_aliases_end_no_report(
+    sweep: Path, runs: tuple[ReportRun, ...], tmp_path: Path
+) -> None:
+    import os
+
+    copies = [
+        Path(shutil.copytree(sweep / run.name, tmp_path / "runs" / f"{at}"))
+        for at, run in enumerate(runs[:3])
+    ]
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{at}: &a{at} [*a{at - 1}, *a{at - 1}]\n" for at in range(1, 40))
+    (copies[0] / "config.yaml").write_text(bomb)
+    (copies[1] / "config.yaml").unlink()
+    os.mkfifo(copies[1] / "config.yaml")
+    (copies[2] / "metrics.jsonl").write_text("[" * 100_000 + "\n" + '{"bank": "x", "relfrob": 1e999}\n')
+    found, _, _ = report(ReportOptions(sweep=str(tmp_path / "runs"), details=0))
+    assert [bool(run.options) for run in found] == [False, False, True]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from globe.reporting.front import Track
+from globe.reporting.plot import Picture, legend_below, picture, series_style
 from globe.reporting.runs import ReportRun
-from globe.reporting.style import Picture, draw, legend_below, series_style
 from globe.runs.chart_data import BankCharts
 from globe.runs.summary import BankReport
 
@@ -18,7 +18,7 @@ _JACCARD = re.compile(r"support_jaccard_layer(\d+)")
 
 
 def code_map(track: Track, index: int) -> Picture:
-    """Shares of the atoms in every expert, with the usage of each atom above and the error of each expert beside."""
+    """Return the shares of the atoms in every expert, with the use of each atom above and expert errors beside."""
     bank, charts = track.bank, track.bank.charts
     assert charts is not None
     height = min(7.0, max(3.4, 1.6 + 0.11 * len(charts.code_experts)))
@@ -41,20 +41,18 @@ def code_map(track: Track, index: int) -> Picture:
 
     drawn = _drawn(bank, charts)
     unused = sum(count == 0 for count in bank.atom_usage)
-    return Picture(
+    return picture(
         f"fig-codes-{index}",
         f"Codes of {track.label}",
         f"{track.label}: {bank.n} experts, {bank.m} atoms{drawn}; "
         f"{f'{unused} of the atoms unused' if unused else 'every atom is used'}.",
-        draw(
-            make,
-            rows=2,
-            columns=2,
-            height=height / 2,
-            sharex="col",
-            sharey="row",
-            gridspec_kw={"height_ratios": [1, 4], "width_ratios": [5, 1]},
-        ),
+        make,
+        rows=2,
+        columns=2,
+        height=height / 2,
+        sharex="col",
+        sharey="row",
+        gridspec_kw={"height_ratios": [1, 4], "width_ratios": [5, 1]},
     )
 
 
@@ -86,7 +84,7 @@ def _drawn(bank: BankReport, charts: BankCharts) -> str:
 
 
 def spectra(chosen: Sequence[Track]) -> Picture:
-    """Singular values of the experts before and after, a panel per bank."""
+    """Return singular values of the experts before and after, a panel per bank."""
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
 
@@ -109,28 +107,34 @@ def spectra(chosen: Sequence[Track]) -> Picture:
                 bank.r, color="#666666", linestyle=(0, (1, 2)), linewidth=1, label="r, rows of an atom"
             )
             plot.set_yscale("log")
+            plot.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
             plot.set_title(chosen[at].label)
             if at % columns == 0:
                 plot.set_ylabel("singular value\n(normalised experts)")
             if at >= len(chosen) - columns:
                 plot.set_xlabel("rank")
-        legend_below(figure, axes[0, 0], columns=3)
+        legend_below(figure, axes[0, 0])
 
     counts = sorted({len(one.bank.charts.spectrum_experts) for one in chosen if one.bank.charts is not None})
-    return Picture(
+    return picture(
         "fig-spectra",
         "Singular values",
         f"Of the experts before and after, in the units of the normalised experts, mean over "
         f"{' or '.join(map(str, counts))} experts. A rebuilt expert has rank r at most, beside its stored mean; "
         "values below a millionth of the largest are left out.",
-        draw(make, rows=rows, columns=columns, height=2.6 if rows > 1 else 3.2, sharex=True, sharey=True),
+        make,
+        rows=rows,
+        columns=columns,
+        height=2.6 if rows > 1 else 3.2,
+        sharex=True,
+        sharey=True,
     )
 
 
 def layer_series(
     runs: Sequence[ReportRun], names: Mapping[int, str]
 ) -> dict[str, dict[int, tuple[float, float | None]]]:
-    """RelFrob and mean effective rank by layer, of every run and family with two layers at least."""
+    """Return RelFrob and mean effective rank by layer, of every run and family with two layers at least."""
     series: dict[str, dict[int, tuple[float, float | None]]] = {}
     for run in runs:
         prefix = f"{names[run.number]} " if len(runs) > 1 else ""
@@ -141,7 +145,7 @@ def layer_series(
 
 
 def _by_layer(bank: BankReport) -> list[tuple[int, str, float, float | None]]:
-    """Layer, family, RelFrob and effective rank of every member of a bank."""
+    """Return layer, family, RelFrob and effective rank of every member of a bank."""
     if alone := _ONE_LAYER.fullmatch(bank.key):
         return [(int(alone[1]), alone[2], bank.relfrob, bank.metrics.get("effective_rank_mean"))]
     members = [(match, value) for name, value in bank.metrics.items() if (match := _MEMBER.fullmatch(name))]
@@ -149,7 +153,7 @@ def _by_layer(bank: BankReport) -> list[tuple[int, str, float, float | None]]:
 
 
 def layer_profile(series: dict[str, dict[int, tuple[float, float | None]]]) -> Picture:
-    """Error through the layers and, where every layer has a bank, the effective rank that explains it."""
+    """Return the error through the layers and, where every layer has a bank, the effective rank that explains it."""
     ranks = any(rank is not None for points in series.values() for _, rank in points.values())
 
     def make(figure: Any, axes: Any) -> None:
@@ -164,18 +168,21 @@ def layer_profile(series: dict[str, dict[int, tuple[float, float | None]]]) -> P
             axes[1, 0].set_ylabel("effective rank of experts\n(95 % of the energy)")
         axes[-1, 0].set_xlabel("layer")
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-        legend_below(figure, axes[0, 0], columns=3)
+        legend_below(figure, axes[0, 0])
 
-    return Picture(
+    return picture(
         "fig-layers",
         "Layers",
         "Error of every layer, and how many singular values hold 95 % of the energy of its experts, mean over them.",
-        draw(make, rows=1 + ranks, height=2.6 if ranks else 3.4, sharex=True),
+        make,
+        rows=1 + ranks,
+        height=2.6 if ranks else 3.4,
+        sharex=True,
     )
 
 
 def jaccard_series(runs: Sequence[ReportRun], names: Mapping[int, str]) -> dict[str, dict[int, float]]:
-    """Jaccard index of the up and gate supports by layer, of every run that has both."""
+    """Return the Jaccard index of the up and gate supports by layer, of every run that has both."""
     series = {}
     for run in runs:
         found = {} if run.summary is None else run.summary.metrics
@@ -190,6 +197,8 @@ def jaccard_series(runs: Sequence[ReportRun], names: Mapping[int, str]) -> dict[
 
 
 def jaccard_profile(series: dict[str, dict[int, float]]) -> Picture:
+    """Return the Jaccard indices through the layers."""
+
     def make(figure: Any, axes: Any) -> None:
         plot = axes[0, 0]
         for index, (name, points) in enumerate(series.items()):
@@ -198,12 +207,13 @@ def jaccard_profile(series: dict[str, dict[int, float]]) -> Picture:
         plot.set_xlabel("layer")
         plot.xaxis.get_major_locator().set_params(integer=True)
         plot.set_ylabel("Jaccard index (1: same supports)")
-        legend_below(figure, plot, columns=2)
+        legend_below(figure, plot)
 
-    return Picture(
+    return picture(
         "fig-jaccard",
         "Supports of up and gate",
         "Atoms that an expert uses in both families over those it uses in either, mean over the experts. It means "
         "something where atom j of both families is the same (bank.scope=families) or comes from the same group.",
-        draw(make, height=3.0),
+        make,
+        height=3.0,
     )

@@ -24,9 +24,10 @@ class Track:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other beats in one coordinate and equals or beats in the other, by the first.
+    """Return the positions of the points that no other beats in one coordinate and equals or beats in the other.
 
-    Both coordinates are better when smaller. Of equal points the first counts.
+    Both coordinates are better when smaller. The positions are in the order of the first; of equal points the first
+    counts.
     """
     order = sorted(range(len(points)), key=lambda at: (*points[at], at))
     best, chosen = float("inf"), []
@@ -38,10 +39,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def fronts(runs: Sequence[ReportRun]) -> dict[str, list[ReportRun]]:
-    """The front of RelFrob against kept of every group of comparable runs, by the group's name."""
+    """Return the front of RelFrob against kept of every group of comparable runs, by the group's name.
+
+    A run that keeps more than there was is on no front.
+    """
     groups: dict[str, list[ReportRun]] = {}
     for run in runs:
-        if run.measured:
+        if run.measured and coordinates(run)[0] <= 1:
             groups.setdefault(group_of(run), []).append(run)
     return {
         name: [members[at] for at in pareto([coordinates(run) for run in members])]
@@ -50,13 +54,13 @@ def fronts(runs: Sequence[ReportRun]) -> dict[str, list[ReportRun]]:
 
 
 def coordinates(run: ReportRun) -> tuple[float, float]:
-    """Kept share of the compressed families and RelFrob."""
+    """Return the kept share of the compressed families and RelFrob."""
     assert run.summary is not None
     return run.summary.kept, run.summary.relfrob
 
 
 def highlighted(runs: Sequence[ReportRun], count: int) -> list[ReportRun]:
-    """At most `count` runs by which to know a sweep: evenly along the fronts, then those with the least error."""
+    """Return at most `count` runs by which to know a sweep: evenly along the fronts, then those of least error."""
     front = [run for members in fronts(runs).values() for run in members]
     chosen = [front[at] for at in spread_out(len(front), count)]
     taken = {run.number for run in chosen}
@@ -68,7 +72,7 @@ def highlighted(runs: Sequence[ReportRun], count: int) -> list[ReportRun]:
 
 
 def tracks(runs: Sequence[ReportRun], names: Mapping[int, str], count: int) -> list[Track]:
-    """At most `count` banks of the highlighted runs: one each, or several evenly spaced where the runs are few."""
+    """Return at most `count` banks of the highlighted runs: one each, or several where the runs are few."""
     chosen = highlighted(runs, count)
     each = max(1, count // max(1, len(chosen)))
     alone = len(runs) == 1
@@ -80,7 +84,7 @@ def tracks(runs: Sequence[ReportRun], names: Mapping[int, str], count: int) -> l
 
 
 def all_tracks(runs: Sequence[ReportRun], names: Mapping[int, str], *, alone: bool) -> list[Track]:
-    """Every bank there is; of a run that is `alone` its own name and number say nothing."""
+    """Return every bank there is; of a run that is `alone` its own name and number say nothing."""
     found = []
     for run in runs:
         for bank in () if run.summary is None else run.summary.banks:

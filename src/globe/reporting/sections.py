@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from globe.reporting import bank_plots, sweep_plots
+from globe.errors import printable
+from globe.reporting import bank_plots, curve_plots, sweep_plots
 from globe.reporting.front import CURVES, Track, all_tracks, fronts, highlighted, tracks
-from globe.reporting.labels import common_options, labels, varied_options
+from globe.reporting.labels import common_options, labels, methods_of, varied_options
+from globe.reporting.plot import Picture
 from globe.reporting.runs import ReportRun
-from globe.reporting.style import Picture
-from globe.reporting.tables import Table, bank_table, run_table, trouble_table
+from globe.reporting.tables import Table, bank_table, run_table, seed_table, trouble_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class Section:
     paragraphs: tuple[str, ...] = ()
     table: Table | None = None
     pictures: tuple[Picture, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    """names and values, of a single run"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +32,23 @@ class Report:
     sections: tuple[Section, ...]
     common: dict[str, Any]
     """options that are alike in all runs"""
+    single: bool
+    """is it the report of one run?"""
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
         return tuple(picture for section in self.sections for picture in section.pictures)
 
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return tuple(section.table for section in self.sections if section.table is not None)
+
 
 def build(runs: Sequence[ReportRun], title: str, *, details: int) -> Report:
-    """All sections. A picture for which the runs hold no data is replaced by a sentence that says so."""
+    """Return all sections; a picture for which the runs hold no data is replaced by a sentence that says so.
+
+    `details` is the number of banks that are drawn with their codes and singular values.
+    """
     varied, names = varied_options(runs), labels(runs)
     measured = [run for run in runs if run.measured]
     sections = [_unfinished(runs)]
@@ -45,22 +57,22 @@ def build(runs: Sequence[ReportRun], title: str, *, details: int) -> Report:
         everything = all_tracks(measured, names, alone=len(measured) == 1)
         detailed = tracks(measured, names, details)
         sections += [
-            _runs(runs, varied),
-            _size(measured),
+            *(_one_run(measured[0]) if len(runs) == 1 else _whole_sweep(runs, measured, varied)),
             _perplexity(measured),
-            _support(measured, varied),
+            _support(measured),
             _convergence(measured, curves),
-            _schedules(sweep_plots.distinct_schedules(everything, CURVES)),
+            _schedules(curve_plots.distinct_schedules(everything, CURVES)),
             _codes(detailed),
             _spectra(detailed),
             _layers(measured, names),
             _jaccard(measured, names),
         ]
     return Report(
-        title,
+        printable(title),
         _introduction(runs, varied),
         tuple(one for one in sections if one is not None),
         common_options(runs),
+        single=len(runs) == 1,
     )
 
 
@@ -68,6 +80,10 @@ def _introduction(runs: Sequence[ReportRun], varied: Sequence[str]) -> tuple[str
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     total = f"{len(runs)} run{'s' * (len(runs) != 1)}: {counts}."
+    if joined := sum(max(0, len(run.caches) - 1) for run in runs):
+        total += (
+            f" {joined} more differ from one of these in S_cache alone, share its fit, and are in its row."
+        )
     sources = {run.summary.source.get("id"): run.summary for run in runs if run.summary is not None}
     models = [
         f"{name} ({summary.source.get('model_type')}, {summary.total_parameters:,} parameters)"
@@ -79,56 +95,89 @@ def _introduction(runs: Sequence[ReportRun], varied: Sequence[str]) -> tuple[str
     differ = f"The runs differ in {', '.join(varied)}." if varied else ""
     if len(runs) > 1 and not varied:
         differ = "The runs differ in no option of their config.yaml."
-    return tuple(text for text in (first, " ".join(one for one in (differ, when) if one)) if text)
+    texts = (first, " ".join(one for one in (differ, when) if one))
+    return tuple(printable(text) for text in texts if text)
 
 
 def _unfinished(runs: Sequence[ReportRun]) -> Section | None:
     table = trouble_table(runs)
     if not table.rows:
         return None
-    return Section(
-        "Not finished",
-        ("The same command of globe.train tries what failed once more and goes on with what was cut off.",),
-        table,
+    said = "The same command of globe.train tries what failed once more and goes on with what was cut off."
+    return Section("Not finished", (said,), table)
+
+
+def _one_run(run: ReportRun) -> list[Section | None]:
+    """Return what the page of a single run begins with, in place of tables and fronts of many."""
+    summary, quality = run.summary, run.quality
+    assert summary is not None
+    facts = [
+        ("RelFrob", f"{summary.relfrob:.4f}"),
+        ("kept of the compressed families", f"{summary.kept:.1%}"),
+        ("kept of the whole model", f"{summary.kept_model():.2%}"),
+        ("banks", str(run.banks_done)),
+        ("seconds", f"{summary.seconds:.1f}"),
+    ]
+    if quality is not None:
+        facts.append(("perplexity", f"{quality.perplexity:.4f}"))
+        facts += [] if quality.kl is None else [("KL, nats", f"{quality.kl:.3g}")]
+    said = (
+        "RelFrob is the relative Frobenius error of what was saved, kept the share of parameters that is left.",
     )
+    return [Section("Error and size", said, facts=tuple(facts)), Section("Banks", (), bank_table(run))]
 
 
-def _runs(runs: Sequence[ReportRun], varied: Sequence[str]) -> Section:
-    table = run_table(runs, varied)
+def _whole_sweep(
+    runs: Sequence[ReportRun], measured: Sequence[ReportRun], varied: Sequence[str]
+) -> list[Section | None]:
+    """Return what the page of a sweep begins with: its table, its front, and what sizes and seeds do."""
     text = (
         "RelFrob is the relative Frobenius error of what was saved, kept the share of parameters that is left: of the "
-        "compressed families, and of the whole model. Runs on the Pareto front are bold."
+        "compressed families, and of the whole model."
     )
-    banks = bank_table(runs)
-    if banks.rows and len(runs) == 1:
-        return Section("Banks", (text.rpartition(" Runs")[0],), banks)
-    return Section("Runs", (text,), table)
+    seeds = seed_table(runs, varied)
+    return [
+        Section("Runs", (text,), run_table(runs, varied)),
+        _size(measured),
+        _maps(measured),
+        None if seeds is None else Section("Seeds", (), seeds),
+    ]
 
 
-def _size(measured: Sequence[ReportRun]) -> Section:
+def _size(measured: Sequence[ReportRun]) -> Section | None:
     if len(measured) < 2:
-        assert measured[0].summary is not None
-        one = measured[0].summary
-        return Section(
-            "Error and size",
-            (
-                f"RelFrob {one.relfrob:.4f} with {one.kept:.1%} of the compressed families and "
-                f"{one.kept_model():.1%} of the whole model kept; a front needs several runs.",
-            ),
-        )
-    found = fronts(measured)
-    said = tuple(
+        return None
+    said = [
         f"Pareto front of {name}: {', '.join(f'#{run.number}' for run in members)}."
-        for name, members in found.items()
-    )
-    return Section("Error against size", said, None, (sweep_plots.error_front(measured),))
+        for name, members in fronts(measured).items()
+    ]
+    if not any(methods_of(run) in sweep_plots.REFERENCES for run in measured):
+        said.append(
+            "Runs of method=svd and method=shared_basis in the same folder become reference lines: python -m "
+            "globe.train -m method=svd,shared_basis bank.kept=0.2,0.4,0.6,0.8 hydra.sweep.dir=FOLDER, with the model "
+            "and the layer of these runs."
+        )
+    return Section("Error against size", tuple(said), None, (sweep_plots.error_front(measured),))
+
+
+def _maps(measured: Sequence[ReportRun]) -> Section | None:
+    """Return maps over m and r of the error, and of the perplexity where all runs have one."""
+    errors = sweep_plots.size_grids(measured, lambda run: run.relfrob)
+    if not errors:
+        return None
+    pictures = [sweep_plots.size_maps(errors, "fig-sizes", "RelFrob")]
+    judged = sweep_plots.size_grids(measured, lambda run: run.perplexity)
+    if judged.keys() == errors.keys():
+        pictures.append(sweep_plots.size_maps(judged, "fig-sizes-perplexity", "perplexity", "{:.3f}"))
+    return Section("Sizes", (), None, tuple(pictures))
 
 
 def _perplexity(measured: Sequence[ReportRun]) -> Section:
     judged = [run for run in measured if run.quality is not None]
     title = "Perplexity against size"
     if not judged:
-        return Section(title, ("Not evaluated yet: python -m globe.evaluate model=RUN measures a run.",))
+        option = "model=RUN measures a run" if len(measured) == 1 else "sweep=FOLDER measures all runs"
+        return Section(title, (f"Not evaluated yet: python -m globe.evaluate {option}.",))
     said = []
     if len({run.quality.text for run in judged if run.quality is not None}) > 1:
         said.append(
@@ -150,10 +199,10 @@ def _perplexity(measured: Sequence[ReportRun]) -> Section:
     return Section(title, tuple(said), None, (sweep_plots.perplexity_front(judged),))
 
 
-def _support(measured: Sequence[ReportRun], varied: Sequence[str]) -> Section | None:
+def _support(measured: Sequence[ReportRun]) -> Section | None:
     if len(measured) < 2:
         return None
-    series = sweep_plots.support_series(measured, varied)
+    series = sweep_plots.support_series(measured)
     title = "Error against support"
     if len({x for points in series.values() for x, _, _ in points}) < 2:
         return Section(
@@ -167,12 +216,12 @@ def _convergence(measured: Sequence[ReportRun], curves: Sequence[Track]) -> Sect
     if not any(run.traces for run in measured):
         return Section("Convergence", ("No run has a step in its metrics.jsonl: closed forms take none.",))
     with_steps = [one for one in curves if one.bank.key in one.run.traces]
-    return Section("Convergence", (), None, (sweep_plots.convergence(measured, with_steps),))
+    return Section("Convergence", (), None, (curve_plots.convergence(measured, with_steps),))
 
 
 def _schedules(curves: Sequence[Track]) -> Section | None:
-    picture = sweep_plots.trajectories(curves)
-    constant = sweep_plots.constant_schedules(curves)
+    picture = curve_plots.trajectories(curves)
+    constant = curve_plots.constant_schedules(curves)
     if picture is None and not constant:
         return None
     fixed = (f"Throughout: {', '.join(constant)}.",) if constant else ()
@@ -185,8 +234,8 @@ def _codes(detailed: Sequence[Track]) -> Section:
         return Section("Atom usage and codes", (_no_charts(detailed),))
     pictures = tuple(bank_plots.code_map(one, index) for index, one in enumerate(drawn, start=1))
     said = (
-        "Share alpha_ij / sum_j alpha_ij of every atom in every expert, darker (by the square root) for more and "
-        "white for none; above, how many experts use an atom; right, the error of each expert."
+        "Share alpha_ij / sum_j alpha_ij of every atom in every expert, by its square root, and the colour of the page "
+        "for none; above, how many experts use an atom; right, the error of each expert."
     )
     return Section("Atom usage and codes", (said,), None, pictures)
 

@@ -1,70 +1,82 @@
-"""Pictures of a whole sweep: fronts, error against support, curves by time, schedules."""
+"""Pictures of a whole sweep by its sizes: fronts, maps over sizes, error against support."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import Any
 
-from globe.reporting.front import Track, coordinates, pareto
-from globe.reporting.labels import group_of, methods_of, option_text, short_names
-from globe.reporting.runs import ReportRun, Trace
-from globe.reporting.style import GREY, Picture, draw, few_markers, gaps, legend_below, padded, series_style
-from globe.runs.chart_data import spread_out
-
-_SUPPORT = "codes.target_support"
-_MOST_SERIES = 12
-_SCHEDULES = (
-    ("temperature", "temperature T"),
-    ("lam", "homotopy lam"),
-    ("beta", "blending beta"),
-    ("support_median", "median support\n(atoms per expert)"),
+from globe.reporting.front import coordinates, fronts, pareto
+from globe.reporting.labels import (
+    SEED,
+    SUPPORT,
+    group_of,
+    methods_of,
+    settings,
+    short_names,
+    varied_options,
 )
+from globe.reporting.plot import GREY, Picture, legend_below, picture, series_style
+from globe.reporting.runs import ReportRun
+
+REFERENCES = ("svd", "shared_basis")
+"""Methods whose runs are drawn as lines to measure the others by."""
+_SIZES = ("bank.m", "bank.r", "bank.atom_rank")
+_MOST_SERIES = 12
+_MOST_MAPS = 6
 _LINE, _LABEL = 11.0, 24.0
 """Height and width of a run's number beside a front, in points of type."""
+_RELFROB = "RelFrob (relative Frobenius error)"
 
 
 def error_front(runs: Sequence[ReportRun]) -> Picture:
-    """RelFrob against the kept share of the compressed families; one series per group and method."""
-    series: dict[str, list[ReportRun]] = {}
+    """Return RelFrob against the kept share of the compressed families; one series per group and method."""
     several = len({group_of(run) for run in runs}) > 1
+    series: dict[str, list[ReportRun]] = {}
     for run in runs:
         name = f"{group_of(run)}, {methods_of(run)}" if several else methods_of(run)
         series.setdefault(name, []).append(run)
-
-    groups = {name: [run for run in runs if group_of(run) == name] for name in map(group_of, runs)}
-    fronts = {
-        name: [members[at] for at in pareto([coordinates(run) for run in members])]
-        for name, members in groups.items()
-    }
-    best = {run.number for members in fronts.values() for run in members}
+    found = fronts(runs)
+    best = {run.number for members in found.values() for run in members}
 
     def make(figure: Any, axes: Any) -> None:
         plot = axes[0, 0]
         for index, (name, members) in enumerate(series.items()):
-            style = series_style(index) | {"linestyle": "none"}
-            points = [(100 * x, y, run.number) for run in members for x, y in [coordinates(run)]]
+            points = sorted((100 * x, y, run.number) for run in members for x, y in [coordinates(run)])
+            is_reference = methods_of(members[0]) in REFERENCES and len(members) > 1
+            style = series_style(index) | ({} if is_reference else {"linestyle": "none"})
+            if is_reference:
+                plot.plot([x for x, _, _ in points], [y for _, y, _ in points], color=style["color"],
+                          linestyle=style["linestyle"], linewidth=1, zorder=1)  # fmt: skip
             _points(plot, points, best, style, f"{name} ({len(members)})")
-        for members in fronts.values():
+        for members in found.values():
             _draw_front(plot, [(run.number, 100 * x, y) for run in members for x, y in [coordinates(run)]])
         if max(coordinates(run)[0] for run in runs) > 1:
             plot.axvline(100, color="#666666", linestyle=(0, (1, 2)), linewidth=1, label="no compression")
         plot.set_xlabel("kept parameters of the compressed families (%)")
-        plot.set_ylabel("RelFrob (relative Frobenius error)")
-        legend_below(figure, plot, columns=1 if several else 3)
+        plot.set_ylabel(_RELFROB)
+        legend_below(figure, plot)
 
-    return Picture(
+    lines = " Joined points of svd and shared_basis are references." if _has_references(runs) else ""
+    return picture(
         "fig-front",
         "Error against size",
         "RelFrob of every run against what it keeps; lower left is better. The line joins the Pareto front, whose "
-        "runs are filled and carry their numbers.",
-        draw(make, height=4.0),
+        f"runs are filled and carry their numbers; a run that keeps more than there was is on none.{lines}",
+        make,
+        height=4.0,
     )
 
 
-def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
-    """What the patched model loses against the kept share of the whole model; one series per text.
+def _has_references(runs: Sequence[ReportRun]) -> bool:
+    return any(methods_of(run) in REFERENCES for run in runs)
 
-    The rise over the original with its paired interval, where every run was measured beside it, or else perplexity.
+
+def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
+    """Return what the patched model loses against the kept share of the whole model; one series per text.
+
+    That is the rise over the original with its paired interval where every run was measured beside it, or else
+    perplexity.
     """
     series: dict[str, list[ReportRun]] = {}
     for run in runs:
@@ -76,7 +88,8 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
         plot = axes[0, 0]
         for index, (text, members) in enumerate(series.items()):
             points = [(run.number, *_perplexity_point(run, paired=paired)) for run in members]
-            best = [points[at] for at in pareto([(x, y) for _, x, y, _, _ in points])]
+            smaller = [point for point in points if point[1] <= 100]
+            best = [smaller[at] for at in pareto([(x, y) for _, x, y, _, _ in smaller])]
             for _, x, _, low, high in points:
                 if low is not None and high is not None:
                     plot.plot([x, x], [low, high], color=GREY, linewidth=1)
@@ -91,20 +104,21 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
                 )
         plot.set_xlabel("kept parameters of the whole model (%)")
         plot.set_ylabel("rise of perplexity over the original (%)" if paired else "perplexity per token")
-        legend_below(figure, plot, columns=1 if len(series) > 1 else 2)
+        legend_below(figure, plot)
 
     what = "Rise of the perplexity of the patched model over the original's" if paired else "Perplexity"
-    return Picture(
+    return picture(
         "fig-perplexity",
         "Perplexity against size",
         f"{what} against what the whole model keeps; lower left is better. Grey bars are bootstrap intervals"
         f"{', paired by windows of the text' if paired else ''}. The line joins the Pareto front.",
-        draw(make, height=4.0),
+        make,
+        height=4.0,
     )
 
 
 def _perplexity_point(run: ReportRun, *, paired: bool) -> tuple[float, float, float | None, float | None]:
-    """Kept percent, the figure, and the ends of its interval."""
+    """Return the kept percent, the figure, and the ends of its interval."""
     quality, summary = run.quality, run.summary
     assert quality is not None
     assert summary is not None
@@ -119,7 +133,8 @@ def _perplexity_point(run: ReportRun, *, paired: bool) -> tuple[float, float, fl
 def _points(
     plot: Any, points: Sequence[tuple[float, float, int]], best: set[int], style: dict[str, Any], name: str
 ) -> None:
-    """Filled where the run is on a front, hollow where it is not."""
+    """Draw the points filled where the run is on a front, hollow where it is not."""
+    style = style | {"linestyle": "none"}
     hollow = style | {"markerfacecolor": "none", "markeredgecolor": style["color"], "markeredgewidth": 1.0}
     for kind, inside in ((hollow, False), (style, True)):
         chosen = [(x, y) for x, y, number in points if (number in best) is inside]
@@ -129,7 +144,7 @@ def _points(
 
 
 def _draw_front(plot: Any, points: Sequence[tuple[int, float, float]]) -> None:
-    """Steps between the points of a front, and the number of each run beside it."""
+    """Draw steps between the points of a front, and the number of each run beside it."""
     xs, ys = [x for _, x, _ in points], [y for *_, y in points]
     plot.plot(xs, ys, drawstyle="steps-post", color="#444444", linewidth=1, zorder=1)
     plot.margins(x=0.06, y=0.1)  # room for the numbers
@@ -143,7 +158,7 @@ def _draw_front(plot: Any, points: Sequence[tuple[int, float, float]]) -> None:
 
 
 def label_drops(places: Sequence[tuple[float, float]]) -> list[float]:
-    """How far below its point each label goes, in points of type, so that none covers one before it."""
+    """Return how far below its point each label goes, in points of type, so that none covers one before it."""
     taken: list[tuple[float, float]] = []
     drops = []
     for x, y in places:
@@ -155,24 +170,113 @@ def label_drops(places: Sequence[tuple[float, float]]) -> list[float]:
     return drops
 
 
-def support_series(
-    runs: Sequence[ReportRun], varied: Sequence[str]
-) -> dict[str, list[tuple[float, float, int]]]:
-    """(median support, RelFrob, number) of runs that differ in their support alone, by what they share."""
-    others = [name for name in varied if name != _SUPPORT]
-    short = short_names(varied)
+Grid = dict[tuple[int, int], float]
+"""Figure of the runs of every (m, r), mean over the runs that share both."""
+
+
+def size_grids(runs: Sequence[ReportRun], value: Callable[[ReportRun], float | None]) -> dict[str, Grid]:
+    """Return a figure over m and r, one grid for each support and whatever else runs differ in but seeds.
+
+    Only runs whose banks have one size each count, and only grids of several m and several r are returned.
+    """
+    sized = [run for run in runs if methods_of(run) not in REFERENCES]
+    others = [name for name in varied_options(sized) if name not in (*_SIZES, SEED)]
+    short = short_names(others)
+    found: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for run in sized:
+        banks = () if run.summary is None else run.summary.banks
+        sizes = {(bank.m, bank.r, bank.atom_rank) for bank in banks}
+        if len(sizes) != 1 or (figure := value(run)) is None:
+            continue
+        ((m, r, rank),) = sizes
+        words = [*settings(run, others, short), *([f"k={rank}"] if rank is not None else [])]
+        title = ", ".join(words) or "all runs"
+        found.setdefault(title, {}).setdefault((m, r), []).append(figure)
+    grids = {name: {size: mean(values) for size, values in grid.items()} for name, grid in found.items()}
+    return {
+        name: grid
+        for name, grid in grids.items()
+        if min(len(set(one)) for one in zip(*grid, strict=True)) > 1
+    }
+
+
+def size_maps(grids: dict[str, Grid], name: str, what: str, form: str = "{:.4f}") -> Picture:
+    """Return the grids as heat maps side by side, with one scale of colours; the least figure of each is framed."""
+    shown = dict(list(grids.items())[:_MOST_MAPS])
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    low = min(min(grid.values()) for grid in shown.values())
+    high = max(max(grid.values()) for grid in shown.values())
+
+    def make(figure: Any, axes: Any) -> None:
+        image = None
+        for at, plot in enumerate(axes.flat):
+            if at >= len(shown):
+                plot.axis("off")
+                continue
+            title, grid = list(shown.items())[at]
+            image = _heat_map(plot, grid, (low, high), form)
+            plot.set_title(title)
+            plot.set_xlabel("r, rows of an atom")
+            if at % columns == 0:
+                plot.set_ylabel("m, atoms")
+        figure.colorbar(image, ax=axes, label=what, shrink=0.9)
+
+    left = len(grids) - len(shown)
+    return picture(
+        name,
+        f"{what} over sizes",
+        f"{what} for every number of atoms m and rows r, a map for each support; the least of a map is framed. Runs of "
+        f"several seeds count by their mean.{f' {left} further maps are left out.' if left else ''}",
+        make,
+        rows=rows,
+        columns=columns,
+        height=2.9,
+    )
+
+
+def _heat_map(plot: Any, grid: Grid, limits: tuple[float, float], form: str) -> Any:
+    ms, rs = (sorted(set(one)) for one in zip(*grid, strict=True))
+    values = [[grid.get((m, r), float("nan")) for r in rs] for m in ms]
+    image = plot.imshow(values, aspect="auto", cmap="cividis", vmin=limits[0], vmax=limits[1], origin="lower")
+    plot.grid(False)
+    plot.set_xticks(range(len(rs)), [str(r) for r in rs])
+    plot.set_yticks(range(len(ms)), [str(m) for m in ms])
+    best = min(grid, key=lambda size: (grid[size], size))
+    middle = sum(limits) / 2
+    for (m, r), value in grid.items():
+        place = rs.index(r), ms.index(m)
+        colour = "black" if value > middle else "white"
+        weight = "bold" if (m, r) == best else "normal"
+        plot.text(
+            *place, form.format(value), ha="center", va="center", color=colour, fontsize=8, weight=weight
+        )
+    x, y = rs.index(best[1]), ms.index(best[0])
+    frame = (
+        [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48],
+        [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48],
+    )
+    plot.plot(*frame, color="white", linewidth=2)
+    return image
+
+
+def support_series(runs: Sequence[ReportRun]) -> dict[str, list[tuple[float, float, int]]]:
+    """Return (median support, RelFrob, number) of runs that differ in their support alone, by what they share."""
+    fitted = [run for run in runs if run.measured and methods_of(run) not in REFERENCES]
+    others = [name for name in varied_options(fitted) if name != SUPPORT]
+    short = short_names(others)
     series: dict[str, list[tuple[float, float, int]]] = {}
-    for run in runs:
+    for run in fitted:
         if run.support_median is None or run.summary is None:
             continue
-        same = " ".join(f"{short[name]}={option_text(name, run.options.get(name))}" for name in others)
+        same = " ".join(settings(run, others, short))
         point = (run.support_median, run.summary.relfrob, run.number)
         series.setdefault(same or group_of(run), []).append(point)
     return {name: sorted(points) for name, points in series.items()}
 
 
 def error_by_support(series: dict[str, list[tuple[float, float, int]]]) -> Picture:
-    """RelFrob against the median support; runs that differ in their support alone are joined."""
+    """Return RelFrob against the median support; runs that differ in their support alone are joined."""
     ranked = sorted(series, key=lambda name: (len(series[name]) < 2, min(y for _, y, _ in series[name])))
     named = [name for name in series if name in set(ranked[:_MOST_SERIES])]
 
@@ -184,114 +288,19 @@ def error_by_support(series: dict[str, list[tuple[float, float, int]]]) -> Pictu
         for index, name in enumerate(named):
             plot.plot(*_xy(series[name]), label=name, **series_style(index))
         plot.set_xlabel("median support (atoms per expert)")
-        plot.set_ylabel("RelFrob (relative Frobenius error)")
-        legend_below(figure, plot, columns=3)
+        plot.set_ylabel(_RELFROB)
+        legend_below(figure, plot)
 
     left = len(series) - len(named)
     rest = f" {left} further series are grey." if left else ""
-    return Picture(
+    return picture(
         "fig-support",
         "Error against support",
         f"What sparse codes cost: lines join runs that differ in their support alone.{rest}",
-        draw(make, height=4.0),
+        make,
+        height=4.0,
     )
 
 
 def _xy(points: Sequence[tuple[float, float, int]]) -> tuple[list[float], list[float]]:
     return [x for x, _, _ in points], [y for _, y, _ in points]
-
-
-def convergence(runs: Sequence[ReportRun], chosen: Sequence[Track]) -> Picture:
-    """RelFrob of every bank by the wall clock of its fit; the chosen ones named, the others grey."""
-    named = {(one.run.number, one.bank.key) for one in chosen}
-
-    def make(figure: Any, axes: Any) -> None:
-        plot = axes[0, 0]
-        for run in runs:
-            for key, trace in run.traces.items():
-                if (run.number, key) not in named:
-                    plot.plot(*_curve(run, key, trace), color=GREY, linewidth=0.7, zorder=1)
-        for index, one in enumerate(chosen):
-            if one.bank.key in one.run.traces:
-                xs, ys = _curve(one.run, one.bank.key, one.run.traces[one.bank.key])
-                marks = few_markers(index, len(xs))
-                plot.plot(xs, ys, label=one.label, markevery=marks, **series_style(index))
-        plot.set_xlabel("wall-clock time of the fit (s)")
-        plot.set_ylabel("RelFrob (relative Frobenius error)")
-        legend_below(figure, plot)
-
-    total = sum(len(run.traces) for run in runs)
-    others = f" The {total - len(named)} others are grey." if total > len(named) else ""
-    if any(run.options.get(_SUPPORT) is not None for run in runs):
-        others += " It rises where codes are dropped to bring the support to its target."
-    return Picture(
-        "fig-convergence",
-        "Convergence",
-        f"Error of the fit, before pruning and export, by time; 0 s is the warm start.{others}",
-        draw(make, height=4.4),
-    )
-
-
-def _curve(run: ReportRun, key: str, trace: Trace) -> tuple[list[float], list[float]]:
-    """A bank's curve, from the warm start if that is known."""
-    xs, ys = gaps(trace.seconds), gaps(trace.relfrob)
-    banks = () if run.summary is None else run.summary.banks
-    start = next((bank.relfrob_start for bank in banks if bank.key == key), None)
-    return ([0.0, *xs], [start, *ys]) if start is not None else (xs, ys)
-
-
-def distinct_schedules(everything: Sequence[Track], count: int) -> list[Track]:
-    """One track for every course of T, lam and beta that there is, at most `count` of them."""
-    first: dict[tuple[Any, ...], Track] = {}
-    for one in everything:
-        if trace := one.run.traces.get(one.bank.key):
-            first.setdefault((trace.temperature, trace.lam, trace.beta), one)
-    found = list(first.values())
-    return [found[at] for at in spread_out(len(found), count)]
-
-
-def constant_schedules(chosen: Sequence[Track]) -> list[str]:
-    """`beta = 1` for each of the schedules that has one value in all of the chosen fits."""
-    return [
-        f"{name} = {next(iter(values)):g}"
-        for name, _ in _SCHEDULES[:-1]
-        if len(values := _values(chosen, name)) == 1
-    ]
-
-
-def trajectories(chosen: Sequence[Track]) -> Picture | None:
-    """T, lam, beta and the support by step; only what moves or differs. None if no schedule does."""
-    if len(constant_schedules(chosen)) == len(_SCHEDULES) - 1:
-        return None
-    moving = [(name, title) for name, title in _SCHEDULES if len(_values(chosen, name)) > 1]
-    if not moving:
-        return None
-
-    def make(figure: Any, axes: Any) -> None:
-        for row, (name, title) in enumerate(moving):
-            plot = axes[row, 0]
-            for index, one in enumerate(chosen):
-                if trace := one.run.traces.get(one.bank.key):
-                    ys = gaps(getattr(trace, name))
-                    marks = few_markers(index, len(ys))
-                    plot.plot(gaps(trace.step), ys, label=one.label, markevery=marks, **series_style(index))
-            plot.set_ylabel(title)
-            if name in ("lam", "beta"):
-                plot.set_ylim(-0.05, 1.05)
-            else:
-                plot.set_ylim(*padded(sorted(_values(chosen, name))))
-        axes[-1, 0].set_xlabel("step")
-        legend_below(figure, axes[0, 0])
-
-    return Picture(
-        "fig-schedules",
-        "Schedules",
-        "What is set from outside the step, and what it does to the support. Of fits with the same T, lam and beta "
-        "throughout, one is drawn.",
-        draw(make, rows=len(moving), height=1.9 if len(moving) > 1 else 3.0, sharex=True),
-    )
-
-
-def _values(chosen: Sequence[Track], name: str) -> set[float]:
-    traces = [one.run.traces[one.bank.key] for one in chosen if one.bank.key in one.run.traces]
-    return {value for trace in traces for value in getattr(trace, name) if value is not None}
