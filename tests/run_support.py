@@ -92,6 +92,7 @@ class FakeFit:
         on_step: Callable[[StepRecord], None],
         on_checkpoint: Callable[[FitState], None],
         group: ProcessGroup = ALONE,
+        metric: object | None = None,
     ) -> FitResult:
         number = self.fits
         self.keys.append(tuple(experts.shape))
