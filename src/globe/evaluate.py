@@ -59,6 +59,12 @@ def _evaluate_and_show(options: EvaluateOptions) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result.to_dict())
     print_evaluation(result, file)
+    if shared := result.settings["calibration_overlap"]:
+        print(
+            f"{100 * shared:.1f} % of the text stands in the calibration text of the model as well, so the figures "
+            "flatter: evaluate on another text",
+            file=sys.stderr,
+        )
     if not result.parity_holds:
         print(
             f"what the model computes is {result.parity:.1e} from what its files stand for, more than "

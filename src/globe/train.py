@@ -17,22 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import Container, OmegaConf
 
 from globe.bank.file import is_intact
-from globe.checkpoint import open_checkpoint
+from globe.calibration.run import RECORD, Calibration, calibrate
+from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config import commands as entry
 from globe.config.choices import Method
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
 from globe.config.identity import identity
 from globe.config.schema import Config
 from globe.errors import CheckpointError, FitError
+from globe.files import write_json
 from globe.fit.ledger import Ledger
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.plan import BankPlan, outline, plan
+from globe.fit.plan import BankPlan, Outline, outline, plan
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun
@@ -112,6 +115,7 @@ def train(config: Config, folder: RunFolder, group: torchrun.Group, *, sweep_nam
         )
         outlines = outline(config, checkpoint)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
+        calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
         chosen = None
         if config.method is Method.globe and config.bank.kept is not None:
             chosen = choose_sizes(config, checkpoint, outlines, device, folder.frontier_file)
@@ -128,10 +132,11 @@ def train(config: Config, folder: RunFolder, group: torchrun.Group, *, sweep_nam
         )
         if not group.leads:
             for bank in banks:
-                learn_bank(Run(config, checkpoint, folder, device, lambda key, record: None, group), bank)
+                silent = Run(config, checkpoint, folder, device, lambda key, record: None, group, calibration)
+                learn_bank(silent, bank)
             return ledger.summary
         with _watched(config, folder, banks, ledger, sweep_name) as progress:
-            job = Run(config, checkpoint, folder, device, progress.step, group)
+            job = Run(config, checkpoint, folder, device, progress.step, group, calibration)
             for bank in banks:
                 progress.begin(bank.key)
                 try:
@@ -144,6 +149,26 @@ def train(config: Config, folder: RunFolder, group: torchrun.Group, *, sweep_nam
                     ledger.fail(bank, error)
                 progress.end()
     return ledger.summary
+
+
+def _calibrate(
+    config: Config,
+    checkpoint: Checkpoint,
+    outlines: Sequence[Outline],
+    folder: RunFolder,
+    device: torch.device,
+    group: torchrun.Group,
+) -> Calibration | None:
+    """The statistics of the layers of all banks, taken now unless they are on disk; the run tells what they are of."""
+    if config.calibrate.text is None:
+        return None
+    layers = [member.layer for bank in outlines for member in bank.members]
+    found = group.in_turn(
+        lambda: calibrate(checkpoint, config.calibrate, output=config.output, layers=layers, device=device)
+    )
+    if group.leads:
+        write_json(folder.path / RECORD, found.record | {"folder": str(found.folder)})
+    return found
 
 
 def _warn_of_growth(banks: Sequence[BankPlan]) -> None:

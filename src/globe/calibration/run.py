@@ -66,6 +66,13 @@ class Calibration:
         return is_complete(self.file(layer), key=self.key)
 
 
+def recorded_passages(folder: Path) -> frozenset[int] | None:
+    """The passages of the calibration text that `calibration.json` in a folder tells of; None if there is none."""
+    record = read_record(folder / RECORD)
+    found = None if record is None else record.get("passages")
+    return frozenset(found) if isinstance(found, list) else None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """What is to be calibrated, before any of the model is read."""

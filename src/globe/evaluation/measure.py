@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from globe.calibration.text import overlap, passages
 from globe.evaluation.activation_error import LayerError, activation_errors
 from globe.evaluation.divergence import divergence
 from globe.evaluation.options import EvaluateOptions
@@ -86,11 +87,16 @@ def _prepare(options: EvaluateOptions) -> _Material:
     tokenizer = load_tokenizer(subject, original, options.tokenizer)
     tokens = tokenise(text.content, tokenizer, max_tokens=options.max_tokens)
     windows = sliding_windows(tokens.ids.shape[0], window=options.window, stride=options.stride)
+    calibration = subject.calibration_passages
+    shared = None
+    if calibration is not None:
+        shared = overlap(passages([tokenizer.decode(tokens.ids, skip_special_tokens=True)]), calibration)
     counted = [slice(one.stop - one.scored, one.stop) for one in windows]
     settings = asdict(options) | {
         "dtype": str(options.dtype),
         "device": str(device),
         "text_sha256": text.sha256,
+        "calibration_overlap": shared,
         "tokens": tokens.ids.shape[0],
         "windows": len(windows),
         "counted_tokens": sum(one.scored for one in windows),

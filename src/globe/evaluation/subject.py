@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from globe.calibration.run import recorded_passages
 from globe.calibration.text import has_tokenizer, read_tokenizer
 from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.hub import EMBEDDED_ID, resolve
@@ -18,7 +19,7 @@ from globe.files import read_record
 from globe.hf.destination import RECORD
 from globe.hf.loading import load
 from globe.hf.patching import patch_model
-from globe.hf.run_banks import RECORD_FILE, BankEntry, open_run, verify_source
+from globe.hf.run_banks import RECORD_FILE, BankEntry, open_run, run_of, verify_source
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
 
@@ -52,6 +53,11 @@ class Subject:
         if self.entries:
             return tuple(entry.source for entry in self.entries)
         return () if self.record is None else (self.record["source"],)
+
+    @property
+    def calibration_passages(self) -> frozenset[int] | None:
+        """Passages of the text that it was calibrated on; None where none is recorded."""
+        return recorded_passages(self.folder if self.run is None else run_of(self.run))
 
     def load(self, *, dtype: torch.dtype | None, device: torch.device, S_cache: int | str | None) -> Any:
         """The language model in evaluation mode on `device`; `dtype` None keeps that of the files."""

@@ -19,6 +19,7 @@ from globe.am.loop import fit_bank
 from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
 from globe.bank.file import BankArtefact, write_artefact
+from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
@@ -55,6 +56,8 @@ class Run:
     """called with the bank's key after every step"""
     group: Group = field(default_factory=Group)
     """the processes that share each bank's experts; only the one that leads writes"""
+    calibration: Calibration | None = None
+    """what the experts do on `calibrate.text`, if there is one"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

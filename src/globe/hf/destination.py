@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from globe.calibration.run import RECORD as CALIBRATION
 from globe.checkpoint import Checkpoint
 from globe.errors import ConfigError
 from globe.files import fresh_folder, unwritable, write_json
-from globe.hf.run_banks import BankEntry
+from globe.hf.run_banks import BankEntry, run_of
 
 RECORD = "globe_patch.json"
 """In every folder patching writes: the banks that are in it, and what it replaces. Engines ignore it."""
@@ -76,4 +78,7 @@ def write_record(
         },
     }
     write_json(folder / RECORD, record)
+    calibration = run_of(entries[0].folder) / CALIBRATION
+    if calibration.is_file():
+        shutil.copyfile(calibration, folder / CALIBRATION)
     return record

@@ -85,11 +85,15 @@ def _entry(folder: Path) -> BankEntry:
     )
 
 
+def run_of(folder: str | Path) -> Path:
+    """The folder of a run, for its own or that of one of its banks."""
+    root = Path(folder).expanduser()
+    return root.parent.parent if (root / RECORD_FILE).is_file() else root
+
+
 def recorded_cache(folder: str | Path) -> int | str:
     """`S_cache` of the run in a folder, or that the one bank in it belongs to; "all" where none is recorded."""
-    root = Path(folder).expanduser()
-    run = root.parent.parent if (root / RECORD_FILE).is_file() else root
-    summary = read_summary(RunFolder(run).summary_file)
+    summary = read_summary(RunFolder(run_of(folder)).summary_file)
     return "all" if summary is None else summary.S_cache
 
 
