@@ -215,7 +215,12 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(codes.shape[0])
         return original(codes, *args, **options)
 
+    def counting_phi(Y: Tensor, **options: Any) -> Tensor:
+        sizes.append(Y.shape[0])
+        return phi(Y, **options)
+
     monkeypatch.setattr(projection_module, "mixed_bases", counting)
+    monkeypatch.setattr(projection_module, "phi", counting_phi)
     return sizes
 
 

@@ -23,13 +23,29 @@ class Bank(NamedTuple):
         """On the device of a layer; nothing is copied if it is there already."""
         return Bank(*(None if one is None else one.to(device) for one in self))
 
-    def mix(self, codes: Float[Tensor, "h m"]) -> Float[Tensor, "h r d"]:
-        """Y_i = sum_j codes_ij B_j, over all atoms: also those with a code of zero get and give gradients."""
-        if self.atoms is not None:
-            return torch.einsum("hm,mrd->hrd", codes, self.atoms)
+    def formed(self, experts: int) -> Bank:
+        """The bank as it serves `experts` compositions best: with dense atoms, or as it is for a single one."""
+        if self.atoms is not None or experts < 2:
+            return self
         assert self.left is not None
         assert self.right is not None
-        return torch.einsum("hm,mrd->hrd", codes, self.left @ self.right)
+        return Bank(self.left @ self.right, None, None)
+
+    def mix(self, codes: Float[Tensor, "h m"]) -> Float[Tensor, "h r d"]:
+        """Y_i = sum_j codes_ij B_j in the dtype of the factors, over all atoms: a code of zero has a gradient too.
+
+        For one expert low-rank atoms are not formed: [codes_1 U_1 .. codes_m U_m] [V_1; ..; V_m].
+        """
+        if self.atoms is not None:
+            m, r, d = self.atoms.shape
+            return (codes @ self.atoms.reshape(m, r * d)).view(-1, r, d)
+        assert self.left is not None
+        assert self.right is not None
+        if len(codes) > 1:
+            return self.formed(len(codes)).mix(codes)
+        m, r, k = self.left.shape
+        wide = (codes.view(m, 1, 1) * self.left).transpose(0, 1).reshape(r, m * k)
+        return (wide @ self.right.reshape(m * k, -1)).unsqueeze(0)
 
     def apply_each(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t m r"]:
         """B_j x for every atom."""
@@ -46,7 +62,7 @@ class Bank(NamedTuple):
 class Atoms(nn.Module):
     """Holds a bank, without values until a checkpoint or `globe.hf.swap.fill` brings them.
 
-    Its tensors are had by calling it, so that hooks which bring offloaded weights see the use.
+    Call the module to get its tensors, so that hooks which bring offloaded weights see the use.
     """
 
     def __init__(self, layout: BankLayout, dtype: torch.dtype) -> None:

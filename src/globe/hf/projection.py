@@ -89,9 +89,11 @@ class Projection(nn.Module):
     ) -> Float[Tensor, "s p"]:
         """W_e x for every pair: `tokens` is sorted by expert as `groups` says, `rows` are x[tokens] per group."""
         bank = self.bank_here()
-        each = bank.apply_each(x) if bank is not None and self._through_atoms(x.shape[0], groups) else None
+        each = bank.apply_each(x) if bank is not None and self._through_atoms(len(x), groups) else None
         shift = self._shift(x)
         hit = {group.expert for group in groups}
+        if bank is not None and each is None and self.cache.capacity == 0:
+            bank = bank.formed(len(hit))
         parts = []
         for first in range(0, len(groups), COMPOSED_AT_ONCE):
             chunk = groups[first : first + COMPOSED_AT_ONCE]
@@ -118,13 +120,16 @@ class Projection(nn.Module):
         return atoms().to(self.codes.device)
 
     def _through_atoms(self, tokens: int, groups: Sequence[Group]) -> bool:
-        """Is it cheaper to apply every atom to the tokens than to compose the bases of the experts hit?
+        """Return whether every atom times the tokens costs less than the bases of the experts that are hit.
 
-        With a linear phi, B_j x for all atoms takes t m r d multiplications, composing takes m r d per expert.
+        Only a linear phi allows it: M_e x = sum_j alpha_ej (B_j x). In units of r d multiplications the atoms take m a
+        token, the products with bases one a pair of token and expert, and composing takes m an expert.
         """
         assert self.layout is not None
+        m, pairs = self.layout.m, groups[-1].stop
         linear = self.layout.lam == 0.0 or self.layout.activation == "identity"
-        return linear and self.cache.capacity == 0 and tokens < len(groups)
+        composing = m * len(groups) if self.cache.capacity == 0 else 0
+        return linear and tokens * m < composing + pairs
 
     def _shift(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t q"] | None:
         """What the stored mean adds: (t, p), or (t, 1) for a scalar mean, a multiple of the sum of x."""
@@ -142,13 +147,11 @@ class Projection(nn.Module):
             return {}
         factors = [self.codes, *(one for one in bank if one is not None)]
         differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in factors)
-        if differentiable:  # a stored basis would stop the gradients
+        if differentiable or self.cache.capacity == 0:  # a stored basis would stop the gradients
             assert self.layout is not None
             mixed = bank.mix(self.codes[[self.row[expert] for expert in wanted]])
             activated = phi(mixed, lam=self.layout.lam, activation=self.layout.activation)
             return dict(zip(wanted, activated.unbind(), strict=True))
-        if self.cache.capacity == 0:
-            return dict(zip(wanted, self._compose(wanted, bank).unbind(), strict=True))
         self._drop_stale(factors)
         found = self.cache.take(wanted)
         absent = [expert for expert in wanted if expert not in found]
@@ -229,6 +232,8 @@ class OutputProjection(Projection):
         """W_e^T h for every pair: x are the rows h of all pairs, sorted by expert, `rows` the same per group."""
         bank = self.bank_here()
         hit = {group.expert for group in groups}
+        if bank is not None and self.cache.capacity == 0:
+            bank = bank.formed(len(hit))
         parts = []
         for first in range(0, len(groups), COMPOSED_AT_ONCE):
             chunk = groups[first : first + COMPOSED_AT_ONCE]
