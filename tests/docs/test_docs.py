@@ -227,10 +227,37 @@ def test_every_internal_link_resolves(name: str) -> None:
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{name}: {target}"
         assert ROOT in file.parents or file == ROOT
-        if name.startswith("docs/"):
+        if name.startswith("docs/") and not path.startswith(("../src/", "../examples/")):
             assert file.parent == page.parent, f"{name}: {target} leaves docs/, where the site can't follow"
         if anchor:
             assert anchor in anchors(file), f"{name}: {target}"
+
+
+CODE = re.compile(r"\[`([^\]`]+)`\]\((\.\./(?:src|examples)/[^)\s]+)\)")
+
+
+def test_every_formula_of_the_method_names_what_computes_it() -> None:
+    text = (ROOT / "docs" / "method.md").read_text()
+    after = re.split(r"^```math$.*?^```$", text, flags=re.DOTALL | re.MULTILINE)[1:]
+    assert len(after) > 10
+    for rest in after:
+        assert rest.lstrip().startswith("Computed in [`"), rest[:80]
+    links = CODE.findall(text)
+    assert len(links) > 15
+    for name, target in links:
+        file = ROOT / "docs" / target
+        defined = re.findall(r"^(?:def|class) (\w+)", file.read_text(), re.MULTILINE)
+        assert name in defined or target.endswith(name), f"{name} is not in {target}"
+
+
+def test_the_site_names_files_it_does_not_have() -> None:
+    hook = module_at(ROOT / "experiments" / "docs" / "formulas.py")
+    seen = hook.on_page_markdown(
+        "see [`refit`](../src/globe/am/refit.py), [`examples/a.py`](../examples/a.py) [x](y.md)"
+    )
+    assert seen == "see `refit` in `src/globe/am/refit.py`, `examples/a.py` [x](y.md)"
+    for page in (ROOT / "docs").glob("*.md"):
+        assert "](../" not in hook.on_page_markdown(page.read_text()), page.name
 
 
 def module_at(file: Path) -> ModuleType:
