@@ -312,6 +312,39 @@ def test_the_configuration_reference_is_what_the_dataclasses_say(reference: Modu
     assert page == reference.render(), "run make docs-reference"
 
 
+def test_presets_are_files_and_the_table_is_what_is_counted() -> None:
+    presets = module_at(ROOT / "experiments" / "docs" / "presets.py")
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    assert f"<!-- presets -->\n{presets.render()}\n<!-- end of presets -->" in page, (
+        "run experiments/docs/presets.py"
+    )
+    names = {file.stem for file in (ROOT / "conf" / "model").glob("*.yaml")}
+    assert names == {*presets.PRESETS, "embedded"}
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        for name, preset in presets.PRESETS.items():
+            composed = to_config(compose("config", overrides=[f"model={name}"]))
+            assert composed.model.path == preset.path
+            text = (ROOT / "conf" / "model" / f"{name}.yaml").read_text()
+            assert (
+                f"{preset.n} routed experts of {preset.p} x {preset.d} in each of {preset.layers} layers"
+                in text
+            )
+
+
+def test_the_citation_is_whole_and_names_what_the_method_page_cites() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "type", "authors", "version", "license", "references"} <= set(
+        cited
+    )
+    assert cited["version"] == PROJECT["version"] == globe.__version__
+    assert cited["license"] == PROJECT["license"]
+    page = (ROOT / "docs" / "method.md").read_text()
+    for one in cited["references"]:
+        assert {"type", "title", "authors", "year"} <= set(one)
+        for identifier in one.get("identifiers", []):
+            assert identifier["value"].replace("arXiv:", "arXiv ") in page
+
+
 def test_every_option_has_a_meaning(reference: ModuleType) -> None:
     from globe.config.schema import Config, CurveConfig
 
