@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from globe.bank.packed_tensors import dequantised, flatten, gather, layouts
 from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, member_of, require, validate
 from globe.errors import ArtefactError
 from globe.files import fresh_folder, parse_record, plain_record, read_json, sha256, sync, write_text
@@ -32,7 +33,9 @@ __all__ = [
     "write_artefact",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 added packed factors; files of version 1 have none and are read as they are."""
+_READ = (1, FORMAT_VERSION)
 TENSORS_FILE = "bank.safetensors"
 RECORD_FILE = "globe.json"
 METADATA_KEY = "globe"
@@ -86,7 +89,8 @@ def _replaceable(target: Path) -> bool:
 
 def _write_files(artefact: BankArtefact, folder: Path) -> None:
     tensors, storages = {}, set()
-    for name, tensor in artefact.tensors().items():
+    plain = {name: tensor for name, tensor in artefact.tensors().items() if name not in artefact.packed}
+    for name, tensor in (plain | flatten(artefact.packed)).items():
         whole = tensor.detach().cpu().contiguous()
         storage = whole.untyped_storage().data_ptr()
         # safetensors refuses two tensors that share memory, as two slices of one batch do
@@ -99,6 +103,7 @@ def _write_files(artefact: BankArtefact, folder: Path) -> None:
             "config": artefact.config or {},
             "metrics": artefact.metrics or {},
             "kept_parameters": artefact.kept_parameters,
+            "kept_bytes": artefact.nbytes,
             "family_parameters": artefact.family_parameters,
             "sha256": sha256(folder / TENSORS_FILE),
         }
@@ -123,6 +128,7 @@ def _identity(artefact: BankArtefact) -> dict[str, Any]:
         "lam": artefact.lam,
         "seed": artefact.seed,
         "source": artefact.source or {},
+        "packed": layouts(artefact.packed),
     }
 
 
@@ -131,7 +137,8 @@ def _sizes(artefact: BankArtefact) -> dict[str, int | None]:
 
 
 def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -> BankArtefact:
-    """Read and check an artefact; tensors come on the CPU in the dtypes they were written in.
+    """Read and check an artefact; tensors come on the CPU in the dtypes they were written in, packed factors in that
+    of the codes.
 
     `verify_hash` compares the SHA-256 of `bank.safetensors` with the one in `globe.json`, which reads the
     file once more. Raises ArtefactError when a file is missing, truncated, foreign, changed, of another
@@ -148,6 +155,12 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
     for key in ("format_version", "members", "sizes", "activation", "lam", "seed", "source"):
         require(key in record, where, f"{RECORD_FILE} has no {key!r}")
         require(record[key] == header.get(key), where, f"{RECORD_FILE} and {TENSORS_FILE} differ in {key!r}")
+    described = record.get("packed", {})
+    require(described == header.get("packed", {}), where, "its two files differ in 'packed'")
+    tensors, packed = gather(tensors, described, where)
+    if "codes" in tensors and tensors["codes"].is_floating_point():
+        require(not set(packed) & set(tensors), where, "a factor is there twice, packed and not")
+        tensors |= dequantised(packed, tensors["codes"].dtype)
     require(
         "codes" in tensors and "adapters" in tensors, where, f"{TENSORS_FILE} lacks 'codes' or 'adapters'"
     )
@@ -157,8 +170,8 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
         known = parse_record(_Record, record)
     except ValueError as error:
         raise ArtefactError(f"{root / RECORD_FILE} is damaged ({error}): export the run again") from error
-    described = {one.name: getattr(known, one.name) for one in fields(_Record)}
-    artefact = BankArtefact(**{**described, **tensors})
+    meant = {one.name: getattr(known, one.name) for one in fields(_Record)}
+    artefact = BankArtefact(**{**meant, **tensors}, packed=packed)
     validate(artefact, where)
     require(
         record["sizes"] == _sizes(artefact), where, f"the sizes in {RECORD_FILE} are not those of the tensors"
@@ -198,9 +211,9 @@ def _read_record(root: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "format_version" not in record:
         raise ArtefactError(f"{path} is not the record of a GloBE artefact: give the folder of one")
     version = record["format_version"]
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in _READ:
         raise ArtefactError(
-            f"{path} has format version {version!r} where {FORMAT_VERSION} is read: export the run again"
+            f"{path} has format version {version!r} where {FORMAT_VERSION} and earlier are read: export the run again"
         )
     return record
 

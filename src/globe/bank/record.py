@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from globe.bank.packing import Packed
 from globe.errors import ArtefactError
 
 TENSOR_NAMES = ("bank", "atoms_left", "atoms_right", "codes", "adapters", "mean", "scale")
@@ -59,6 +61,8 @@ class BankArtefact:
     config: dict[str, Any] | None = None
     seed: int = 0
     metrics: dict[str, Any] | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    """factors that are stored with few bits, by the names of the tensors, which are what they are read back as"""
 
     @property
     def n(self) -> int:
@@ -98,6 +102,13 @@ class BankArtefact:
         """Numbers of the dense experts the artefact stands for: n p d."""
         return self.n * self.p * self.d
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that an engine must hold, and read: of `kept_parameters`, packed where they are."""
+        held = ("adapters", "codes", "bank", "atoms_left", "atoms_right", "mean")
+        found = {name: tensor for name, tensor in self.tensors().items() if name in held}
+        return sum((self.packed.get(name) or tensor).nbytes for name, tensor in found.items())
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by the names they have in the file."""
         found = {name: getattr(self, name) for name in TENSOR_NAMES}
@@ -126,6 +137,9 @@ def validate(artefact: BankArtefact, where: str = "the artefact") -> None:
         # expert by expert: a mask for all of a large bank at once would cost half as much as the bank
         finite = all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 24))
         require(finite, where, f"tensor {name!r} holds NaN or infinity")
+    for name, one in artefact.packed.items():
+        shape = tuple(getattr(getattr(artefact, name, None), "shape", ()))
+        require(one.shape == shape, where, f"the packed {name!r} has the shape {one.shape}, not {shape}")
     require(bool((artefact.codes >= 0).all()), where, "tensor 'codes' holds negative numbers")
     require(artefact.activation in ACTIVATIONS, where, f"activation {artefact.activation!r} is unknown")
     require(0.0 <= artefact.lam <= 1.0, where, f"lam={artefact.lam!r} is not between 0 and 1")
