@@ -281,16 +281,13 @@ def test_hostile_packed_factors_are_refused_by_sentences() -> None:
         assert str(caught.value).startswith("it can't be used: ")
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 12, 16, 176])
+@pytest.mark.parametrize("size", [1, 2, 7, 12, 16, 32, 176])
 def test_rotations_are_orthogonal_exact_and_drawn_by_their_seed(size: int) -> None:
     R = rotation(size, 5)
     torch.testing.assert_close(R @ R.T, torch.eye(size), rtol=1e-6, atol=1e-6)
     assert torch.equal(R, rotation(size, 5))
     assert size == 1 or not torch.equal(R, rotation(size, 6))
-    block = size & -size
-    if block < size:
-        assert torch.equal(R * block, (R * block).round())
-        assert torch.equal(R.bfloat16().float(), R)
+    assert torch.equal(R.bfloat16().float(), R)
 
 
 def test_rotation_of_a_power_of_two_spreads_an_entry_over_all() -> None:

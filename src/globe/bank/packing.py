@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -94,6 +94,17 @@ class Packed:
         scales = None if columns is None else columns.to(SCALE_DTYPE)
         return cls(
             pack(rounded.codes, rounded.grid), rounded.scale, rounded.grid, rounded.zero, scales, turned
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Packed]) -> Packed:
+        """Parts of one factor below each other; they have one grid, and columns and rotation in common."""
+        zeros = [one.zero for one in parts if one.zero is not None]
+        return replace(
+            parts[0],
+            words=torch.cat([one.words for one in parts]),
+            scale=torch.cat([one.scale for one in parts]),
+            zero=torch.cat(zeros) if zeros else None,
         )
 
     def rounded(self) -> Rounded:

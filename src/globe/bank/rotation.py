@@ -24,19 +24,22 @@ def rotation(size: int, seed: int) -> Float[Tensor, "size size"]:
     """A random orthogonal matrix in float32, the same for equal seeds.
 
     Signs drawn at random times a Hadamard matrix (QuIP#: Tseng et al. 2024, arXiv 2402.04396, section 3) where the size
-    is a power of two; otherwise blocks of the largest power of two that divides it, twice, with a random order in
-    between, so that each entry meets as many others as it can. Entries are small whole numbers over a power of two, so
-    they are exact in float32; an odd size is left with signs and an order.
+    is a power of four; otherwise blocks of the largest power of two that divides it (and is not the size), twice, with
+    a random order in between, so that each entry meets as many others as it can. Entries are small whole numbers over a
+    power of two, so they are exact even in bfloat16; an odd size is left with signs and an order.
     """
     generator = torch.Generator().manual_seed(seed)
     block = size & -size
+    once = block == size and size.bit_length() % 2 == 1
+    if block == size and not once:
+        block //= 2
     signs = torch.block_diag(*[hadamard(block)] * (size // block))
 
     def draw() -> Float[Tensor, "size size"]:
         flips = 2.0 * torch.randint(2, (size,), generator=generator) - 1.0
         return signs * flips
 
-    if block == size:
+    if once:
         return draw() / size**0.5
     order = torch.randperm(size, generator=generator)
     return (draw()[:, order] @ draw()) / block

@@ -49,6 +49,8 @@ def resolve_sizes(
             sizes = _grow(BaselineSizes(method, n, p, d, n, r or 1), "r", r, min(p, d), limit)
         case Method.shared_basis:
             sizes = _grow(BaselineSizes(method, n, p, d, 1, r or 1), "r", r, min(n * p, d), limit)
+        case Method.rtn | Method.gptq | Method.gptq_rotated:
+            raise ConfigError(f"{method} rounds all weights: give bits, and no sizes or share to keep")
         case Method.slbf:
             first = _published_rank(method, n, p, d, limit) if r is None and atom_rank is None else r or 1
             sizes = BaselineSizes(method, n, p, d, n, first, atom_rank or 1)

@@ -25,8 +25,15 @@ class Method(StrEnum):
     """MoBE's objective and optimiser from a start that really is a warm start"""
     slbf = "slbf"
     """low-rank atoms, as many as experts (arXiv 2610.09342)"""
+    rtn = "rtn"
+    """weights rounded to the nearest level"""
+    gptq = "gptq"
+    """weights rounded with error feedback (GPTQ, arXiv 2210.17323)"""
+    gptq_rotated = "gptq_rotated"
+    """the same after random rotations of both sides (QuIP, arXiv 2307.13304)"""
 
 
+WEIGHT_METHODS = frozenset({Method.rtn, Method.gptq, Method.gptq_rotated})
 ADAM_METHODS = frozenset({Method.mobe, Method.mobe_corrected, Method.slbf})
 
 
@@ -66,6 +73,7 @@ class BaselineSizes:
         shared_basis   n p r + r d                           (nor do codes that are all one)
         mean_svd       p d + n r (p + d)                     (the mean expert is stored once)
         group_svd, mobe, mobe_corrected   n p r + m r d + n m
+        rtn, gptq, gptq_rotated   n p d                      (every weight, with fewer bits)
         slbf           n p r + m k (r + d - k) + n m         (gauge fixed: k x k of every atom is an identity)
         """
         n, p, d, m, r = self.n, self.p, self.d, self.m, self.r
@@ -76,6 +84,8 @@ class BaselineSizes:
                 return n * p * r + r * d
             case Method.mean_svd:
                 return p * d + n * r * (p + d)
+            case Method.rtn | Method.gptq | Method.gptq_rotated:
+                return n * p * d
             case Method.slbf:
                 assert self.atom_rank is not None
                 return n * p * r + m * self.atom_rank * (r + d - self.atom_rank) + n * m

@@ -66,6 +66,18 @@ class BankConfig:
     kept: float | None = None
     """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank, those of a GloBE
     bank by short fits (see `budget`); null takes the sizes above."""
+    bits: float | None = None
+    """Bits of the factors' numbers, which are then packed as integers with scales: the average over the columns of the
+    adapters, 1 to 8, shared out by what these matter. Atoms are few and have 3 bits more, 8 at most. Null leaves the
+    factors in `export_dtype`."""
+    bits_A: float | None = None
+    """Bits of the adapters, where they are to be others than `bank.bits` says."""
+    bits_B: int | None = None
+    """Bits of the atoms, 2 to 8, where they are to be others than `bank.bits` says."""
+    group_A: int | None = None
+    """Columns of the adapters that share a scale in every row; null is all of them (64 where weights are rounded)."""
+    group_B: int = 64
+    """Columns of the atoms that share a scale in every row."""
     scope: Scope = Scope.family
     """Experts that share a bank: family joins those of one layer and family, families joins up and gate of a layer,
     layers joins all selected layers of a family."""
@@ -76,6 +88,7 @@ class BankConfig:
         for key in ("m", "r", "atom_rank"):
             value = getattr(self, key)
             check(not isinstance(value, int) or value >= 1, f"bank.{key}", value, "an integer of at least 1")
+        _check_bits(self)
         kept = self.kept
         check(kept is None or 0 < kept <= 1, "bank.kept", kept, "a share above 0 and at most 1, or null")
         given = [f"bank.{key}" for key in ("m", "r", "atom_rank") if getattr(self, key) is not None]
@@ -83,6 +96,19 @@ class BankConfig:
             raise ConfigError(
                 f"bank.kept={kept} sets the sizes of the method: leave out {' and '.join(given)}"
             )
+
+
+def _check_bits(bank: BankConfig) -> None:
+    for key in ("bits", "bits_A"):
+        bits = getattr(bank, key)
+        check(bits is None or 1 <= bits <= 8, f"bank.{key}", bits, "a number from 1 to 8, or null")
+    bits = bank.bits_B
+    check(bits is None or 2 <= bits <= 8, "bank.bits_B", bits, "an integer from 2 to 8, or null")
+    given = bank.bits is not None or bank.bits_A is not None
+    check(bits is None or given, "bank.bits_B", bits, "bank.bits or bank.bits_A with it, or null")
+    for key in ("group_A", "group_B"):
+        group = getattr(bank, key)
+        check(group is None or group >= 1, f"bank.{key}", group, "an integer of at least 1")
 
 
 @dataclass

@@ -29,12 +29,19 @@ class Method(StrEnum):
     mobe = "mobe"
     mobe_corrected = "mobe_corrected"
     slbf = "slbf"
+    rtn = "rtn"
+    gptq = "gptq"
+    gptq_rotated = "gptq_rotated"
 
 
 OBJECTIVES = ("relfrob", "kept", "kept_model", "seconds")
 """Figures of a run that a sweeper can minimise."""
 
 ADAM_METHODS = (Method.mobe, Method.mobe_corrected, Method.slbf)
+
+
+WEIGHT_METHODS = (Method.rtn, Method.gptq, Method.gptq_rotated)
+"""Methods that round the weights themselves; they need `bank.bits`."""
 
 
 class Scope(StrEnum):

@@ -17,6 +17,7 @@ from globe.config.choices import (
     ADAM_METHODS,
     FAMILIES_OF,
     OBJECTIVES,
+    WEIGHT_METHODS,
     Activation,
     Curve,
     Device,
@@ -157,6 +158,8 @@ def _check_method(config: Config) -> None:
             support,
             f"null with method={method}, which has no control",
         )
+    if method in WEIGHT_METHODS:
+        _check_weight_method(config)
     if method in ADAM_METHODS:
         published = (Activation.silu, Activation.tanh, Activation.identity)
         allowed = f"{', '.join(published)} with method={method}"
@@ -179,6 +182,19 @@ def _check_method(config: Config) -> None:
         check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with method=mean_svd")
         one = config.normalise.scale in (Scale.family, Scale.none)
         check(one, "normalise.scale", str(config.normalise.scale), "family or none with method=mean_svd")
+
+
+def _check_weight_method(config: Config) -> None:
+    bank, method = config.bank, config.method
+    bits = bank.bits if bank.bits_A is None else bank.bits_A
+    whole = bits is not None and bits == int(bits)
+    check(whole, "bank.bits", bits, f"an integer from 1 to 8 with method={method}")
+    for key in ("m", "r", "atom_rank", "kept", "bits_B"):
+        value = getattr(bank, key)
+        check(value is None, f"bank.{key}", value, f"null with method={method}, which rounds all weights")
+    blind = method is not Method.rtn and config.normalise.metric is Metric.none
+    needed = f"one of the others with method={method}, which feeds errors back in a metric"
+    check(not blind, "normalise.metric", "none", needed)
 
 
 def is_linear(config: Config) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from globe.am.records import FitResult
 from globe.bank.file import BankArtefact, Member
 from globe.checkpoint import Checkpoint
+from globe.config.choices import WEIGHT_METHODS
 from globe.config.schema import Config
 from globe.fit.figures import expert_relfrob
 from globe.fit.finalise import Finalised
@@ -49,7 +50,19 @@ def artefact_of(
         source=source,
         config=bank_options(config),
         seed=seed,
+        packed=done.packed,
     )
+
+
+def figures_of_bytes(config: Config, artefact: BankArtefact) -> dict[str, float | None]:
+    """Return the bytes that an engine must hold of a bank, and bits for each weight of the experts.
+
+    Where the weights themselves are rounded, the basis they are written in says nothing and is not counted.
+    """
+    held = artefact.nbytes
+    if config.method in WEIGHT_METHODS:
+        held -= sum(tensor.nbytes for tensor in (artefact.bank, artefact.codes) if tensor is not None)
+    return {"bytes": held, "bits_per_weight": 8 * held / artefact.family_parameters}
 
 
 def figures_of_members(artefact: BankArtefact, done: Finalised) -> dict[str, float | None]:

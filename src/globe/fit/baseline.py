@@ -17,6 +17,7 @@ from globe.config.schema import Config
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of
 from globe.fit.normalise import Joined
+from globe.fit.plan import precision_of
 from globe.numerics.figures import relfrob, squared_norms
 from globe.numerics.metric import times_inverse
 
@@ -76,6 +77,7 @@ def fit_baseline(
         export_dtype=export_dtype,
         prune=0.0,
         metric=metric,
+        precision=precision_of(config),
     )
     # what is left beside a method's own mean expert is still measured against all of the experts
     done = done._replace(norms=norms, relfrob=relfrob(done.errors, norms))

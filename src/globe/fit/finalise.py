@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from globe.am.records import Factors
 from globe.am.temperature import prune as prune_codes
 from globe.bank.compose import mixed_bases
+from globe.bank.packing import Packed
+from globe.bank.precision import Precision
 from globe.errors import FitError
 from globe.fit.input_metric import InputMetric
 from globe.fit.normalise import Joined, Normalised, fold_scale, join
+from globe.fit.rounding import round_factors
 from globe.numerics.figures import CHUNK, pruned_share, relfrob, squared_norms
 from globe.numerics.group import ALONE, ProcessGroup
 
@@ -41,6 +45,8 @@ class Finalised(NamedTuple):
     """share of the positive codes that the prune set to zero"""
     relfrob_metric: float | None = None
     """the same figure with errors and norms in the metric, where there is one"""
+    packed: Mapping[str, Packed] = MappingProxyType({})
+    """the factors that are stored with few bits; `factors` are what they are read back as"""
 
 
 def finalise(
@@ -53,6 +59,7 @@ def finalise(
     prune: float,
     refit: Refit | None = None,
     metric: InputMetric | None = None,
+    precision: Precision | None = None,
     group: ProcessGroup = ALONE,
 ) -> Finalised:
     """Prune, round bank and codes, refit the adapters to the rounded bases, fold the scale, round, measure.
@@ -62,6 +69,9 @@ def finalise(
     `refit` is the fit's own least-squares step; it sees the bases of the pruned codes and of the bank as
     rounded, so that the adapters make good what the rounding spoilt. None leaves the adapters as they are. With a
     metric the refit is that of D_i X_i L_i to M_i L_i, whatever the activation.
+
+    With a `precision` the factors are rounded to few bits instead, which refits the adapters with a ridge of its own
+    (`round_factors`); experts and factors have to be those of one process then.
 
     The errors are residuals of the exported numbers: ||X_i - (scale_i^-1 A_i) M_i||^2 on the normalised
     experts, with A, M, and the mean's rounding as a reader will get them, chunk by chunk.
@@ -75,23 +85,36 @@ def finalise(
     joined = normalised if isinstance(normalised, Joined) else join([normalised])
     X = joined.experts
     kept = prune_codes(factors.codes, prune)
-    exported = _round_atoms(factors._replace(codes=kept), export_dtype)
-    adapters = X.new_empty(factors.adapters.shape, dtype=export_dtype)
-    for rows in _chunks(X):
-        own = factors.adapters[rows]
-        if refit is not None:
-            M = _bases(exported, rows, lam, activation).to(X)
-            if metric is None:
-                own = refit(X[rows], M)
-            else:
-                own = metric.adapters(refit(metric.seen(X[rows], rows), metric.bases(M, rows)), rows)
-        adapters[rows] = fold_scale(own, None if joined.scale is None else joined.scale[rows])
-    exported = exported._replace(adapters=adapters)
+    packed: Mapping[str, Packed] = {}
+    if precision is None:
+        exported = _round_atoms(factors._replace(codes=kept), export_dtype)
+        adapters = X.new_empty(factors.adapters.shape, dtype=export_dtype)
+        for rows in _chunks(X):
+            own = factors.adapters[rows]
+            if refit is not None:
+                M = _bases(exported, rows, lam, activation).to(X)
+                if metric is None:
+                    own = refit(X[rows], M)
+                else:
+                    own = metric.adapters(refit(metric.seen(X[rows], rows), metric.bases(M, rows)), rows)
+            adapters[rows] = fold_scale(own, None if joined.scale is None else joined.scale[rows])
+        exported = exported._replace(adapters=adapters)
+    else:
+        exported, packed, *_ = round_factors(
+            X,
+            factors._replace(codes=kept),
+            precision,
+            lam=lam,
+            activation=activation,
+            export_dtype=export_dtype,
+            scale=joined.scale,
+            metric=metric,
+        )
     mean = joined.mean
     if mean is not None and mean.dim() == 3:
         mean = mean.to(export_dtype)
     _check(exported, kept, mean, export_dtype)
-    errors, seen = _exported_errors(exported, joined, mean, lam, activation, metric)
+    errors, seen = exported_errors(exported, joined, mean, lam, activation, metric)
     errors, norms = group.gather(errors), group.gather(squared_norms(X))
     codes, adapters = group.gather(exported.codes), group.collect(exported.adapters)
     return Finalised(
@@ -103,6 +126,7 @@ def finalise(
         relfrob(errors, norms),
         pruned_share(group.gather(factors.codes), codes),
         None if metric is None else relfrob(group.gather(seen), group.gather(metric.norms(X))),
+        packed,
     )
 
 
@@ -141,7 +165,7 @@ def _check(exported: Factors, kept: Float[Tensor, "n m"], mean: Tensor | None, d
         raise FitError(f"codes of {int(lost.sum())} experts vanish in export_dtype={name}: {remedy}")
 
 
-def _exported_errors(
+def exported_errors(
     exported: Factors,
     joined: Joined,
     mean: Tensor | None,

@@ -21,17 +21,19 @@ from globe.am.refit import refit
 from globe.bank.file import BankArtefact, write_artefact
 from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
+from globe.config.choices import WEIGHT_METHODS, Activation
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
 from globe.files import parse_record, read_record, write_json
-from globe.fit.bank_records import artefact_of, figures_of_members, report_of
+from globe.fit.bank_records import artefact_of, figures_of_bytes, figures_of_members, report_of
 from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of
-from globe.fit.plan import BankPlan
+from globe.fit.plan import BankPlan, precision_of
 from globe.fit.provenance import complete_artefact, fit_fingerprint, source_of
 from globe.fit.reading import ReadExperts, read_experts
+from globe.fit.rounded_weights import fit_rounded_weights
 from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
 from globe.numerics.device import bank_seed, peak_device_bytes, peak_host_bytes, trim_heap
 from globe.numerics.group import ALONE, ProcessGroup
@@ -188,6 +190,9 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
             on_step=watch.step,
             on_checkpoint=watch.checkpoint,
         )
+    elif config.method in WEIGHT_METHODS:
+        result, done = fit_rounded_weights(joined, config, seed=seed, export_dtype=read.export_dtype)
+        activation = str(Activation.identity)
     else:
         result, done, activation = fit_baseline(
             joined,
@@ -207,6 +212,7 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
         config, run.checkpoint, bank, joined, result.lam, activation, done, begin.source, seed
     )
     figures = bank_figures(spread, spectra, result, done, scheduled) | figures_of_members(artefact, done)
+    figures |= figures_of_bytes(config, artefact)
     charts = bank_charts(spectra, joined, artefact)
     report = report_of(config, artefact, bank, result, done, fitting.attempt, figures, charts)
     artefact = replace(artefact, metrics=report.to_dict())
@@ -231,6 +237,10 @@ def fit_globe(
 ) -> tuple[FitResult, Finalised]:
     """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
+    precision = precision_of(config)
+    if precision is not None:  # a fit that is to be rounded takes the ridge that rounding wants
+        train = config.train
+        config = replace(config, train=replace(train, lambda_A=max(train.lambda_A, precision.ridge)))
     metric = metric_of(config, X, group)
     columns = None
     if metric is not None:
@@ -261,6 +271,7 @@ def fit_globe(
         prune=config.codes.prune,
         refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
         metric=metric,
+        precision=precision,
         group=group,
     )
     return result, done

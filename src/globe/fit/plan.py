@@ -5,16 +5,19 @@ Resolved once, after the checkpoint is open; nothing is written back into the co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from globe.am.records import Sizes
+from globe.bank.precision import Precision
 from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
-from globe.config.choices import FAMILIES_OF, Centre, Method, Scope
+from globe.baselines.records import Method as BaselineMethod
+from globe.config.choices import FAMILIES_OF, WEIGHT_METHODS, Centre, Method, Scope
 from globe.config.identity import DEFAULT_SIZES
 from globe.config.layers import parse_layers, ranges
 from globe.config.schema import Config
@@ -235,6 +238,18 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
     return Sizes(n, p, d, chosen.m, chosen.r, target_support=support, atom_rank=chosen.atom_rank)
 
 
+def precision_of(config: Config) -> Precision | None:
+    """Return the bits that the configuration gives to factors; None leaves them in the export dtype."""
+    bank = config.bank
+    adapters = bank.bits if bank.bits_A is None else bank.bits_A
+    if adapters is None:
+        return None
+    atoms = bank.bits_B
+    if atoms is None:
+        atoms = min(8, math.ceil(adapters if bank.bits is None else bank.bits) + 3)
+    return Precision(float(adapters), atoms, bank.group_A, bank.group_B)
+
+
 def target_support(config: Config, m: int) -> int | None:
     """`codes.target_support` for m atoms. Raises ConfigError when it does not come out."""
     support = config.codes.target_support
@@ -251,6 +266,8 @@ def _baseline_sizes(config: Config, bank: Outline) -> BaselineSizes:
     """
     n, p, d = bank.shape
     method, name = config.method, str(config.method)
+    if method in WEIGHT_METHODS:
+        return BaselineSizes(BaselineMethod(name), n, p, d, m=1, r=d)
     if config.bank.kept is not None:
         budget = allowed(config, bank)
         if budget < 1:

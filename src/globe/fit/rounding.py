@@ -24,7 +24,8 @@ from globe.bank.compose import mixed_bases
 from globe.bank.feedback import round_with_feedback
 from globe.bank.gauge import allocate_bits, balanced_gauge, column_factors
 from globe.bank.packing import Packed
-from globe.bank.rounding import NOISE, Grid, round_nearest
+from globe.bank.precision import Precision
+from globe.bank.rounding import Grid, round_nearest
 from globe.errors import FitError
 from globe.fit.input_metric import InputMetric
 from globe.numerics.activation import phi_prime
@@ -35,47 +36,7 @@ _ROUNDS = 4
 """At most: moves of the atoms around rounded adapters."""
 _WORTH = 1e-3
 """A round that lowers the error by less than this share of it is the last."""
-_FEEDBACK = 0.25
-"""Share of the noise of plain rounding that is left with feedback, for the ridge: of bits 3 and 4, SiLU and tanh, the
-best ridges of a trained layer lay at 0.1 to 0.3 of that noise."""
 _ITERATIONS, _DAMPING = 20, 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Bits of the factors: of an adapter's columns on average, of every number of an atom, and columns of a group."""
-
-    adapters: float
-    atoms: int
-    group_adapters: int | None = None
-    """None is all columns"""
-    group_atoms: int = 64
-
-    @property
-    def ridge(self) -> float:
-        """Relative ridge of the adapters' refit: what rounding them is expected to cost in the metric of the bases.
-
-        Noise of variance v |A|^2 / (p r) an entry costs v |A|^2 mean(diag M M^T), which is a ridge of v.
-        """
-        low = int(self.adapters)
-        share = self.adapters - low
-        noise = NOISE[low] ** (1 - share) * NOISE[min(low + 1, len(NOISE) - 1)] ** share
-        return _FEEDBACK * noise
-
-    def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
-        """Bits that factors of these sizes take in a file: rows of whole bytes, scales and codes of 16 bits."""
-        columns = int(self.adapters * r)
-        adapters = n * p * (8 * -(-columns // 8) + 16 * -(-r // (self.group_adapters or r))) + 16 * r
-        if k is None:
-            atoms = m * r * _row_bits(d, self.atoms, self.group_atoms)
-        else:
-            atoms = m * r * _row_bits(k, self.atoms, self.group_atoms)
-            atoms += m * k * _row_bits(d, self.atoms, self.group_atoms)
-        return adapters + atoms + 16 * n * m
-
-
-def _row_bits(columns: int, bits: int, group: int) -> int:
-    return 8 * -(-columns * bits // 8) + 16 * -(-columns // group)
 
 
 class RoundedFactors(NamedTuple):
@@ -151,11 +112,9 @@ def round_factors(
     *,
     lam: float,
     activation: str,
-    linear: bool,
     export_dtype: torch.dtype,
     scale: Tensor | None = None,
     metric: InputMetric | None = None,
-    generator: torch.Generator,
 ) -> RoundedFactors:
     """Round the factors of a fit so that the error on the normalised experts X grows as little as it can.
 
@@ -171,7 +130,9 @@ def round_factors(
     task = _Task(X, lam, activation, precision, metric, scale, export_dtype)
     codes = factors.codes.to(export_dtype).to(X)
     atoms = Atoms(factors.bank, codes, factors.left, factors.right)
-    atoms = _in_gauge(task, atoms, linear=linear)
+    atoms = _in_gauge(task, atoms, linear=lam == 0 or activation == "identity")
+    # draws the sketch of a preconditioner, and nothing that a result depends on but by its rounding
+    generator = torch.Generator().manual_seed(0)
     best, wanted = None, atoms
     for at in range(_ROUNDS + 1):
         found, rounded = _round_once(task, wanted, at)
@@ -179,7 +140,7 @@ def round_factors(
             break
         small = best is not None and found.error > (1 - _WORTH) * best.error
         best = found
-        if small or at == _ROUNDS or metric is not None:
+        if small or at == _ROUNDS:
             break
         wanted = _moved(task, wanted, rounded, found, generator)
     assert best is not None
@@ -233,7 +194,7 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
         exported[part] = words[-1].values(task.dtype)
         left = task.target(part) - task.fitted(exported[part].to(M), part) @ M
         error += float(squared_norms(left).sum())
-    packed["adapters"] = _joined(words)
+    packed["adapters"] = Packed.joined(words)
     codes = atoms.codes.to(task.dtype)
     factors = Factors(
         atoms.bank.to(task.dtype),
@@ -260,17 +221,6 @@ def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed]]:
         return wanted._replace(bank=rounded(wanted.bank, "bank")), packed
     left, right = rounded(wanted.left, "atoms_left"), rounded(wanted.right, "atoms_right")
     return low_rank_atoms(left, right, wanted.codes), packed
-
-
-def _joined(parts: list[Packed]) -> Packed:
-    zero = None
-    return Packed(
-        torch.cat([one.words for one in parts]),
-        torch.cat([one.scale for one in parts]),
-        parts[0].grid,
-        zero,
-        parts[0].columns,
-    )
 
 
 def _moved(

@@ -85,6 +85,8 @@ def refuse(config: Config) -> None:
         (config.method is not Method.globe, f"method={config.method}", "method=globe"),
         (config.dry_run, "dry_run=true", "dry_run=false"),
         (config.bank.kept is not None, f"bank.kept={config.bank.kept}", "bank.m and bank.r"),
+        (config.bank.bits is not None, f"bank.bits={config.bank.bits}", "bank.bits=null"),
+        (config.bank.bits_A is not None, f"bank.bits_A={config.bank.bits_A}", "bank.bits_A=null"),
         (config.init.seeding is Seeding.kmeans, "init.seeding=kmeans", "init=group_svd"),
         (train.dictionary is Dictionary.mod, "train.dictionary=mod", "train.dictionary=gauss_newton"),
         (min(beta.start, beta.end) < 1, "schedule.beta below 1", "schedule.beta.start=1 schedule.beta.end=1"),

@@ -1,0 +1,57 @@
+"""Rounding of the weights themselves: to the nearest level, with error feedback, and the latter after rotations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.bank.feedback import round_with_feedback
+from globe.bank.packing import Packed
+from globe.bank.rotation import rotation
+from globe.bank.rounding import Grid, round_nearest
+from globe.numerics.chunks import expert_chunks
+
+Moments = Callable[[slice], Float[Tensor, "c d d"]]
+"""Second moments C_i of the inputs of some experts; errors count as tr(E_i C_i E_i^T)."""
+
+
+class RoundedWeights(NamedTuple):
+    """W_i ~ packed_i basis."""
+
+    packed: Packed
+    basis: Float[Tensor, "d d"]
+    """the identity, or an orthogonal matrix of exact entries that a seed gives"""
+
+
+def round_weights(
+    W: Float[Tensor, "n p d"],
+    *,
+    bits: int,
+    group: int,
+    moments: Moments | None = None,
+    seed: int | None = None,
+) -> RoundedWeights:
+    """Round every row of W_i to `bits` bits, with one searched scale for each `group` columns.
+
+    moments   error feedback in the metric C_i of each expert (GPTQ, arXiv 2210.17323); None rounds to the nearest level
+    seed      rounds R W_i S^T in the place of W_i, with the rotations R and S of this seed and the next, and the metric
+              S C_i S^T (incoherence: QuIP, arXiv 2307.13304, section 4)
+    """
+    n, p, d = W.shape
+    grid = Grid.of(bits, d, group)
+    rows = None if seed is None else rotation(p, seed).to(W)
+    basis = torch.eye(d, dtype=W.dtype, device=W.device) if seed is None else rotation(d, seed + 1).to(W)
+    parts = []
+    for part in expert_chunks(n, max(p, d), d):
+        own = W[part] if rows is None else rows @ W[part] @ basis.T
+        if moments is None:
+            rounded = round_nearest(own, grid)
+        else:
+            C = moments(part)
+            rounded = round_with_feedback(own, C if seed is None else basis @ C @ basis.T, grid)
+        parts.append(Packed.of(rounded, turned=seed))
+    return RoundedWeights(Packed.joined(parts), basis)

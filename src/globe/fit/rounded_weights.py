@@ -1,0 +1,89 @@
+"""Methods that round the weights themselves, run and measured in the place of a fit."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from globe.am.records import Factors, FitResult, StopReason
+from globe.baselines.rounded_weights import round_weights
+from globe.config.choices import Method
+from globe.config.schema import Config
+from globe.fit.finalise import Finalised, exported_errors
+from globe.fit.input_metric import metric_of
+from globe.fit.normalise import Joined, fold_scale
+from globe.fit.plan import precision_of
+from globe.numerics.figures import relfrob, squared_norms
+
+_GROUP = 64
+"""Columns that share a scale where `bank.group_A` says nothing."""
+
+
+def fit_rounded_weights(
+    joined: Joined, config: Config, *, seed: int, export_dtype: torch.dtype
+) -> tuple[FitResult, Finalised]:
+    """Round the experts by `config.method`; the records are those of a bank of one atom, the identity or a rotation.
+
+    Feedback is in the metric of `normalise.metric`, for each expert where it has one for each.
+    """
+    started = time.perf_counter()
+    precision = precision_of(config)
+    assert precision is not None
+    X = joined.experts
+    metric = metric_of(config, X)
+    W = torch.stack(
+        [
+            fold_scale(X[at, None], None if joined.scale is None else joined.scale[at, None])[0]
+            for at in range(len(X))
+        ]
+    )
+    n, _, d = W.shape
+
+    def moments(part: slice) -> torch.Tensor:
+        assert metric is not None
+        assert metric.columns is not None
+        L = metric.columns.of(part)
+        return (L @ L.mT).expand(len(range(n)[part]), d, d)
+
+    rounded = round_weights(
+        W,
+        bits=int(precision.adapters),
+        group=precision.group_adapters or _GROUP,
+        moments=None if config.method is Method.rtn else moments,
+        seed=seed if config.method is Method.gptq_rotated else None,
+    )
+    del W
+    basis = rounded.basis.to(export_dtype)
+    factors = Factors(basis[None], X.new_ones(n, 1, dtype=export_dtype), rounded.packed.values(export_dtype))
+    mean = joined.mean
+    if mean is not None and mean.dim() == 3:
+        mean = mean.to(export_dtype)
+    errors, seen = exported_errors(factors, joined, mean, 0.0, "identity", metric)
+    norms = squared_norms(X)
+    error = relfrob(errors, norms)
+    done = Finalised(
+        factors,
+        mean,
+        joined.scale,
+        errors,
+        norms,
+        error,
+        0.0,
+        None if metric is None else relfrob(seen, metric.norms(X)),
+        {"adapters": rounded.packed},
+    )
+    result = FitResult(
+        factors,
+        lam=0.0,
+        stop=StopReason.closed_form,
+        steps=0,
+        relfrob_start=error,
+        relfrob=error,
+        energy_captured=1.0,
+        accepted=0,
+        rejected=0,
+        regularised_solves=0,
+        seconds=time.perf_counter() - started,
+    )
+    return result, done
