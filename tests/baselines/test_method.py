@@ -12,7 +12,7 @@ from globe.bank.compose import rebuild
 from globe.bank.file import read_artefact
 from globe.baselines import BaselineSizes, run_baseline
 from globe.checkpoint import open_checkpoint
-from globe.config.choices import ADAM_METHODS, Method
+from globe.config.choices import ADAM_METHODS, WEIGHT_METHODS, Method
 from globe.config.composition import plain, to_config
 from globe.config.identity import run_name
 from globe.config.schema import Config
@@ -22,7 +22,7 @@ from globe.fit.plan import plan
 from outlined_model import Model
 from run_support import bytes_of, composed, lines, load, run_in
 
-BASELINES = [method for method in Method if method is not Method.globe]
+BASELINES = [method for method in Method if method is not Method.globe and method not in WEIGHT_METHODS]
 FEW = ("model.max_experts=8", "bank.m=3", "bank.r=11", "export_dtype=float32")
 n, p, d, m, r = 8, 44, 64, 3, 11
 SAME = n * p * r + m * r * d + n * m

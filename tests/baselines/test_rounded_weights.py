@@ -1,0 +1,96 @@
+"""Methods that round the weights: beside their definitions, and as runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from globe.bank.compose import rebuild
+from globe.bank.feedback import round_with_feedback
+from globe.bank.file import read_artefact
+from globe.bank.rotation import rotation
+from globe.bank.rounding import Grid, round_nearest
+from globe.baselines.rounded_weights import round_weights
+from globe.config.composition import to_config
+from globe.errors import ConfigError
+from run_support import composed, run_in
+
+N, P, D = 3, 12, 20
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments() -> Tensor:
+    x = normal(N, 40, D, seed=1) * torch.logspace(0, 1, D) + 4 * normal(N, 40, 1, seed=2)
+    return x.mT @ x / 40
+
+
+def test_nearest_rounding_is_that_of_every_row() -> None:
+    W = normal(N, P, D)
+    found = round_weights(W, bits=3, group=8)
+    assert torch.equal(found.packed.values(), round_nearest(W, Grid.of(3, D, 8)).values())
+    assert torch.equal(found.basis, torch.eye(D))
+    assert found.packed.nbytes == N * P * (D * 3 // 8 + 1 + 2 * 3)
+
+
+def test_feedback_is_in_the_moments_of_each_expert() -> None:
+    W, C = normal(N, P, D), moments()
+    found = round_weights(W, bits=3, group=8, moments=lambda part: C[part]).packed.values()
+    for i in range(N):
+        own = round_with_feedback(W[i : i + 1], C[i : i + 1], Grid.of(3, D, 8)).values()
+        torch.testing.assert_close(found[i : i + 1], own)
+
+    def error(values: Tensor) -> float:
+        return float((((values - W) @ C) * (values - W)).sum())
+
+    assert error(found) < 0.7 * error(round_weights(W, bits=3, group=8).packed.values())
+
+
+def test_rotated_rounding_is_rounding_of_the_rotated_weights() -> None:
+    W, C = normal(N, P, D), moments()
+    found = round_weights(W, bits=3, group=8, moments=lambda part: C[part], seed=5)
+    rows, basis = rotation(P, 5), rotation(D, 6)
+    inner = round_with_feedback(rows @ W @ basis.T, basis @ C @ basis.T, Grid.of(3, D, 8)).values()
+    torch.testing.assert_close(found.packed.values() @ found.basis, rows.T @ inner @ basis)
+    # an outlier spoils the scale of its group, unless it is rotated away
+    W[:, 0, 0] = 60.0
+
+    def error(seed: int | None) -> float:
+        one = round_weights(W, bits=3, group=D, seed=seed)
+        return float((one.packed.values() @ one.basis - W)[:, 0, 1:].square().sum())
+
+    assert error(5) < 0.5 * error(None)
+
+
+@pytest.mark.parametrize("options", [["method=rtn"], ["method=gptq"], ["method=gptq_rotated"]])
+def test_runs_store_rounded_weights(tmp_path: Path, options: list[str]) -> None:
+    _, folder = run_in(tmp_path, *options, "bank.bits=3", "layer=12")
+    summary = json.loads((folder / "summary.json").read_text())["banks"][0]
+    artefact = read_artefact(folder / "banks" / "layer012.up")
+    assert set(artefact.packed) == {"adapters"}
+    assert artefact.family_parameters == 16 * 44 * 64
+    assert summary["metrics"]["bits_per_weight"] == pytest.approx(3 + 16 / 64, abs=0.01)
+    assert artefact.mean is not None
+    assert summary["metrics"]["bytes"] == artefact.packed["adapters"].nbytes + artefact.mean.nbytes
+    assert 0.1 < summary["relfrob"] < 0.3
+    assert bool(torch.isfinite(rebuild(artefact)).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["method=rtn", "bank.bits=2.5"], "bank.bits=2.5 is not possible: give an integer"),
+        (["method=rtn", "bank.bits=null"], "bank.bits=None is not possible: give an integer"),
+        (["method=rtn", "bank.kept=0.5"], "bank.kept=0.5 is not possible: give null with method=rtn"),
+        (["method=gptq", "normalise.metric=none"], "normalise.metric='none' is not possible"),
+    ],
+)
+def test_options_that_contradict_rounding_are_refused(options: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        to_config(composed(*options))
