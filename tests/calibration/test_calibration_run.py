@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_support import make
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from globe.calibration import run as run_module
 from globe.calibration.collect import collect
@@ -25,34 +24,7 @@ from globe.checkpoint import open_checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import ExportDtype
 from globe.errors import ArtefactError, ConfigError
-from tiny_models import TINY, load_tiny, write_tiny
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz ,.;"
-
-
-def write_letters(folder: Path) -> None:
-    """A tokenizer of single letters, with numbers that every tiny model knows."""
-    numbers = {letter: number + 3 for number, letter in enumerate(LETTERS)} | {"?": 0}
-    made = Tokenizer(models.WordLevel(numbers, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?").save_pretrained(folder)
-
-
-def text_file(folder: Path, length: int = 700) -> Path:
-    generator = torch.Generator().manual_seed(2)
-    letters = torch.randint(0, len(LETTERS), (length,), generator=generator).tolist()
-    path = folder / "text.txt"
-    path.write_text("".join(LETTERS[one] for one in letters))
-    return path
-
-
-def make(tmp_path: Path, model_type: str = "qwen3_moe", **overrides: Any) -> tuple[Any, CalibrateConfig]:
-    """A checkpoint with a tokenizer, and options for it."""
-    folder = write_tiny(model_type, tmp_path / "model", **overrides)
-    write_letters(folder)
-    text = text_file(tmp_path)
-    options = CalibrateConfig(text=str(text), tokens=13 * 11, window=13, batch=4, out=str(tmp_path / "out"))
-    return open_checkpoint(str(folder)), options
+from tiny_models import TINY, load_tiny
 
 
 def same(one: Calibration, other: Calibration, layers: tuple[int, ...]) -> None:

@@ -58,7 +58,7 @@ class Reference:
 
     def add(self, e: int, x: Tensor, g: float) -> Tensor:
         up = self.weights["up"][e] @ x
-        down = self.weights["down"][e]
+        down = self.weights["down"][e].T
         bias = torch.zeros(HIDDEN).double()
         if type(self.module).__name__ == "GptOssExperts":
             both = self.module.gate_up_proj_bias[e].double()

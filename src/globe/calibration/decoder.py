@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,13 +17,16 @@ from globe.errors import CheckpointError
 
 
 class Decoder:
-    """The text part of a model, without its output layer: embeddings in memory, every decoder layer on its own.
+    """The text part of a model: embeddings (with `head` the output layer too) in memory, every layer on its own.
 
     transformers builds the modules without values and says which stored tensor goes where, so every architecture that
     it can load works here. Raises CheckpointError for a model whose layers can't be told apart.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, head: bool = False
+    ) -> None:
+        self._head = head
         self._checkpoint, self._dtype, self.device = checkpoint, dtype, device
         self._model = _without_values(checkpoint, dtype)
         self._experts = experts_modules(self._model)
@@ -114,16 +117,33 @@ class Decoder:
         module = self._modules[layer]
         replaced = {layer: at_layer} | dict.fromkeys(range(layer), before)
         replaced |= dict.fromkeys(range(layer + 1, self.layers), lambda *args, **kwargs: found[0])
-        for other, forward in replaced.items():
-            self._modules[other].forward = forward
-        try:
+        with self._forwards(replaced):
             self._model.get_submodule(self._root)(input_ids=ids.to(self.device), use_cache=False)
-        finally:
-            for other in replaced:
-                del self._modules[other].forward
         output = found[0]
         self.wrapped = len(output) if isinstance(output, tuple) else None
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, ids: Int[Tensor, "b t"], hidden: Float[Tensor, "b t ..."]) -> Float[Tensor, "b t v"]:
+        """What the model's norm and output layer make of the hidden states after the last layer; needs `head`."""
+        assert self._head
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            return hidden if self.wrapped is None else (hidden, *[None] * (self.wrapped - 1))
+
+        with self._forwards(dict.fromkeys(range(self.layers), last)):
+            return self._model(input_ids=ids.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def _forwards(self, replaced: dict[int, Callable[..., Any]]) -> Iterator[None]:
+        """Let decoder layers do something else when the model calls them."""
+        for layer, forward in replaced.items():
+            self._modules[layer].forward = forward
+        try:
+            yield
+        finally:
+            for layer in replaced:
+                del self._modules[layer].forward
 
     def _stored_names(self) -> dict[int | None, list[str]]:
         """The names of the stored tensors by the decoder layer they go to; None for what stays in memory."""
@@ -141,7 +161,7 @@ class Decoder:
             )
             if name not in expected and stored in expected:
                 name = stored
-            if name not in expected or not name.startswith(f"{self._root}."):
+            if name not in expected or not (self._head or name.startswith(f"{self._root}.")):
                 continue
             rest = name.removeprefix(f"{self._layers}.")
             layer = None if rest == name else int(rest.partition(".")[0])
@@ -154,6 +174,8 @@ class Decoder:
         self._load(self._names.get(None, []))
         model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
         model._initialize_missing_keys(False)
+        if self._head:
+            model.tie_weights(recompute_mapping=False)
 
     def _load(self, names: Iterable[str]) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model

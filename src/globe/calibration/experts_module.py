@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +138,28 @@ class ExpertsView:
             if getattr(self._module, "has_post_expert_norm", False)
             else out
         )
+
+    @contextmanager
+    def replaced(self, family: str, weights: Float[Tensor, "n p d"]) -> Iterator[None]:
+        """Let other matrices stand in for those of a family, as `Checkpoint.read_experts` gives them: all are p x d."""
+        target = self._matrices(family)
+        kept = target.clone()
+        try:
+            target.copy_(weights)
+            yield
+        finally:
+            target.copy_(kept)
+
+    def _matrices(self, family: str) -> Tensor:
+        """The matrices of a family, each p x d: a view of the module's weights."""
+        if family == "down":
+            return self._down.detach() if self._transposed else self._down.detach().mT
+        weights = self._first.detach().mT if self._transposed else self._first.detach()
+        if not self.gated:
+            return weights
+        if self._interleaved:
+            return weights[:, int(family == "up") :: 2]
+        return weights[:, self.p :] if family == "up" else weights[:, : self.p]
 
     def down_norms(self) -> Float[Tensor, "n p"]:
         """||down_k||^2, the squared norm of what unit k of each expert writes."""
