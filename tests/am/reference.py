@@ -66,6 +66,7 @@ class ReferencePoint(NamedTuple):
     residual: Float[Tensor, "n p d"]
     force: Float[Tensor, "n r d"]
     objective: float
+    """with the price of the ridge"""
 
 
 def point(
@@ -87,6 +88,7 @@ def point(
     Y = mixed(codes, bank)
     J = slope(Y, lam=lam, activation=activation)
     adapters, projectors, residuals, forces = [], [], [], []
+    penalty = 0.0
     for i in range(len(X)):
         M = activate(Y[i], lam=lam, activation=activation)
         r = len(M)
@@ -97,7 +99,9 @@ def point(
         adapters.append(A)
         projectors.append(M.T @ least_squares(M @ M.T + rho * torch.eye(r, dtype=M.dtype), M))
         residuals.append(X[i] - A @ M)
-        forces.append(J[i] * (A.T @ residuals[i]))
+        # the ridge grows with M_i: d rho_i / d M_i = 2 lambda_A M_i / r
+        forces.append(J[i] * (A.T @ residuals[i] - rho * float((A * A).sum()) / float((M * M).sum()) * M))
+        penalty += rho * float((A * A).sum())
     residual = torch.stack(residuals)
     eye = torch.eye(X.shape[2], dtype=X.dtype)
     return ReferencePoint(
@@ -107,7 +111,7 @@ def point(
         J,
         residual,
         torch.stack(forces),
-        float((residual**2).sum()),
+        float((residual**2).sum()) + penalty,
     )
 
 
@@ -128,28 +132,36 @@ def _point_in_metric(
     for i in range(len(X)):
         M = activate(Y[i], lam=lam, activation=activation)
         gram = M @ C[i] @ M.T
-        gram = gram + max(lambda_A, 1e-14) * float(gram.trace()) / len(M) * torch.eye(len(M), dtype=M.dtype)
+        size = float(gram.trace())
+        rho = max(lambda_A, 1e-14) * size / len(M)
+        gram = gram + rho * torch.eye(len(M), dtype=M.dtype)
         A = torch.linalg.solve(gram, M @ C[i] @ X[i].T).T
         left = X[i] - A @ M
         adapters.append(A)
         kept.append(C[i] - C[i] @ M.T @ torch.linalg.solve(gram, M @ C[i]))
         residuals.append(left)
-        forces.append(J[i] * (A.T @ left @ C[i]))
-        total += float((left @ C[i] @ left.T).trace())
+        forces.append(J[i] * ((A.T @ left - rho * float((A * A).sum()) / size * M) @ C[i]))
+        total += float((left @ C[i] @ left.T).trace()) + rho * float((A * A).sum())
     stacked = (torch.stack(one) for one in (adapters, kept, residuals, forces))
     A_, kept_, residual, force = stacked
     return ReferencePoint(A_, None, kept_, J, residual, force, total)
 
 
 def reduced_objective(
-    X: Float[Tensor, "n p d"], Y: Float[Tensor, "n r d"], *, lam: float, activation: str
+    X: Float[Tensor, "n p d"],
+    Y: Float[Tensor, "n r d"],
+    *,
+    lam: float,
+    activation: str,
+    lambda_A: float = 0.0,
 ) -> Tensor:
-    """min over A of sum_i ||X_i - A_i phi(Y_i)||^2, differentiable in Y."""
+    """min over A of sum_i ||X_i - A_i phi(Y_i)||^2 + rho_i ||A_i||^2, differentiable in Y, and in rho_i through it."""
     total = torch.zeros((), dtype=X.dtype)
     for x, y in zip(X, Y, strict=True):
         M = activate(y, lam=lam, activation=activation)
-        A = torch.linalg.solve(M @ M.T, M @ x.T).T
-        total = total + ((x - A @ M) ** 2).sum()
+        rho = lambda_A * (M * M).sum() / len(M)
+        A = torch.linalg.solve(M @ M.T + rho * torch.eye(len(M), dtype=M.dtype), M @ x.T).T
+        total = total + ((x - A @ M) ** 2).sum() + rho * (A**2).sum()
     return total
 
 

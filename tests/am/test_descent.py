@@ -92,7 +92,10 @@ def test_a_step_never_raises_the_objective(problem: tuple[Tensor, AMState, dict[
 def test_the_objective_of_a_state_is_that_of_its_factors(
     problem: tuple[Tensor, AMState, dict[str, Any]],
 ) -> None:
-    """Against the slow formula, from the state's own adapters, in float64."""
+    """Against the slow formula, from the state's own adapters, in float64.
+
+    The residual is rounded in the size of what cancels in it, which adapters of a nearly dependent basis make large.
+    """
     X, state, options = problem
     new, _ = am_step(X, state, StepOptions(**options), generator=sketcher())
     bank, codes = new.atoms.bank.double(), new.atoms.codes.double()
@@ -100,10 +103,11 @@ def test_the_objective_of_a_state_is_that_of_its_factors(
         reference.mixed(codes, bank), lam=options["lam"], activation=options["activation"]
     )
     residual = X.double() - new.point.adapters.double() @ bases
-    total = float((X.double() ** 2).sum())
-    assert new.objective == pytest.approx(
-        float((residual**2).sum()), abs=total * (1e-4 if X.dtype == torch.float32 else 1e-12)
+    sizes = torch.einsum("ij,j->i", codes, bank.norm(dim=(1, 2))) * new.point.adapters.double().norm(
+        dim=(1, 2)
     )
+    rounding = 100 * torch.finfo(X.dtype).eps * float((sizes + X.double().norm(dim=(1, 2))).norm())
+    assert new.point.error**0.5 == pytest.approx(float(residual.norm()), abs=rounding)
 
 
 FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -130,7 +134,14 @@ def test_a_whole_fit_with_frozen_schedules_descends(name: str, dtype: torch.dtyp
     objectives = [record.objective for record in records]
     assert all(after <= before for before, after in pairwise(objectives))
     assert objectives[-1] < objectives[0]
-    assert result.relfrob == pytest.approx((objectives[-1] / float((X.double() ** 2).sum())) ** 0.5, rel=1e-6)
+    factors = [part if part is None else part.double() for part in result.factors]
+    rebuilt = factors[2] @ reference.activate(
+        reference.mixed(factors[1], factors[0]),
+        lam=result.lam,
+        activation=options.get("activation", "identity"),
+    )
+    error = float(((X.double() - rebuilt) ** 2).sum() / (X.double() ** 2).sum()) ** 0.5
+    assert result.relfrob == records[-1].relfrob == pytest.approx(error, rel=1e-5)
     assert result.relfrob <= result.relfrob_start
     assert result.accepted + result.rejected == result.steps == 15
     assert result.accepted == sum(record.accepted for record in records)

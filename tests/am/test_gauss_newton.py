@@ -83,7 +83,7 @@ def damping_units(
     return dict(zip((*names, "codes") if joint else names, scales, strict=True))
 
 
-def assert_same_moves(found: dict[str, Tensor], wanted: dict[str, Tensor], relative: float = 1e-8) -> None:
+def assert_same_moves(found: dict[str, Tensor], wanted: dict[str, Tensor], relative: float = 1e-6) -> None:
     assert found.keys() == wanted.keys()
     for name, move in wanted.items():
         scale = float(move.norm())

@@ -77,6 +77,7 @@ def test_point_agrees_with_the_reference(activation: str, lam: float, lambda_A: 
     close(found.rows.mT @ found.rows, wanted.projectors)
     close(found.force, wanted.force)
     close(found.errors, (wanted.residual**2).sum(dim=(1, 2)))
+    assert found.error == pytest.approx(float((wanted.residual**2).sum()), rel=1e-10)
     assert found.objective == pytest.approx(wanted.objective, rel=1e-10)
     linear = lam == 0 or activation == "identity"
     assert (found.slope is None) == linear
@@ -84,15 +85,19 @@ def test_point_agrees_with_the_reference(activation: str, lam: float, lambda_A: 
         close(found.slope, wanted.slopes)
 
 
+@pytest.mark.parametrize("lambda_A", [0.0, 1e-3, 0.3])
 @pytest.mark.parametrize("lam", [0.4, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_force_is_minus_half_the_gradient_of_the_reduced_objective(activation: str, lam: float) -> None:
+def test_force_is_minus_half_the_gradient_of_the_reduced_objective(
+    activation: str, lam: float, lambda_A: float
+) -> None:
     """The adapters follow Y, and still the gradient is that at fixed adapters (variable projection)."""
     X, bank, codes = bank_and_codes()
     Y = mix(codes, bank).requires_grad_()
-    objective = reference.reduced_objective(X, Y, lam=lam, activation=activation)
+    options = {"lam": lam, "activation": activation, "lambda_A": lambda_A}
+    objective = reference.reduced_objective(X, Y, **options)
     (gradient,) = torch.autograd.grad(objective, Y)
-    found = evaluate(X, bank, codes, lam=lam, activation=activation)
+    found = evaluate(X, bank, codes, **options)
     assert found.objective == pytest.approx(objective.item(), rel=1e-10)
     close(found.force, -gradient / 2)
 
@@ -122,14 +127,13 @@ def test_rank_deficient_bases_are_refitted_and_counted(dtype: torch.dtype) -> No
     close(found.adapters[[0, 2, 4, 5]], others.adapters, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_cholesky_raises_the_ridge_of_those_that_need_it_and_counts_them() -> None:
+def test_cholesky_raises_the_ridge_of_those_that_need_it() -> None:
     good = normal(R, R, seed=0)
     good = good @ good.T
     direction = normal(R, seed=1)
     broken = torch.outer(direction, direction) - 1e-5 * direction.square().sum() * torch.eye(R).double() / R
     S = torch.stack([good, broken, torch.zeros(R, R).double(), good])
-    factor, count = damped_cholesky(S, ridge=1e-12)
-    assert count == 1
+    factor = damped_cholesky(S, ridge=1e-12)
     means = S.diagonal(dim1=1, dim2=2).mean(dim=1)
     eye = torch.eye(R, dtype=torch.float64)
     rebuilt = factor @ factor.mT
@@ -141,10 +145,10 @@ def test_cholesky_raises_the_ridge_of_those_that_need_it_and_counts_them() -> No
     close(rebuilt[1], S[1] + ridge * means[1] * eye, 1e-12)
 
 
-def test_cholesky_gives_up_with_a_sentence() -> None:
+def test_cholesky_survives_all_but_numbers_that_are_not_finite() -> None:
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]).double())[None]
-    with pytest.raises(FitError, match=r"dtype=float64 or a smaller bank\.r"):
-        damped_cholesky(indefinite, ridge=1e-12)
+    factor = damped_cholesky(indefinite, ridge=1e-12)
+    close(factor @ factor.mT, indefinite + 5 * torch.eye(4).double()[None], 1e-12)
     with pytest.raises(FitError, match="no longer finite: check the weights for NaN"):
         damped_cholesky(torch.full((1, R, R), torch.nan), ridge=1e-7)
 
@@ -247,7 +251,7 @@ def test_errors_are_of_the_residual_and_not_of_cancelling_norms() -> None:
     wanted = reference.point(
         *(t.double() for t in (problem.X, problem.bank, problem.codes)), lam=0.0, activation="identity"
     )
-    assert found.objective == pytest.approx(wanted.objective, rel=2e-2)
+    assert found.error == pytest.approx(float((wanted.residual**2).sum()), rel=2e-2)
 
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
@@ -268,3 +272,21 @@ def test_released_memory_is_taken_again_with_the_same_bits(
     assert found.objective == wanted.objective
     assert found.adapters is None
     assert torch.equal(adapters_at(X, bank, codes, **options), wanted.adapters)
+
+
+@pytest.mark.parametrize("dependence", [1e-2, 1e-4, 1e-6, 0.0])
+def test_rows_stay_orthonormal_whatever_the_condition_of_the_basis(dependence: float) -> None:
+    """In float32, where the square of the condition number is lost below 1e-4 of dependence.
+
+    Rows longer than one would make I - Q^T Q indefinite, which no ridge of the preconditioner could mend.
+    """
+    X, bank, codes = bank_and_codes()
+    M = reference.mixed(codes, bank)
+    M[:, 2] = M[:, 0] + M[:, 1] + dependence * M[:, 2]
+    found = refit(X.float(), M.float(), lambda_A=1e-7)
+    wanted = refit(X, M.float().double(), lambda_A=1e-7)
+    close(found.rows.double().mT @ found.rows.double(), wanted.rows.mT @ wanted.rows, 1e-2)
+    assert float(torch.linalg.matrix_norm(found.rows, ord=2).max()) < 1 + 1e-3
+    left = torch.linalg.vector_norm(X - found.adapters.double() @ M)
+    assert float(left) == pytest.approx(float(torch.linalg.vector_norm(X - wanted.adapters @ M)), rel=1e-3)
+    assert (found.regularised, wanted.regularised) == (0 if dependence == 1e-2 else N, 0)

@@ -26,7 +26,7 @@ from globe.am.dictionary import descent
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.preconditioner import precondition
 from globe.am.dictionary.remainder import remainder
-from globe.am.objective import adapters_at, evaluate, objective_at
+from globe.am.objective import adapters_at, error_at, evaluate
 from globe.am.records import FitState, StepOptions
 from globe.am.start import first_atoms, spread
 from globe.am.state import Atoms, Constraint, start_state
@@ -86,8 +86,9 @@ def test_a_point_agrees_with_the_dense_metric(activation: str, lam: float, lambd
     close(kept.mean, wanted.kept.mean(dim=0))
     X = seen(one.X, metric)
     close(adapters_at(X, one.atoms.bank, one.atoms.codes, metric=metric, **options), wanted.adapters)
-    objective = objective_at(X, one.atoms.bank, one.atoms.codes, metric=metric, **options)
-    assert objective == pytest.approx(wanted.objective, rel=1e-10)
+    error = error_at(X, one.atoms.bank, one.atoms.codes, metric=metric, **options)
+    residual = wanted.residual
+    assert error == found.error == pytest.approx(float((residual @ C * residual).sum()), rel=1e-10)
 
 
 @pytest.mark.parametrize(("activation", "lam"), [("identity", 0.0), ("tanh", 1.0)])

@@ -99,7 +99,7 @@ def test_steps_from_near_the_planted_answer_reach_it(name: str, dtype: torch.dty
     fixed = {"lam": options.get("lam", 0.0), "activation": options.get("activation", "identity")}
     state = start_state(truth.X, atoms, **fixed)
     total = float((truth.X.double() ** 2).sum())
-    assert (state.objective / total) ** 0.5 > 0.05
+    assert (state.point.error / total) ** 0.5 > 0.05
     for step in range(40):
         generator = torch.Generator().manual_seed(step)
         state, _ = am_step(
@@ -108,9 +108,9 @@ def test_steps_from_near_the_planted_answer_reach_it(name: str, dtype: torch.dty
             StepOptions(**fixed, coding=step % 5 == 0, cg_iterations=20),
             generator=generator,
         )
-        if (state.objective / total) ** 0.5 < 1e-4:
+        if (state.point.error / total) ** 0.5 < 1e-4:
             break
-    assert (state.objective / total) ** 0.5 < 1e-4
+    assert (state.point.error / total) ** 0.5 < 1e-4
 
 
 def test_the_floor_of_a_noisy_plant_is_reached() -> None:
@@ -182,14 +182,18 @@ def test_nearly_rank_deficient_bases_survive_in_float32(name: str, activation: s
         kept: tuple[Tensor | None, ...] = result.factors
         assert all(bool(torch.isfinite(factor).all()) for factor in kept if factor is not None)
         if "target_support" not in more:
-            assert result.relfrob <= records[0].relfrob <= result.relfrob_start
+            assert records[-1].objective <= records[0].objective
+            # the smallest ridge of float32 may trade errors of this size for smaller adapters
+            assert result.relfrob <= result.relfrob_start + 1e-4
 
 
 def test_regularised_solves_are_counted() -> None:
-    """Experts of rank one at r = 4: the bases lose rank in float32, and the result says how often."""
+    """Two atoms of rank 2 give bases of rank 4 at r = 5 in every step, and the result counts their solves."""
     X = plant(m=2, r=4, k=1, noise=1e-6, dtype=torch.float32).X
     result, records = fitted(X, sizes_of(X, 2, 5, atom_rank=2), configured(steps=10, init=InitConfig()))
-    assert result.regularised_solves == records[-1].regularised_solves > 0
+    solves = (result.accepted + result.rejected) * len(X)
+    assert 0 < solves // 2 < result.regularised_solves == records[-1].regularised_solves
+    assert len(records) * len(X) >= result.regularised_solves
     healthy = plant(noise=0.3).X
     assert fitted(healthy, sizes_of(healthy), configured(steps=5))[0].regularised_solves == 0
 

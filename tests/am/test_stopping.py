@@ -83,11 +83,12 @@ def test_stalled_where_nothing_descends() -> None:
     assert dampings[-1] > 100 * dampings[0]
 
 
-def test_stalled_at_the_floor_of_float32() -> None:
+def test_a_fit_ends_at_the_floor_of_float32() -> None:
     X = plant(dtype=torch.float32).X
-    result, _ = fitted(X, sizes_of(X), configured(steps=200, cg_iterations=20), seed=0)
+    config = configured(steps=400, cg_iterations=20, patience=4, evaluate_every=5)
+    result, _ = fitted(X, sizes_of(X), config, seed=0)
     assert result.relfrob < 1e-4
-    assert result.stop is StopReason.stalled
+    assert result.stop in (StopReason.converged, StopReason.stalled)
 
 
 @pytest.mark.parametrize("reason", StopReason)

@@ -134,7 +134,7 @@ def _begin(
         metric=metric,
         group=group,
     )
-    return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.objective)), None)
+    return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.point.error)), None)
 
 
 def _control(problem: Problem, running: Running, controls: Controls) -> Running:
@@ -241,7 +241,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
         stop=stop,
         steps=progress.step,
         relfrob_start=progress.relfrob_start,
-        relfrob=problem.relfrob(state.objective),
+        relfrob=problem.relfrob(state.point.error),
         energy_captured=captured / problem.total if problem.total else 1.0,
         accepted=progress.accepted,
         rejected=progress.rejected,

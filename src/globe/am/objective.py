@@ -1,7 +1,10 @@
-"""The objective at one point, with all that the steps need there: f = sum_i ||X_i - A_i phi_lam(Y_i)||_F^2.
+"""The objective at one point, with all that the steps need there.
 
-In a metric f = sum_i ||X_i - A_i phi_lam(Y_i) L_i||_F^2, for experts X_i that L_i is part of already. M_i then stands
-for phi_lam(Y_i) L_i, and gradients in phi_lam(Y_i) are those in M_i times L_i^T.
+    f = sum_i ||X_i - A_i M_i||_F^2 + rho_i ||A_i||_F^2,   M_i = phi_lam(Y_i),   rho_i = ridge ||M_i||_F^2 / r
+
+The ridge is lambda_A or the smallest that the refit needs (`ridge_of`). The first part is the error, which is what a
+fit reports; the steps lower f. In a metric M_i = phi_lam(Y_i) L_i, for experts X_i that L_i is part of already, and
+gradients in phi_lam(Y_i) are those in M_i times L_i^T.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.refit import Refit, refit
+from globe.am.refit import Refit, refit, ridge_of
 from globe.numerics.activation import phi, phi_prime
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.group import ALONE, ProcessGroup
@@ -26,7 +29,9 @@ _WORTH_RELEASING = 1 << 24
 class Point(NamedTuple):
     """Bank and codes with their best adapters, and the first-order picture there.
 
-    With A_i eliminated (variable projection), the gradient of f with respect to Y_i is -2 force_i.
+    With A_i eliminated (variable projection), the gradient of f with respect to Y_i is -2 force_i. The ridge follows
+    the size of M_i, so f does not change when a basis grows and its adapter shrinks by the same factor. Without the
+    ridge's own part the force would point along the bases, and every step would make them larger without end.
     """
 
     adapters: Float[Tensor, "n p r"] | None
@@ -38,13 +43,17 @@ class Point(NamedTuple):
     slope: Float[Tensor, "n r d"] | None
     """J_i = phi_lam'(Y_i); None is all ones"""
     force: Float[Tensor, "n r d"]
-    """J_i * A_i^T (X_i - A_i M_i) L_i^T"""
+    """J_i * (A_i^T (X_i - A_i M_i) - rho_i ||A_i||_F^2 M_i / ||M_i||_F^2) L_i^T"""
     errors: Float[Tensor, " n"]
     """||X_i - A_i M_i||_F^2"""
-    objective: float
+    penalties: Float[Tensor, " n"]
+    """rho_i ||A_i||_F^2"""
+    error: float
     """sum of `errors`, over all processes"""
+    objective: float
+    """`error` and the sum of `penalties`, over all processes: what the steps lower"""
     regularised: int
-    """refits, of all processes, that needed more than the smallest ridge"""
+    """refits, of all processes, that were too ill-conditioned for Cholesky"""
     metric: Metric | None = None
     """L_i; None is the identity"""
 
@@ -85,26 +94,30 @@ def evaluate(
         slope = None
     elif slope is None:
         slope = X.new_empty(n, r, d)
-    errors = X.new_empty(n)
-    regularised = 0
-    for part, fit, residual in _refits(X, bank, codes, lam, activation, lambda_A, metric, slope):
+    errors, penalties, regularised = X.new_empty(n), X.new_empty(n), 0
+    ridge = ridge_of(lambda_A, X.dtype) / r
+    for part, fit, M, residual in _refits(X, bank, codes, lam, activation, lambda_A, metric, slope):
         errors[part] = torch.linalg.vector_norm(residual, dim=(1, 2)) ** 2
         rows[part] = fit.rows
         if adapters is not None:
             adapters[part] = fit.adapters
         torch.bmm(fit.adapters.mT, fit.adapters, out=gram[part])
         torch.bmm(fit.adapters.mT, residual, out=force[part])
+        price = ridge * torch.linalg.vector_norm(fit.adapters, dim=(1, 2)) ** 2
+        penalties[part] = price * torch.linalg.vector_norm(M, dim=(1, 2)) ** 2
+        force[part].addcmul_(M, price[:, None, None], value=-1)
         if metric is not None:
             force[part] = metric.adjoint(force[part], part)
         if slope is not None:
             force[part] *= slope[part]
         regularised += fit.regularised
-        del fit, residual  # before the next chunk makes its own
-    objective, regularised = group.total(_sum(errors)), int(group.total(regularised))
-    return Point(adapters, gram, rows, slope, force, errors, objective, regularised, metric)
+        del fit, M, residual  # before the next chunk makes its own
+    error, regularised = group.total(_sum(errors)), int(group.total(regularised))
+    objective = error + group.total(_sum(penalties))
+    return Point(adapters, gram, rows, slope, force, errors, penalties, error, objective, regularised, metric)
 
 
-def objective_at(
+def error_at(
     X: Float[Tensor, "n p d"],
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
@@ -115,7 +128,7 @@ def objective_at(
     metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> float:
-    """The objective of `evaluate` alone, which needs no memory beyond a chunk's."""
+    """The error of `evaluate` alone, which needs no memory beyond a chunk's."""
     refits = _refits(X, bank, codes, lam, activation, lambda_A, metric)
     errors = torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits])
     return group.total(_sum(errors))
@@ -133,7 +146,7 @@ def adapters_at(
 ) -> Float[Tensor, "n p r"]:
     """The adapters of `evaluate` alone, with the same bits."""
     adapters = X.new_empty(*X.shape[:2], bank.shape[1])
-    for part, fit, _ in _refits(X, bank, codes, lam, activation, lambda_A, metric):
+    for part, fit, *_ in _refits(X, bank, codes, lam, activation, lambda_A, metric):
         adapters[part] = fit.adapters
     return adapters
 
@@ -165,8 +178,11 @@ def _refits(
     lambda_A: float,
     metric: Metric | None,
     slope: Float[Tensor, "n r d"] | None = None,
-) -> Iterator[tuple[slice, Refit, Float[Tensor, "_ p d"]]]:
-    """Chunk by chunk: which experts, their adapters, and the residual X - A M; phi' goes into `slope`."""
+) -> Iterator[tuple[slice, Refit, Float[Tensor, "_ r d"], Float[Tensor, "_ p d"]]]:
+    """Yield, chunk by chunk, the experts, their adapters, their bases M and the residual X - A M.
+
+    phi' is written into `slope` where that is given.
+    """
     n, p, d = X.shape
     for part in expert_chunks(n, max(bank.shape[1], p), d):
         Y = mix(codes[part], bank)
@@ -182,11 +198,10 @@ def _refits(
         own = X[part]
         fit = refit(own, M, lambda_A=lambda_A)
         residual = torch.bmm(fit.adapters, M)
-        del M
         torch.sub(own, residual, out=residual)
         del own
-        yield part, fit, residual
-        del fit, residual  # before the next chunk's are made
+        yield part, fit, M, residual
+        del fit, M, residual  # before the next chunk's are made
 
 
 def _sum(errors: Float[Tensor, " n"]) -> float:

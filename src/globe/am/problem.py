@@ -11,7 +11,7 @@ from torch import Tensor
 from globe.am.coding import support_of_median
 from globe.am.controls import Controls, Phase
 from globe.am.dictionary.low_precision import curvature_dtype
-from globe.am.objective import objective_at
+from globe.am.objective import error_at
 from globe.am.records import Sizes, StepOptions, StepRecord
 from globe.am.running import Running
 from globe.am.state import AMState
@@ -41,8 +41,8 @@ class Problem:
     group: ProcessGroup = ALONE
     """who holds the other experts, where X is a part of them"""
 
-    def relfrob(self, objective: float) -> float:
-        return (objective / self.total) ** 0.5 if self.total > 0 else 0.0
+    def relfrob(self, error: float) -> float:
+        return (error / self.total) ** 0.5 if self.total > 0 else 0.0
 
     def at(self, controls: Controls, *, temperature_factor: float = 1.0, coding: bool = False) -> StepOptions:
         """The options of one step: those of the whole fit with the scheduled values."""
@@ -97,8 +97,8 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         codes = codes.to(problem.export_dtype).to(codes)
         bank = bank.to(problem.export_dtype).to(bank)
     elif not problem.group.any(not torch.equal(codes, state.atoms.codes)):
-        return problem.relfrob(state.objective)
-    objective = objective_at(
+        return problem.relfrob(state.point.error)
+    error = error_at(
         problem.X,
         bank,
         codes,
@@ -108,7 +108,7 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         metric=problem.metric,
         group=problem.group,
     )
-    return problem.relfrob(objective)
+    return problem.relfrob(error)
 
 
 def step_record(
@@ -125,7 +125,7 @@ def step_record(
         step=progress.step,
         seconds=progress.seconds,
         objective=state.objective,
-        relfrob=problem.relfrob(state.objective),
+        relfrob=problem.relfrob(state.point.error),
         validation_relfrob=validation,
         lam=controls.lam,
         beta=controls.beta,

@@ -23,7 +23,7 @@ class StepFigures(NamedTuple):
     accepted: bool
     """whether the dictionary step was taken"""
     regularised: int
-    """refits at the new state that needed more than the smallest ridge"""
+    """refits at the new state that were too ill-conditioned for Cholesky"""
     seconds_coding: float
     seconds_dictionary: float
     seconds_refit: float
@@ -121,16 +121,16 @@ def coding_step(
     )
     proposed = constraint.feasible(proposed, present)
     into = state.point if spend else None
-    errors = state.point.errors
+    objectives = state.point.errors + state.point.penalties
     if options.l1 == 0 and group.any(not torch.equal(present, state.atoms.codes)):
-        cut = state.atoms.with_codes(present)
-        errors = point_at(X, cut, options, metric=metric, into=into, group=group).errors
+        cut = point_at(X, state.atoms.with_codes(present), options, metric=metric, into=into, group=group)
+        objectives = cut.errors + cut.penalties
     new = state.atoms.with_codes(proposed)
     point = point_at(X, new, options, metric=metric, into=into, group=group)
     codes = proposed
     if options.l1 == 0:
         # rounding must not decide a tie, as between two scales of a single atom
-        better = point.errors < errors * (1 - 100 * torch.finfo(errors.dtype).eps)
+        better = point.errors + point.penalties < objectives * (1 - 100 * torch.finfo(X.dtype).eps)
         codes = torch.where(better[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
     if group.any(not torch.equal(codes, proposed)):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.refit import damped_cholesky
+from globe.am.refit import damped_cholesky, ridge_of
 
 
 class Gauge(NamedTuple):
@@ -31,9 +31,7 @@ def mod_step(
     Exact for the true objective only when all adapters have orthonormal columns: it drops A_i^T A_i otherwise, and is
     then not monotone.
     """
-    factor, _ = damped_cholesky(
-        (codes.T @ codes)[None], ridge=max(lambda_B, 1e-7 if bank.dtype == torch.float32 else 1e-14)
-    )
+    factor = damped_cholesky((codes.T @ codes)[None], ridge=ridge_of(lambda_B, bank.dtype))
     gap = targets.flatten(1) - codes @ bank.flatten(1)
     return bank + torch.cholesky_solve(codes.T @ gap, factor[0]).unflatten(1, bank.shape[1:])
 

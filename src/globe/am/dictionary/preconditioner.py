@@ -156,7 +156,7 @@ def _low_rank_blocks(
     m, r, k = U.shape
     outer = V @ metric @ V.mT
     # from a factor, since U^T P U loses its sign to rounding where P is large off the columns of U
-    root, _ = damped_cholesky(blocks, ridge=_smallest_ridge(blocks))
+    root = damped_cholesky(blocks, ridge=_smallest_ridge(blocks))
     across = root.mT @ U
     inner = across.mT @ across
     typical, outer_typical, inner_typical = (
@@ -173,7 +173,7 @@ def _low_rank_blocks(
     mean = tangent.group.average(weights.mean(dim=0, keepdim=True))
     rows = V.flatten(0, 1)
     across_rows = _inverse_coupled(shared * (rows @ metric @ rows.T))
-    root, _ = damped_cholesky(mean, ridge=_smallest_ridge(mean))
+    root = damped_cholesky(mean, ridge=_smallest_ridge(mean))
     side = root[0].T @ U.transpose(0, 1).reshape(r, m * k)
     coupling = shared * (side.T @ side)
     own = inner.diagonal(dim1=1, dim2=2).flatten()
@@ -199,7 +199,7 @@ def _column_metric(
 
 def _inverse(blocks: Float[Tensor, "b s s"], *, absolute: float) -> Float[Tensor, "b s s"]:
     eye = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-    factor, _ = damped_cholesky(blocks + absolute * eye, ridge=_smallest_ridge(blocks))
+    factor = damped_cholesky(blocks + absolute * eye, ridge=_smallest_ridge(blocks))
     return torch.cholesky_inverse(factor)
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.refit import damped_cholesky
+from globe.am.refit import damped_cholesky, ridge_of
 from globe.am.warm_start import align
 
 
@@ -17,8 +17,7 @@ def weight_aware_targets(
 
     The ridge is lambda_T mean(diag A_i^T A_i), and at least what the factorisation needs.
     """
-    smallest = 1e-7 if A.dtype == torch.float32 else 1e-14
-    factor, _ = damped_cholesky(A.mT @ A, ridge=max(lambda_T, smallest))
+    factor = damped_cholesky(A.mT @ A, ridge=ridge_of(lambda_T, A.dtype))
     return torch.cholesky_solve(A.mT @ X, factor)
 
 
