@@ -249,7 +249,8 @@ def _moved(
             slope[part] = J
             force[part] *= J
     # no rows are projected out: the adapters stay as they are
-    point = Point(None, gram, X.new_zeros(n, r, d), slope, force, errors, float(errors.sum()), 0, columns)
+    rows, free, total = X.new_zeros(n, r, d), torch.zeros_like(errors), float(errors.sum())
+    point = Point(None, gram, rows, slope, force, errors, free, total, total, 0, columns)
     slopes = tangent(wanted.bank, wanted.codes, left=wanted.left, right=wanted.right, joint=True)
     direction = gauss_newton_direction(
         slopes, point, cg_iterations=_ITERATIONS, damping=_DAMPING, generator=generator
