@@ -10,6 +10,7 @@ model.path=PATH    checkpoint folder or hub id; by default the one the run was l
 model.revision=R   revision of a hub id
 S_cache=null       format=globe: experts per layer and family whose bases stay composed once loaded, 0 for none, or
                    all; null is what the run says
+packed=true        format=globe: factors of few bits stay packed in the file; false writes them as plain numbers
 overwrite=false    true replaces an earlier result of this command
 """
 
@@ -49,6 +50,7 @@ class PatchOptions:
     format: Format = Format.dense
     model: SourceOptions = field(default_factory=SourceOptions)
     S_cache: int | str | None = None
+    packed: bool = True
     overwrite: bool = False
 
 
@@ -66,7 +68,14 @@ def patch(options: PatchOptions) -> dict[str, Any]:
             return write_dense(banks, checkpoint, options.out, overwrite=options.overwrite)
         case Format.globe:
             cache = recorded_cache(options.run) if options.S_cache is None else options.S_cache
-            return write_globe(banks, checkpoint, options.out, S_cache=cache, overwrite=options.overwrite)
+            return write_globe(
+                banks,
+                checkpoint,
+                options.out,
+                S_cache=cache,
+                packed=options.packed,
+                overwrite=options.overwrite,
+            )
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from globe.hf.few_bits import PARAMETERS, place
 from globe.hf.layout import BankLayout
 
 
@@ -68,9 +69,11 @@ class Atoms(nn.Module):
     def __init__(self, layout: BankLayout, dtype: torch.dtype) -> None:
         super().__init__()
         m, r, d, k = layout.m, layout.r, layout.d, layout.atom_rank
-        shapes = {"atoms": (m, r, d)} if k is None else {"left": (m, r, k), "right": (m, k, d)}
+        shapes: dict[str, tuple[int, ...]] = {"bank": (m, r, d)}
+        if k is not None:
+            shapes = {"atoms_left": (m, r, k), "atoms_right": (m, k, d)}
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(*shape, dtype=dtype)))
+            place(self, PARAMETERS[name], shape, layout.packed.get(name), dtype)
 
     def forward(self) -> Bank:
         held = self._parameters

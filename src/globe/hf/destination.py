@@ -69,6 +69,7 @@ def write_record(
         "banks": {
             entry.key: [f"layer {one.layer} {one.family}" for one in entry.members] for entry in entries
         },
+        "kept_bytes": sum(entry.kept_bytes for entry in entries),
         "parameters": {
             "model": total,
             "families": families,

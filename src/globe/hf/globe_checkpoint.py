@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from globe.files import write_text
 from globe.hf.dense_checkpoint import rewriters
 from globe.hf.destination import destination, write_record
 from globe.hf.experts import GlobeExperts
-from globe.hf.layout import VERSION, VERSION_KEY, to_json
+from globe.hf.few_bits import PARAMETERS
+from globe.hf.layout import VERSION_KEY, to_json, unpacked, version_of
 from globe.hf.run_banks import BankEntry, verify_source
-from globe.hf.swap import SHARED_BANKS, bank_values, member_values, swap_in
+from globe.hf.swap import SHARED_BANKS, bank_values, member_values, routed_rows, swap_in
 
 
 def write_globe(
@@ -29,6 +31,7 @@ def write_globe(
     out: str | Path,
     *,
     S_cache: int | str = "all",
+    packed: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint that plain `AutoModelForCausalLM.from_pretrained` loads once `globe` is imported.
@@ -36,7 +39,8 @@ def write_globe(
     In the layers that a bank serves, gate and up of the routed experts become factors, and down where a bank serves
     it; of gate and up, a family or an expert that is not compressed stays dense, under a name of its own because
     transformers fuses the two. The
-    factors take the dtype of the matrices they replace. The shared expert, where a bank has it, is written
+    factors take the dtype of the matrices they replace, unless they are `packed` in the run: those stay as they are
+    and become numbers when they are loaded. The shared expert, where a bank has it, is written
     dense, reconstructed. `S_cache` is the cache size the model is loaded with. Streams; the model is built
     without memory, for its names only. Returns the record written beside the weights.
 
@@ -46,14 +50,18 @@ def write_globe(
     from globe.hf.quantizer import check_cache
 
     check_cache(S_cache)
+    if not packed:
+        plain = unpacked([entry.layout for entry in entries])
+        entries = tuple(replace(entry, layout=one) for entry, one in zip(entries, plain, strict=True))
+    layouts = [entry.layout for entry in entries]
     skeleton = build_skeleton(checkpoint)
-    modules = swap_in(skeleton, [entry.layout for entry in entries])
+    modules = swap_in(skeleton, layouts)
     disk = disk_names(skeleton)
     verify_source(entries, checkpoint)
     description = {
-        VERSION_KEY: VERSION,
+        VERSION_KEY: version_of(layouts),
         "S_cache": S_cache,
-        "banks": to_json([entry.layout for entry in entries]),
+        "banks": to_json(layouts),
     }
     config = {
         **checkpoint.config,
@@ -136,11 +144,20 @@ def _factors(
             prefix = f"{modules[member.layer]}.globe_{member.family}"
             dtype = _stored_dtype(checkpoint, member.layer, member.family)
             for name, value in member_values(artefact, position).items():
-                yield f"{prefix}.{name}", value.to(dtype)
+                if name in entry.layout.packed:
+                    own = artefact.packed[name][routed_rows(artefact, position)].tensors()
+                    yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in own.items())
+                else:
+                    yield f"{prefix}.{name}", value.to(dtype)
             dense[member.layer, member.family] -= set(member.experts)
         bank = f"{SHARED_BANKS}.bank{index}" if entry.layout.shared else f"{prefix}.bank"
+        kept = {PARAMETERS[name]: artefact.packed[name] for name in entry.layout.packed}
         for name, value in bank_values(artefact).items():
-            yield f"{bank}.{name}", value.to(dtype)
+            if name in kept:
+                own = kept[name].tensors()
+                yield from ((f"{bank}.{name}.{part}", tensor) for part, tensor in own.items())
+            else:
+                yield f"{bank}.{name}", value.to(dtype)
     for (layer, family), experts in dense.items():
         if experts:
             weights = checkpoint.read_experts(layer, family).weights

@@ -6,17 +6,21 @@ Enough to build every module with the right shapes before a tensor is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from globe.bank.file import BankArtefact
+from globe.bank.packing import grid_of
 from globe.bank.record import ACTIVATIONS
 from globe.errors import ArtefactError
 from globe.files import parse_record, plain_record
+from globe.hf.few_bits import PARAMETERS, describe
 
 VERSION_KEY = "globe_version"
 VERSION = 1
+PACKED_VERSION = 2
+"""Version of checkpoints with packed factors, which programs that know only version 1 refuse."""
 QUANT_METHOD = "globe"
 """The name under which transformers registers compact checkpoints."""
 _LARGEST = 1 << 20
@@ -50,6 +54,8 @@ class BankLayout:
     lam: float
     mean: Mean
     members: tuple[MemberLayout, ...]
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """what the tensors of packed factors mean, by the names of the factors in an artefact: `few_bits.describe`"""
 
     @property
     def shared(self) -> bool:
@@ -73,19 +79,35 @@ def layout_of(artefact: BankArtefact) -> BankLayout:
             MemberLayout(member.layer, member.family, tuple(one for one in member.experts if one >= 0))
             for member in artefact.members
         ),
+        packed={name: describe(one) for name, one in artefact.packed.items()},
     )
+
+
+def unpacked(layouts: Sequence[BankLayout]) -> tuple[BankLayout, ...]:
+    """The same layouts with all factors as plain numbers."""
+    return tuple(replace(layout, packed={}) for layout in layouts)
+
+
+def version_of(layouts: Sequence[BankLayout]) -> int:
+    """Version of a checkpoint with these layouts."""
+    return PACKED_VERSION if any(layout.packed for layout in layouts) else VERSION
 
 
 def to_json(layouts: Sequence[BankLayout]) -> list[dict[str, Any]]:
     """Plain values for `config.json`."""
-    return [plain_record(layout) for layout in layouts]
+    records = [plain_record(layout) for layout in layouts]
+    if version_of(layouts) == VERSION:
+        for record in records:
+            del record["packed"]
+    return records
 
 
 def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
     """The layouts of a compact checkpoint. Raises ArtefactError for another version or a malformed record."""
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in (VERSION, PACKED_VERSION):
         raise ArtefactError(
-            f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} is read: patch the run again"
+            f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} and {PACKED_VERSION} are read: patch the "
+            "run again"
         )
     try:
         if not isinstance(banks, list | tuple):
@@ -94,7 +116,7 @@ def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
         for layout in layouts:
             _require_possible(layout)
         return layouts
-    except ValueError as error:
+    except (ValueError, ArtefactError) as error:
         raise ArtefactError(
             f"quantization_config.banks of config.json is malformed ({error}): patch the run again"
         ) from error
@@ -107,6 +129,12 @@ def _require_possible(layout: BankLayout) -> None:
         raise ValueError("a size is not between 1 and 2^20")
     if layout.activation not in ACTIVATIONS or not 0.0 <= layout.lam <= 1.0 or not layout.members:
         raise ValueError("activation, lam or members are not possible")
+    for name, described in layout.packed.items():
+        if name not in PARAMETERS or not isinstance(described.get("absent"), list):
+            raise ValueError(f"there is no packed {name!r}")
+        width = {"adapters": layout.r, "atoms_left": layout.atom_rank}.get(name, layout.d)
+        if len(grid_of(described, name).bits) != width:
+            raise ValueError(f"the packed {name!r} has not the {width} columns of its bank")
     for member in layout.members:
         experts = member.experts
         if member.layer < 0 or len(set(experts)) < len(experts) or min(experts, default=0) < 0:

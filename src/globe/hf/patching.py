@@ -16,6 +16,7 @@ from globe.checkpoint.experts import SHARED
 from globe.checkpoint.location import locate_matrix
 from globe.errors import ArtefactError
 from globe.hf.experts import GlobeExperts
+from globe.hf.layout import unpacked
 from globe.hf.run_banks import BankEntry, open_run, recorded_cache
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS, bank_values, check_fit, fill, member_values, swap_in
@@ -113,7 +114,7 @@ def _swap(
     from globe.hf.quantizer import attach, check_cache
 
     check_cache(S_cache)
-    layouts = tuple(entry.layout for entry in entries)
+    layouts = unpacked([entry.layout for entry in entries])
     touched = {member.layer for layout in layouts for member in layout.members}
     names = experts_modules(model)
     fused = {

@@ -24,7 +24,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from globe.checkpoint.model_config import PREFIX
 from globe.errors import CheckpointError, ConfigError
 from globe.hf.experts import GlobeExperts
-from globe.hf.layout import QUANT_METHOD, VERSION, VERSION_KEY, BankLayout, from_json, to_json
+from globe.hf.few_bits import unpack
+from globe.hf.layout import (
+    QUANT_METHOD,
+    VERSION,
+    VERSION_KEY,
+    BankLayout,
+    from_json,
+    to_json,
+    unpacked,
+    version_of,
+)
 from globe.hf.swap import SHARED_BANKS, swap_in, swap_out
 
 SCache = int | str
@@ -52,7 +62,11 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """As in `config.json`: without `quant_method`, so that nothing loads it which does not know GloBE."""
-        return {VERSION_KEY: VERSION, "S_cache": self.S_cache, "banks": to_json(self.layouts)}
+        return {
+            VERSION_KEY: version_of(self.layouts),
+            "S_cache": self.S_cache,
+            "banks": to_json(self.layouts),
+        }
 
 
 @register_quantizer(QUANT_METHOD)
@@ -66,8 +80,10 @@ class GlobeQuantizer(HfQuantizer):
         swap_in(model, self.quantization_config.layouts)
         set_cache(model, self.quantization_config.S_cache)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         require_loaded(model)
+        unpack(model, model.dtype)  # so a model saved again has plain factors
+        self.quantization_config.layouts = unpacked(self.quantization_config.layouts)
         if not hasattr(
             HfQuantizer, "get_new_dtype"
         ):  # older transformers leave converted tensors in the dtype of the file

@@ -34,6 +34,7 @@ class BankEntry:
     source: dict[str, object]
     kept_parameters: int
     family_parameters: int
+    kept_bytes: int
 
     @property
     def key(self) -> str:
@@ -82,6 +83,7 @@ def _entry(folder: Path) -> BankEntry:
         source=dict(artefact.source or {}),
         kept_parameters=artefact.kept_parameters,
         family_parameters=artefact.family_parameters,
+        kept_bytes=artefact.nbytes,
     )
 
 

@@ -91,10 +91,15 @@ def bank_values(artefact: BankArtefact) -> dict[str, Tensor]:
     return {"left": artefact.atoms_left, "right": artefact.atoms_right}
 
 
+def routed_rows(artefact: BankArtefact, position: int) -> list[int]:
+    """Rows of the routed experts of a member; the shared expert, if the bank has it, stays dense."""
+    member = artefact.members[position]
+    return [member.start + row for row, expert in enumerate(member.experts) if expert >= 0]
+
+
 def member_values(artefact: BankArtefact, position: int) -> dict[str, Tensor]:
     """The parameters of a `Projection` that come from the bank's member at `position`, by name."""
-    member = artefact.members[position]
-    rows = [member.start + row for row, expert in enumerate(member.experts) if expert >= 0]
+    rows = routed_rows(artefact, position)
     values = {"adapters": artefact.adapters[rows], "codes": artefact.codes[rows]}
     if artefact.mean is not None:
         only = slice(position, position + 1) if artefact.mean.dim() == 1 else position
