@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
         help="folder; left out, globe-ref beside the project",
     )
     parser.add_argument("--text", default=str(_DATA / "heldout.txt"), help="held-out text, or embedded")
-    parser.add_argument("--max-tokens", type=int, help="of the text; left out, all")
+    parser.add_argument("--max-tokens", type=int, help="of the text, spread over it; left out, all")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
@@ -120,19 +120,39 @@ def prepare(options: argparse.Namespace) -> Bench:
     checkpoint = open_checkpoint(options.checkpoint)
     subject = Subject(options.checkpoint, checkpoint.folder, checkpoint)
     text = read_text(options.text)
-    tokens = tokenise(text.content, load_tokenizer(subject, None, None), max_tokens=options.max_tokens)
-    windows = sliding_windows(tokens.ids.shape[0], window=options.window, stride=options.stride)
+    tokens = tokenise(text.content, load_tokenizer(subject, None, None))
+    windows = spread_windows(
+        tokens.ids.shape[0], options.max_tokens, window=options.window, stride=options.stride
+    )
     original, copy = (subject.load(dtype=torch.float32, device=CPU, S_cache=None) for _ in range(2))
     check_model(original, int(tokens.ids.max()), options.window, original=None)
     settings = {
         "weights": checkpoint.hash_tensors(checkpoint.reader.names),
         "text": text.sha256,
-        "tokens": tokens.ids.shape[0],
+        "tokens": sum(window.scored for window in windows),
+        "spread": len(windows),
         "window": options.window,
         "stride": options.stride,
         "seed": options.seed,
     }
     return Bench(options, original, copy, tokens, windows, settings)
+
+
+def spread_windows(total: int, most: int | None, *, window: int, stride: int) -> tuple[Window, ...]:
+    """Sliding windows over `most` of `total` tokens, in stretches of about four windows that are spread evenly.
+
+    The beginning of a text may be of one book alone, and say nothing of the others. None takes all tokens.
+    """
+    if most is None or most >= total:
+        return sliding_windows(total, window=window, stride=stride)
+    stretches = max(1, most // (4 * window))
+    length = most // stretches
+    found = []
+    for number in range(stretches):
+        start = number * (total - length) // max(1, stretches - 1)
+        inside = sliding_windows(length, window=window, stride=stride)
+        found += [Window(start + one.start, start + one.stop, one.scored) for one in inside]
+    return tuple(found)
 
 
 def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfig:
@@ -249,8 +269,8 @@ def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str
         one = next(iter(cells.values()))
         settings = one["settings"]
         lines.append(
-            f"Original: perplexity {one['original']['perplexity']:.2f} on {settings['tokens']:,} tokens (window "
-            f"{settings['window']}, stride {settings['stride']})."
+            f"Original: perplexity {one['original']['perplexity']:.2f} on {settings['tokens']:,} tokens spread over "
+            f"the text (window {settings['window']}, stride {settings['stride']})."
         )
     for title, figure, form in (
         ("perplexity", lambda cell: cell["perplexity"]["perplexity"], "{:.2f}"),

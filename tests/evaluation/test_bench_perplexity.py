@@ -54,6 +54,25 @@ def run_bench(
     return run
 
 
+def test_the_windows_are_spread_over_the_text(bench: ModuleType) -> None:
+    windows = bench.spread_windows(1000, 200, window=16, stride=8)
+    starts = sorted({one.start for one in windows})
+    assert starts[0] == 0
+    assert windows[-1].stop == 1000
+    assert {one.stop - one.start for one in windows} <= {16, 10}
+    covered = sorted({place for one in windows for place in range(one.start, one.stop)})
+    assert len(covered) == 198
+    assert sum(place < 100 for place in covered) < 70
+    assert sum(450 <= place < 550 for place in covered) > 50
+    counted = [place for one in windows for place in range(one.stop - one.scored, one.stop)]
+    assert len(counted) == len(set(counted)) == 198 - 3
+    assert bench.spread_windows(300, None, window=16, stride=8) == bench.sliding_windows(
+        300, window=16, stride=8
+    )
+    assert bench.spread_windows(300, 400, window=16, stride=8)[-1].stop == 300
+    assert bench.spread_windows(300, 20, window=16, stride=8)[-1].stop == 20
+
+
 def figures(text: str, table: int) -> dict[str, list[str]]:
     """Rows of the table with this number, the stars of the best taken off."""
     found = text.split("\n\n")[-3:][table]
