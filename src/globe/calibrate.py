@@ -73,7 +73,9 @@ class CalibrateOptions:
 
 
 def main() -> None:
-    run_command(__doc__ or "", CalibrateOptions, _calibrate_and_show, positional="model")
+    run_command(
+        __doc__ or "", CalibrateOptions, _calibrate_and_show, positional="model", resumes=lambda options: True
+    )
 
 
 def _calibrate_and_show(options: CalibrateOptions) -> None:

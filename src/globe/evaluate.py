@@ -1,9 +1,12 @@
 """python -m globe.evaluate model=MODEL [against=ORIGINAL] [text=TEXT] [KEY=VALUE ...]
+python -m globe.evaluate sweep=FOLDER [KEY=VALUE ...]
 
 Measure what a model is worth beside the one it was made from: perplexity, divergence, activation errors, sizes.
-Both models are in memory at once; of their logits, those of one batch.
+Both models are in memory at once; of their logits, those of one batch, and with a sweep up to 2 GiB of the original's.
 
 model=MODEL        checkpoint folder or hub id (dense or globe), `embedded`, or the folder of a run
+sweep=FOLDER       instead: every run below a folder, each patched in memory; evaluation.json goes into each run's
+                   folder, where the report finds it, and the same command goes on with the runs that lack one
 against=auto       the original: a checkpoint, `embedded`, `none`; auto is what the model was made from, if it says so
 text=embedded      UTF-8 text file, or the held-out text that comes with the package
 window=256         tokens the model sees at once
@@ -22,7 +25,7 @@ seed=0             of the bootstrap and of the draws
 tasks=[]           lm-eval tasks to run besides, on both models; needs the extra globe-moe[eval]
 include_path=null  folder with lm-eval task files of your own
 limit=null         examples per task; null is all
-out=null           JSON file to write; null is evaluation.json in the folder of the model
+out=null           JSON file to write; null is evaluation.json in the folder of the model. Not with sweep
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ import sys
 
 from globe.config.command_line import run_command
 from globe.config.commands import start
+from globe.config.console import say, wide_console
+from globe.errors import ConfigError, SweepError
 from globe.evaluation.measure import evaluate
 from globe.evaluation.options import EvaluateOptions, output_file
 from globe.evaluation.report import print_evaluation
+from globe.evaluation.sweep import evaluate_sweep, sweep_table
 from globe.files import write_json
 
 
@@ -48,10 +54,19 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    run_command(__doc__ or "", EvaluateOptions, _evaluate_and_show, positional="model")
+    run_command(
+        __doc__ or "",
+        EvaluateOptions,
+        _evaluate_and_show,
+        positional="model",
+        resumes=lambda options: options.sweep is not None,
+    )
 
 
 def _evaluate_and_show(options: EvaluateOptions) -> None:
+    if options.sweep is not None and options.model is None:
+        _evaluate_sweep_and_show(options, options.sweep)
+        return
     file = output_file(options)
     _quiet()
     result = evaluate(options)
@@ -70,6 +85,25 @@ def _evaluate_and_show(options: EvaluateOptions) -> None:
             f"what the model computes is {result.parity:.1e} from what its files stand for, more than "
             f"{options.dtype} explains: evaluate with dtype=float32, and if that stays, patch again",
             file=sys.stderr,
+        )
+
+
+def _evaluate_sweep_and_show(options: EvaluateOptions, folder: str) -> None:
+    if options.out is not None:
+        raise ConfigError(
+            "out is not possible with sweep, whose runs get an evaluation.json each: leave it out"
+        )
+    _quiet()
+    console = wide_console()
+    result = evaluate_sweep(options, lambda line: say(console, line))
+    if result.records:
+        console.print(sweep_table(result))
+        say(console, f"next: python -m globe.report sweep={folder} shows them beside their errors")
+    if result.failed:
+        name, reason = next(iter(result.failed.items()))
+        count = len(result.failed)
+        raise SweepError(
+            f"{count} run{'s' * (count != 1)} of {folder} could not be measured, such as {name}: {reason}"
         )
 
 

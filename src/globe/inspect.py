@@ -42,7 +42,7 @@ def inspect(options: InspectOptions) -> tuple[dict[str, Any], dict[str, str]]:
 
     Raises ConfigError, CheckpointError or ArtefactError with one sentence when there is nothing to look at.
     """
-    root = Path(options.path).expanduser()
+    root = Path(options.path)
     if is_banks(root):
         return inspect_banks(root)
     if not (root / "config.json").exists() and any(root.glob("*/status.json")):

@@ -210,7 +210,7 @@ def test_tasks_run_on_both_models(
     ("arguments", "sentence"),
     [
         ((), "model is missing: give model="),
-        (("model=MODEL", "colour=red"), "colour is not an option: give one of model, against"),
+        (("model=MODEL", "colour=red"), "colour is not an option: give one of model, sweep, against"),
         (("model=MODEL", "dense"), "'dense' is not understood"),
         (("model=nowhere",), "model='nowhere' is neither a folder here nor a hub id"),
         (("model=EMPTY",), "has no config.json"),
@@ -238,6 +238,9 @@ def test_tasks_run_on_both_models(
         (("model=ORPHAN",), "can't be opened here: give its folder as against"),
         (("model=MODEL", "tasks=[arc_easy]"), "pip install 'globe-moe[eval]'"),
         (("model=MODEL", "include_path=tasks"), "give tasks=[...] as well"),
+        (("model=MODEL", "sweep=RUN"), "model and sweep are both given"),
+        (("sweep=EMPTY",), "holds no run with banks"),
+        (("sweep=RUN", "out=x.json"), "out is not possible with sweep"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_exit_code_1(

@@ -37,7 +37,13 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     def simple_evaluate(*, model: HFLM, tasks: list[str], task_manager: TaskManager, **kwargs: Any) -> dict:
         recorded.calls.append({"model": model.kwargs, "include": task_manager.include_path, **kwargs})
         score = model.kwargs["pretrained"] / 2
-        metrics = {"alias": "x", "acc,none": score, "acc_stderr,none": "N/A", "perplexity,none": float("nan")}
+        metrics = {
+            "alias": "x",
+            "sample_len": 3,
+            "acc,none": score,
+            "acc_stderr,none": "N/A",
+            "perplexity,none": float("nan"),
+        }
         return {"results": dict.fromkeys(tasks, metrics), "config": {}}
 
     package, models, hf, tasks = (

@@ -25,14 +25,27 @@ def path_option(default: str | None = MISSING) -> Any:
 
 
 def run_command(
-    usage: str, kind: type[T], run: Callable[[T], None], *, positional: str | None = None
+    usage: str,
+    kind: type[T],
+    run: Callable[[T], None],
+    *,
+    positional: str | None = None,
+    resumes: Callable[[T], bool] = lambda options: False,
 ) -> None:
-    """Do what every main does: print `usage` if help is asked for, or else parse the command line and `run` it."""
+    """Do what every main does: print `usage` if help is asked for, or else parse the command line and `run` it.
+
+    `resumes` says whether the command goes on where it was interrupted, which is said then.
+    """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(usage)
         return
-    run(parse_options(kind, arguments, positional=positional))
+    options = parse_options(kind, arguments, positional=positional)
+    try:
+        run(options)
+    except KeyboardInterrupt as stop:
+        again = "goes on from here" if resumes(options) else "begins anew"
+        raise KeyboardInterrupt(f"the same command {again}") from stop
 
 
 def parse_options(kind: type[T], arguments: Sequence[str], *, positional: str | None = None) -> T:

@@ -52,8 +52,8 @@ def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
     logging.raiseExceptions = False  # a log that can't be written (disk full) must not print tracebacks
     try:
         main()
-    except KeyboardInterrupt:
-        say("interrupted: the same command goes on from here")
+    except KeyboardInterrupt as stop:
+        say(f"interrupted: {stop or 'the same command goes on from here'}")
         sys.exit(INTERRUPTED)
     except Exception as error:
         sentence = explain(error)

@@ -1,64 +1,60 @@
-"""One evaluation: open both models, score the text, and measure whatever the options ask for."""
+"""One evaluation: score the text with a model beside its original, and measure whatever the options ask for."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from globe.calibration.text import overlap, passages
 from globe.evaluation.activation_error import LayerError, activation_errors
 from globe.evaluation.divergence import divergence
+from globe.evaluation.ground import Ground, arithmetic_of
 from globe.evaluation.options import EvaluateOptions
 from globe.evaluation.perplexity import WindowSums, perplexity, rise, score
 from globe.evaluation.report import Evaluation, TaskScores
 from globe.evaluation.sizes import measure_sizes
 from globe.evaluation.spot_checks import Pair, SpotCheck, draw_places, spot_checks, tolerance
-from globe.evaluation.subject import (
-    Subject,
-    check_model,
-    load_tokenizer,
-    open_subject,
-    same_skeleton,
-)
+from globe.evaluation.subject import Subject, check_model, open_subject, same_skeleton
 from globe.evaluation.tasks import check_tasks, run_tasks
-from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
-from globe.hf.run_banks import SOURCE_HASH
-from globe.numerics.device import pick_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Material:
-    """What all measurements share."""
+class _Case:
+    """One model on its ground."""
 
     subject: Subject
-    original: Subject | None
-    tokens: Tokens
-    windows: tuple[Window, ...]
-    tokenizer: Any
-    settings: dict[str, Any]
-    device: torch.device
+    ground: Ground
     model: Any
-    dense: Any
-    """the original in memory, or None"""
     comparable: bool
     """there is an original whose layers are those of the model, apart from the experts"""
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Everything that the options ask for. Raises GlobeError with one sentence."""
-    clock = time.perf_counter()
+    """Measure everything that the options ask for, of the one model they name.
+
+    Raises
+    ------
+    GlobeError with one sentence, before a large model is loaded if possible.
+    """
     check_tasks(options.tasks, options.include_path)
-    material = _prepare(options)
-    sums = _score(material, options)
-    dense = material.dense
+    subject, original = open_subject(options.one_model(), options.against)
+    return measure(subject, Ground(options, subject, original))
+
+
+def measure(subject: Subject, ground: Ground, progress: str = "") -> Evaluation:
+    """Measure one model on its ground; `progress` stands before the bar. Raises GlobeError with one sentence."""
+    clock = time.perf_counter()
+    options, dense = ground.options, ground.dense
+    model = subject.load(dtype=options.dtype.dtype, device=ground.device, S_cache=options.S_cache)
+    check_model(model, int(ground.tokens.ids.max()), options.window, original=dense)
+    case = _Case(subject, ground, model, dense is not None and same_skeleton(model, dense))
+    sums = _score(case, progress)
     return Evaluation(
-        model=options.model,
-        original=None if material.original is None else material.original.name,
-        settings=material.settings,
+        model=subject.name,
+        original=None if ground.original is None else ground.original.name,
+        settings=ground.settings(subject),
         perplexity=perplexity(sums.nll, sums, seed=options.seed),
         perplexity_original=(
             None if sums.nll_original is None else perplexity(sums.nll_original, sums, seed=options.seed)
@@ -69,104 +65,71 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
             if sums.kl is None or sums.agreement is None
             else divergence(sums.kl, sums.agreement, sums.tokens, seed=options.seed)
         ),
-        activation_errors=_activations(material, options),
-        spot_checks=_spots(material, options),
-        parity_tolerance=tolerance(next(material.model.parameters()).dtype),
-        sizes=measure_sizes(material.subject, material.original, material.model, dense),
-        tasks=_tasks(material, options, material.model),
-        tasks_original={} if dense is None else _tasks(material, options, dense),
+        activation_errors=_activations(case),
+        spot_checks=_spots(case),
+        parity_tolerance=tolerance(arithmetic_of(model)),
+        arithmetic=str(arithmetic_of(model)).removeprefix("torch."),
+        sizes=measure_sizes(subject, ground.original, model, dense),
+        tasks=_tasks(case, model),
+        tasks_original=ground.tasks(lambda original: _tasks(case, original)),
         seconds=time.perf_counter() - clock,
     )
 
 
-def _prepare(options: EvaluateOptions) -> _Material:
-    """Open, check and load everything; whatever is wrong is found before a large model is loaded."""
-    device = pick_device(options.device)
-    text = read_text(options.text)
-    subject, original = open_subject(options.model, options.against)
-    tokenizer = load_tokenizer(subject, original, options.tokenizer)
-    tokens = tokenise(text.content, tokenizer, max_tokens=options.max_tokens)
-    windows = sliding_windows(tokens.ids.shape[0], window=options.window, stride=options.stride)
-    calibration = subject.calibration_passages
-    shared = None
-    if calibration is not None:
-        shared = overlap(passages([tokenizer.decode(tokens.ids, skip_special_tokens=True)]), calibration)
-    counted = [slice(one.stop - one.scored, one.stop) for one in windows]
-    settings = asdict(options) | {
-        "dtype": str(options.dtype),
-        "device": str(device),
-        "text_sha256": text.sha256,
-        "calibration_overlap": shared,
-        "tokens": tokens.ids.shape[0],
-        "windows": len(windows),
-        "counted_tokens": sum(one.scored for one in windows),
-        "counted_bytes": sum(int(tokens.bytes[one].sum()) for one in counted),
-        "versions": _versions(),
-        "source": [source.get(SOURCE_HASH) for source in subject.sources],
-    }
-    dtype = options.dtype.dtype
-    dense = None if original is None else original.load(dtype=dtype, device=device, S_cache=None)
-    model = subject.load(dtype=dtype, device=device, S_cache=options.S_cache)
-    check_model(model, int(tokens.ids.max()), options.window, original=dense)
-    comparable = dense is not None and same_skeleton(model, dense)
-    return _Material(
-        subject, original, tokens, windows, tokenizer, settings, device, model, dense, comparable
-    )
-
-
-def _score(material: _Material, options: EvaluateOptions) -> WindowSums:
-    with tqdm(total=len(material.windows), unit="window", disable=None, leave=False) as bar:
+def _score(case: _Case, progress: str) -> WindowSums:
+    ground = case.ground
+    with tqdm(
+        total=len(ground.windows), unit="window", desc=progress or None, disable=None, leave=False
+    ) as bar:
         return score(
-            material.model,
-            material.tokens,
-            material.windows,
-            original=material.dense,
-            batch=options.batch,
-            device=material.device,
+            case.model,
+            ground.tokens,
+            ground.windows,
+            original=ground.dense,
+            batch=ground.options.batch,
+            device=ground.device,
             on_batch=bar.update,
+            remembered=ground.remembered,
         )
 
 
-def _activations(material: _Material, options: EvaluateOptions) -> tuple[LayerError, ...]:
-    if not material.comparable or not options.activation_windows:
+def _activations(case: _Case) -> tuple[LayerError, ...]:
+    ground, count = case.ground, case.ground.options.activation_windows
+    if not case.comparable or not count:
         return ()
     # evenly over the text: its beginning alone may be of one kind
-    step = max(1, len(material.windows) // options.activation_windows)
+    step = max(1, len(ground.windows) // count)
     return activation_errors(
-        material.dense,
-        material.model,
-        material.tokens,
-        material.windows[::step][: options.activation_windows],
-        batch=options.batch,
-        device=material.device,
+        ground.dense,
+        case.model,
+        ground.tokens,
+        ground.windows[::step][:count],
+        batch=ground.options.batch,
+        device=ground.device,
     )
 
 
-def _spots(material: _Material, options: EvaluateOptions) -> tuple[SpotCheck, ...]:
-    if not material.comparable or not options.experts:
+def _spots(case: _Case) -> tuple[SpotCheck, ...]:
+    ground, options = case.ground, case.ground.options
+    if not case.comparable or not options.experts:
         return ()
-    assert material.original is not None
-    assert material.original.checkpoint is not None
-    pair = Pair(material.subject, material.model, material.original.checkpoint, material.dense)
+    assert ground.original is not None
+    assert ground.original.checkpoint is not None
+    pair = Pair(case.subject, case.model, ground.original.checkpoint, ground.dense)
     places = draw_places(pair, options.experts, seed=options.seed)
     return spot_checks(pair, places, top_k=options.top_k, seed=options.seed)
 
 
-def _tasks(material: _Material, options: EvaluateOptions, model: Any) -> TaskScores:
+def _tasks(case: _Case, model: Any) -> TaskScores:
+    options = case.ground.options
     if not options.tasks:
         return {}
     return run_tasks(
         model,
-        material.tokenizer,
+        case.ground.tokenizer,
         options.tasks,
         include_path=options.include_path,
         limit=options.limit,
         batch=options.batch,
         seed=options.seed,
     )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("globe-moe", "torch", "transformers")}

@@ -30,7 +30,8 @@ class Arithmetic(StrEnum):
 class EvaluateOptions:
     """Each is explained by `python -m globe.evaluate --help`."""
 
-    model: str = path_option()
+    model: str | None = path_option(None)
+    sweep: str | None = path_option(None)
     against: str = path_option("auto")
     text: str = path_option(EMBEDDED)
     window: int = 256
@@ -65,10 +66,18 @@ class EvaluateOptions:
             if isinstance(value, int) and not smallest <= value < 2**63:
                 raise ConfigError(f"{key}={value} is not possible: give an integer of at least {smallest}")
 
+    def one_model(self) -> str:
+        """Return `model`. Raises ConfigError unless that alone, and not a sweep, is given."""
+        if self.model is None:
+            raise ConfigError("model is missing: give model=MODEL, or sweep=FOLDER for all runs in it")
+        if self.sweep is not None:
+            raise ConfigError("model and sweep are both given: give one of them")
+        return self.model
+
 
 def output_file(options: EvaluateOptions) -> Path | None:
     """Where the figures go; None for a model without a folder of one's own, unless `out` is given."""
     if options.out is not None:
-        return Path(options.out).expanduser()
-    folder = Path(options.model).expanduser()
+        return Path(options.out)
+    folder = Path(options.one_model())
     return folder / "evaluation.json" if options.model != EMBEDDED and folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, window by window; never more than one batch's logits are in memory.
+"""How well a model predicts a text, window by window; the model's logits of one batch are in memory.
 
 Symbols: t tokens, v entries of the vocabulary, w windows.
 """
@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,17 +72,19 @@ def score(
     batch: int = 8,
     device: torch.device | None = None,
     on_batch: Callable[[int], None] = lambda windows: None,
+    remembered: Callable[[Sequence[Window], Callable[[], Tensor]], Tensor] = lambda group, compute: compute(),
 ) -> WindowSums:
     """Run the windows through the model, and through the original beside it; both are on `device`.
 
-    `on_batch` gets the number of windows of every batch done. Raises CheckpointError when logits are not
-    finite.
+    `on_batch` gets the number of windows of every batch done. `remembered` may keep the original's logits of a group
+    of windows for the next model, instead of computing them. Raises CheckpointError when logits are not finite.
     """
     device = device or torch.device("cpu")
-    models = [model] if original is None else [model, original]
     sums: list[list[float]] = []
     for group in batches(windows, batch):
-        logits = [window_logits(one, tokens, group, device) for one in models]
+        logits = [window_logits(model, tokens, group, device)]
+        if original is not None:
+            logits.append(remembered(group, partial(window_logits, original, tokens, group, device)))
         for row, window in enumerate(group):
             targets = tokens.ids[window.stop - window.scored : window.stop].to(device)
             sums.append(_sums([one[row, -window.scored :] for one in logits], targets))

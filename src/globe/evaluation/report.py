@@ -37,10 +37,17 @@ class Evaluation:
     activation_errors: tuple[LayerError, ...]
     spot_checks: tuple[SpotCheck, ...]
     parity_tolerance: float
+    arithmetic: str
+    """dtype of the model in memory"""
     sizes: ModelSizes
     tasks: TaskScores
     tasks_original: TaskScores
     seconds: float
+
+    @property
+    def is_run(self) -> bool:
+        """Was it a run, patched in memory, and not a checkpoint?"""
+        return bool(self.settings.get("banks"))
 
     @property
     def parity(self) -> float | None:
@@ -53,22 +60,23 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; a figure that is not finite is null. Equal runs differ in `seconds` alone."""
-        record = _plain(asdict(self))
+        record = plain(asdict(self))
         sizes = record["sizes"]
         for name in ("family_parameters", "model_parameters", "family_bytes", "model_bytes"):
             change: Change | None = getattr(self.sizes, name)
             if change is not None:
                 sizes[name]["ratio"] = change.ratio
         own = {"format_version": FORMAT_VERSION, "parity": self.parity, "parity_holds": self.parity_holds}
-        return record | _plain(own)
+        return record | plain(own)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a record as JSON holds it: lists for tuples, null for what is not finite."""
     match value:
         case dict():
-            return {str(key): _plain(one) for key, one in value.items()}
+            return {str(key): plain(one) for key, one in value.items()}
         case list() | tuple():
-            return [_plain(one) for one in value]
+            return [plain(one) for one in value]
         case float():
             return value if math.isfinite(value) else None
     return value
@@ -78,7 +86,32 @@ def print_evaluation(result: Evaluation, file: Path | None, console: Console | N
     """The table, and where the figures are kept. Without a terminal, lines are 120 columns."""
     console = wide_console(console)
     console.print(table(result))
+    for line in advice(result):
+        say(console, line)
     say(console, "not kept: give out=FILE to write them down" if file is None else f"written to {file}")
+
+
+def advice(result: Evaluation) -> list[str]:
+    """Return what the sizes mean, and what comes next, in sentences."""
+    sizes = result.sizes
+    after, before = sizes.resident, sizes.resident_original
+    lines = []
+    if after.cache:
+        saved = ""
+        if before is not None and after.total > before.total:
+            share = (after.total - after.cache) / before.total
+            saved = f", more than the original holds; without them it holds {share:.1%} of it"
+        lines.append(
+            f"the model in memory holds {after.cache:,} bytes of composed bases{saved} (S_cache=0 keeps none and "
+            "composes at each call)"
+        )
+    if result.is_run:
+        lines.append(
+            f"next: python -m globe.patch run={result.model} out=FOLDER format=globe writes files of "
+            f"{sizes.model_bytes.after:,} bytes; format=dense writes {sizes.model_bytes.before or 0:,}, as the "
+            "original has, for engines that know dense experts alone"
+        )
+    return lines
 
 
 def table(result: Evaluation) -> Table:
@@ -87,7 +120,12 @@ def table(result: Evaluation) -> Table:
     title = f"{result.model} on {settings['text']} ({settings['counted_tokens']:,} tokens)"
     headings = ("original", "model", "difference")
     made = new_table(title, ("figure", *headings), wrap=headings)
-    for section in (_quality(result), _insides(result), _sizes(result.sizes), _tasks(result)):
+    for section in (
+        _quality(result),
+        _insides(result),
+        _sizes(result.sizes, result.arithmetic),
+        _tasks(result),
+    ):
         for row in section:
             add_row(made, row)
         if section:
@@ -163,7 +201,7 @@ def _insides(result: Evaluation) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _sizes(sizes: ModelSizes) -> list[tuple[str, str, str, str]]:
+def _sizes(sizes: ModelSizes, dtype: str) -> list[tuple[str, str, str, str]]:
     rows = []
     for label, change in (
         ("parameters of the families, as factors", sizes.family_parameters),
@@ -174,11 +212,12 @@ def _sizes(sizes: ModelSizes) -> list[tuple[str, str, str, str]]:
         if change is not None:
             rows.append(_change(label, change))
     before, after = sizes.resident_original, sizes.resident
-    for label, name in (("bytes of experts in memory", "experts"), ("bytes of the model in memory", "total")):
-        held = None if before is None else getattr(before, name) - before.cache
-        rows.append(_change(label, Change(held, getattr(after, name) - after.cache)))
+    held = Change(None if before is None else before.experts, after.experts - after.cache)
+    rows.append(_change(f"bytes of experts in memory, {dtype}", held))
     if after.cache:
-        rows.append(("bytes of composed bases besides", "", f"{after.cache:,}", ""))
+        rows.append((f"bytes of composed bases, {dtype}", "", f"{after.cache:,}", "with the experts above"))
+    whole = Change(None if before is None else before.total, after.total)
+    rows.append(_change(f"bytes of the model in memory, {dtype}", whole))
     return rows
 
 

@@ -15,11 +15,11 @@ from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.hub import EMBEDDED_ID, resolve
 from globe.checkpoint.model_config import PREFIX, read_config
 from globe.errors import ArtefactError, CheckpointError, ConfigError
-from globe.files import read_record
+from globe.files import read_record, sha256
 from globe.hf.destination import RECORD
 from globe.hf.loading import load
 from globe.hf.patching import patch_model
-from globe.hf.run_banks import RECORD_FILE, BankEntry, open_run, run_of, verify_source
+from globe.hf.run_banks import RECORD_FILE, SOURCE_HASH, BankEntry, open_run, run_of, verify_source
 from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
 
@@ -58,6 +58,16 @@ class Subject:
     def calibration_passages(self) -> frozenset[int] | None:
         """Passages of the text that it was calibrated on; None where none is recorded."""
         return recorded_passages(self.folder if self.run is None else run_of(self.run))
+
+    @property
+    def source_hashes(self) -> list[Any]:
+        """Hashes of the tensors that the banks say they were learned from."""
+        return [source.get(SOURCE_HASH) for source in self.sources]
+
+    @property
+    def bank_hashes(self) -> dict[str, str]:
+        """Hash of each bank of a run; nothing for a checkpoint."""
+        return {entry.key: sha256(entry.folder / RECORD_FILE) for entry in self.entries}
 
     def load(self, *, dtype: torch.dtype | None, device: torch.device, S_cache: int | str | None) -> Any:
         """The language model in evaluation mode on `device`; `dtype` None keeps that of the files."""

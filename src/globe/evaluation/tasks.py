@@ -69,7 +69,10 @@ def check_tasks(tasks: Sequence[str], include_path: str | None) -> None:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    # metrics are named `acc,none`, by their filter; beside them stand counts such as sample_len
+    numbers = {
+        name: value for name, value in metrics.items() if "," in name and isinstance(value, int | float)
+    }
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 

@@ -65,6 +65,12 @@ class BankSize(NamedTuple):
     r: int
     atom_rank: int | None
 
+    @property
+    def text(self) -> str:
+        """The sizes as a sentence has them."""
+        rank = "" if self.atom_rank is None else f", k={self.atom_rank} (rank of an atom)"
+        return f"m={self.m}, r={self.r}{rank}"
+
 
 @dataclass(frozen=True, slots=True)
 class Outline:

@@ -100,7 +100,7 @@ def choose_sizes(
             _write(file, known)
             (show or print_frontier)(searched)
         chosen[shape] = searched.frontier.chosen
-        _log.info("%s: m=%d, r=%d, atom rank %s", _name(shape), *searched.frontier.chosen)
+        _log.info("%s: %s", _name(shape), searched.frontier.chosen.text)
     return chosen
 
 

@@ -173,7 +173,7 @@ def _error(
     try:
         return fit_bank(X, sizes, replace(config, train=train), metric=metric, generator=generator).relfrob
     except (FitError, torch.linalg.LinAlgError) as error:
-        _log.warning("sizes m=%d, r=%d, atom rank %s are left out: %s", *size, error)
+        _log.warning("sizes %s are left out: %s", size.text, error)
         return math.inf
 
 
