@@ -109,4 +109,5 @@ def test_blocks_of_every_form_can_be_run_again(
     assert set(found) == set(experts_modules(model))
     if model_type != "gpt_oss":  # its down projection has a bias, which was not scaled
         assert found.pop(layer).experts == pytest.approx(2.0, rel=1e-4)
-    assert all(one.block == 0 for one in found.values() if one.layer != layer)
+    # of equal weights, but not of equal bits: how a product is rounded may depend on where in memory it lies
+    assert all(one.block < 1e-6 for one in found.values() if one.layer != layer)

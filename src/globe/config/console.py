@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +29,8 @@ def new_table(
     table = Table(title=Text(printable(title)), title_justify="left")
     for at, heading in enumerate(headings):
         to_left = at == 0 or heading in left
-        table.add_column(Text(heading), justify="left" if to_left else "right", no_wrap=heading not in wrap)
+        justify: JustifyMethod = "left" if to_left else "right"
+        table.add_column(Text(heading), justify=justify, no_wrap=heading not in wrap, overflow="fold")
     return table
 
 
