@@ -138,16 +138,8 @@ def figures(record: dict[str, Any]) -> str:
 
 def sweep_table(result: SweepResult) -> Table:
     """Return one row per run that has figures, the smallest model first; the least perplexity is bold."""
-    headings = (
-        "run",
-        "kept of family",
-        "kept of model",
-        "perplexity",
-        "rise",
-        "KL (nats)",
-        "same next token",
-    )
-    table = new_table("all runs, smallest first", headings, wrap=headings)
+    headings = ("kept of\nfamily", "kept of\nmodel", "perplexity", "rise", "KL\n(nats)", "same\nnext token")
+    table = new_table("all runs, smallest first", ("run", *headings), wrap=("run",))
     rows = sorted(result.records.items(), key=lambda one: (_share(one[1], "family") or 0.0, one[0]))
     best = min((record["perplexity"]["perplexity"] for _, record in rows), default=None)
     for name, record in rows:
