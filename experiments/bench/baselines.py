@@ -24,15 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.baselines import (
-    ADAM_METHODS,
-    BaselineResult,
-    BaselineSizes,
-    Method,
-    refit_adapters,
-    run_baseline,
-)
+from globe.baselines import BaselineResult, BaselineSizes, refit_adapters, run_baseline
 from globe.checkpoint import open_checkpoint
+from globe.config.choices import ADAM_METHODS, WEIGHT_METHODS, Method
 from globe.errors import ConfigError, GlobeError
 from globe.fit.normalise import normalise
 
@@ -52,7 +46,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[30.0, 60.0], help="times to report, ascending"
     )
-    parser.add_argument("--methods", nargs="+", type=Method, default=list(Method), choices=list(Method))
+    measured = [one for one in Method if one is not Method.globe and one not in WEIGHT_METHODS]
+    parser.add_argument("--methods", nargs="+", type=Method, default=measured, choices=measured)
     parser.add_argument(
         "--activations", nargs="+", default=["silu", "tanh"], choices=("silu", "tanh", "identity")
     )

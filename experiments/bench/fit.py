@@ -34,10 +34,10 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
-from globe.baselines import ADAM_METHODS, Method, run_baseline
+from globe.baselines import run_baseline
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.checkpoint import open_checkpoint
-from globe.config.choices import Activation
+from globe.config.choices import ADAM_METHODS, Activation, Method
 from globe.config.schema import Config, CurveConfig
 from globe.errors import GlobeError
 from globe.fit.normalise import normalise

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
-from globe.baselines import Method, run_baseline
+from globe.baselines import run_baseline
 from globe.checkpoint import open_checkpoint
-from globe.config.choices import Activation, Dictionary
+from globe.config.choices import Activation, Dictionary, Method
 from globe.config.schema import Config, CurveConfig
 from globe.errors import GlobeError
 from globe.fit.normalise import normalise

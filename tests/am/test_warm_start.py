@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.am.nnls import logits_from_codes, nnls_codes
-from globe.am.warm_start import align, energy_captured, procrustes, right_basis, truncated_svd
+from globe.am.warm_start import align, procrustes, right_basis, truncated_svd
 from globe.errors import FitError
-from globe.numerics.figures import squared_norms
 
 N, P, D, R, M = 6, 5, 9, 3, 4
 
@@ -49,8 +48,6 @@ def test_svd_equals_the_textbook_one(shape: tuple[int, int]) -> None:
         (B0 * Vh[:, :R]).sum(dim=2).abs(), torch.ones(N, R).double(), rtol=1e-12, atol=0
     )
     assert_orthonormal(B0)
-    captured = energy_captured(squared_norms(X), A0)
-    torch.testing.assert_close(captured, S[:, :R].pow(2).sum(1) / S.pow(2).sum(1), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(P, D), (D, P)], ids=["wide", "tall"])
@@ -197,11 +194,11 @@ def test_nnls_equals_the_search_over_all_supports(seed: int, simplex: bool) -> N
         np.testing.assert_allclose(codes[i], expected, atol=1e-6 if simplex else 1e-10)
 
 
-@given(st.integers(0, 2**31), st.booleans(), st.floats(0, 3))
-def test_nnls_meets_the_optimality_conditions_with_l1(seed: int, simplex: bool, l1: float) -> None:
+@given(st.integers(0, 2**31), st.booleans())
+def test_nnls_meets_the_optimality_conditions(seed: int, simplex: bool) -> None:
     gram, rights = problem(seed)
-    codes = nnls_codes(gram, rights, simplex=simplex, l1=l1)
-    slope = codes @ gram - rights + (0.0 if simplex else l1)
+    codes = nnls_codes(gram, rights, simplex=simplex)
+    slope = codes @ gram - rights
     if simplex:
         torch.testing.assert_close(codes.sum(1), torch.ones(N).double(), rtol=1e-12, atol=0)
         slope = slope - (slope * codes).sum(1, keepdim=True)
@@ -215,12 +212,6 @@ def test_planted_codes_are_found() -> None:
     planted = gaussian(N, M, seed=3).clamp_min(0)
     codes = nnls_codes(atoms @ atoms.mT, planted @ atoms @ atoms.mT)
     torch.testing.assert_close(codes, planted, rtol=0, atol=1e-12)
-
-
-def test_l1_shrinks_and_finally_empties_the_codes() -> None:
-    gram, rights = problem(0)
-    sums = [float(nnls_codes(gram, rights, l1=l1).sum()) for l1 in (0.0, 0.5, 2.0, 1e3)]
-    assert sums[0] > sums[1] > sums[2] > sums[3] == 0
 
 
 def test_one_gram_matrix_per_expert() -> None:

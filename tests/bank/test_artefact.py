@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from globe.bank import file as artefact_file
-from globe.bank.file import BankArtefact, Member, member_of, read_artefact, validate, write_artefact
+from globe.bank.file import BankArtefact, Member, read_artefact, validate, write_artefact
 from globe.errors import ArtefactError
 
 N, P, D, M, R, K = 6, 5, 9, 4, 3, 2
@@ -95,15 +95,6 @@ def test_sizes_and_counts() -> None:
     assert dense.kept_parameters == N * P * R + M * R * D + N * M + 2 * P * D
     assert low.kept_parameters == N * P * R + M * K * (R + D) + N * M + 2
     assert artefact(mean=None).kept_parameters == N * P * R + M * R * D + N * M
-
-
-def test_members_are_found_by_layer_and_family() -> None:
-    assert member_of(artefact(), 3, "up") == 0
-    assert member_of(artefact(), 7, "gate") == 1
-    with pytest.raises(
-        ArtefactError, match="does not hold layer 7 up: choose one of layer 3 up, layer 7 gate"
-    ):
-        member_of(artefact(), 7, "up")
 
 
 def test_equal_artefacts_give_equal_bytes_whatever_their_times(tmp_path: Path) -> None:

@@ -42,14 +42,12 @@ def nnls_codes(
     H: Float[Tensor, "n m"],
     *,
     simplex: bool = False,
-    l1: float = 0.0,
     support: Bool[Tensor, "n m"] | None = None,
 ) -> Float[Tensor, "n m"]:
-    """argmin over alpha_i >= 0 of 1/2 alpha_i^T G alpha_i - H_i^T alpha_i + l1 sum_j alpha_ij, per expert.
+    """argmin over alpha_i >= 0 of 1/2 alpha_i^T G alpha_i - H_i^T alpha_i, per expert.
 
     G is the Gram matrix of the atoms, one for all experts (m, m) or one each (n, m, m); H_ij = <atom_j,
-    target_i>. `simplex` adds sum_j alpha_ij = 1, which makes `l1` a constant; `support` allows only some
-    atoms of each expert.
+    target_i>. `simplex` adds sum_j alpha_ij = 1; `support` allows only some atoms of each expert.
 
     Atoms are scaled to unit norm, which the answer does not depend on; then scipy's active-set NNLS (Lawson
     and Hanson 1974) on a square root R of the Gram matrix, R^T R = G, in float64 on the CPU: Cholesky, and
@@ -64,7 +62,7 @@ def nnls_codes(
         raise ValueError(f"a Gram matrix {tuple(G.shape)} does not fit right-hand sides {tuple(H.shape)}")
     if support is not None and not bool(support.any(dim=1).all()):
         raise ValueError("an expert has an empty support: allow it at least one atom")
-    grams, rights = to_float64(G).cpu().numpy(), to_float64(H).cpu().numpy() - l1
+    grams, rights = to_float64(G).cpu().numpy(), to_float64(H).cpu().numpy()
     allowed = None if support is None else support.cpu().numpy()
     codes = torch.zeros(n, m, dtype=torch.float64)
     rows = codes.numpy()

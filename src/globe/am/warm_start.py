@@ -8,13 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.numerics.figures import energy_captured
 from globe.numerics.precision import to_float64
 
 __all__ = [
     "WarmStart",
     "align",
-    "energy_captured",
     "leading_eigenvectors",
     "procrustes",
     "right_basis",

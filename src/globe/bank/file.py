@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from globe.bank.packed_tensors import dequantised, flatten, gather, layouts
-from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, member_of, require, validate
+from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, require, validate
 from globe.errors import ArtefactError
 from globe.files import fresh_folder, parse_record, plain_record, read_json, sha256, sync, write_text
 
@@ -27,7 +27,6 @@ __all__ = [
     "BankArtefact",
     "Member",
     "is_intact",
-    "member_of",
     "read_artefact",
     "validate",
     "write_artefact",

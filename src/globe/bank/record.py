@@ -115,15 +115,6 @@ class BankArtefact:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def member_of(artefact: BankArtefact, layer: int, family: str) -> int:
-    """Position in `artefact.members` of a layer and family; raises ArtefactError if the bank lacks it."""
-    for position, member in enumerate(artefact.members):
-        if member.layer == layer and member.family == family:
-            return position
-    held = ", ".join(f"layer {member.layer} {member.family}" for member in artefact.members)
-    raise ArtefactError(f"the artefact does not hold layer {layer} {family}: choose one of {held}")
-
-
 def validate(artefact: BankArtefact, where: str = "the artefact") -> None:
     """Check names, shapes, dtypes, finiteness, codes >= 0 and that the members tile the n rows.
 

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from globe.baselines.records import BaselinePoint, BaselineStop
+from globe.am.records import StopReason
+from globe.baselines.records import BaselinePoint
 from globe.errors import FitError
 
 EVALUATE_EVERY = 10
@@ -53,11 +54,11 @@ class Limits(NamedTuple):
         """Share of the way that has passed: of steps or of time, the larger where both are limited."""
         return max(step / self.steps if self.steps else 0.0, elapsed / self.seconds if self.seconds else 0.0)
 
-    def stop(self, step: int, elapsed: float) -> BaselineStop | None:
+    def stop(self, step: int, elapsed: float) -> StopReason | None:
         if self.steps is not None and step >= self.steps:
-            return BaselineStop.steps
+            return StopReason.steps
         if self.seconds is not None and elapsed >= self.seconds:
-            return BaselineStop.time
+            return StopReason.time
         return None
 
 
@@ -65,7 +66,7 @@ class AdamOutcome(NamedTuple):
     best: tuple[Tensor, ...]
     """parameters of the measured state with the least error"""
     history: tuple[BaselinePoint, ...]
-    stop: BaselineStop
+    stop: StopReason
 
 
 def cosine_rate(rate: float, *, floor: float, fraction: float) -> float:
@@ -115,7 +116,7 @@ def minimise(
         if stop or step % limits.evaluate_every == 0:
             error = objective.relfrob()
             if not math.isfinite(error):
-                stop = BaselineStop.diverged
+                stop = StopReason.diverged
                 break
             history.append(BaselinePoint(step, limits.elapsed(), error))
             if limits.on_step:

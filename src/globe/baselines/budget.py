@@ -7,7 +7,8 @@ from dataclasses import replace
 from fractions import Fraction
 from math import floor
 
-from globe.baselines.records import BaselineSizes, Method
+from globe.baselines.records import BaselineSizes
+from globe.config.choices import Method
 from globe.errors import ConfigError
 
 ADAPTER_SHARE = Fraction(3, 4)
@@ -42,6 +43,10 @@ def resolve_sizes(
     ConfigError where a size does not belong to the method, sizes are missing, or nothing fits.
     """
     method = Method(method)
+    if method is Method.globe:
+        raise ConfigError(
+            "method=globe is what baselines are measured against: its sizes are bank.m and bank.r"
+        )
     limit = None if budget is None else allowed_parameters(budget, n=n, p=p, d=d)
     _refuse_foreign(method, m=m, atom_rank=atom_rank)
     match method:

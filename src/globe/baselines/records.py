@@ -1,56 +1,15 @@
-"""What a baseline is called, what sizes it has, and what it gives back. Immutable."""
+"""The sizes of a baseline, counted as it stores them, and what it gives back. Immutable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-
-class Method(StrEnum):
-    svd = "svd"
-    """truncated SVD of every expert"""
-    shared_basis = "shared_basis"
-    """one basis for all experts (Tucker-1; MoLAE, arXiv 2503.23100)"""
-    mean_svd = "mean_svd"
-    """mean expert plus truncated SVD of the differences (structure of D2-MoE, arXiv 2502.17298)"""
-    group_svd = "group_svd"
-    """one basis per group of experts: the linear special case with one-hot codes"""
-    mobe = "mobe"
-    """MoBE (arXiv 2508.05257) as its public script starts and trains it"""
-    mobe_corrected = "mobe_corrected"
-    """MoBE's objective and optimiser from a start that really is a warm start"""
-    slbf = "slbf"
-    """low-rank atoms, as many as experts (arXiv 2610.09342)"""
-    rtn = "rtn"
-    """weights rounded to the nearest level"""
-    gptq = "gptq"
-    """weights rounded with error feedback (GPTQ, arXiv 2210.17323)"""
-    gptq_rotated = "gptq_rotated"
-    """the same after random rotations of both sides (QuIP, arXiv 2307.13304)"""
-
-
-WEIGHT_METHODS = frozenset({Method.rtn, Method.gptq, Method.gptq_rotated})
-ADAM_METHODS = frozenset({Method.mobe, Method.mobe_corrected, Method.slbf})
-
-
-class BaselineStop(StrEnum):
-    closed_form = "closed_form"
-    steps = "steps"
-    time = "time"
-    diverged = "diverged"
-
-    @property
-    def sentence(self) -> str:
-        return {
-            BaselineStop.closed_form: "the method is a closed form or ran until its groups were stable",
-            BaselineStop.steps: "all steps were taken",
-            BaselineStop.time: "the time limit was reached",
-            BaselineStop.diverged: "the error was no longer finite; the best state before that was kept",
-        }[self]
+from globe.am.records import StopReason
+from globe.config.choices import Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +86,7 @@ class BaselineResult:
     relfrob: float
     """from the residual of the returned factors, on the normalised experts"""
     history: tuple[BaselinePoint, ...]
-    stop: BaselineStop
+    stop: StopReason
 
     @property
     def kept(self) -> float:

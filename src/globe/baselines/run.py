@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.records import StopReason
 from globe.am.refit import refit as least_squares
 from globe.bank.compose import mixed_bases
 from globe.baselines import mobe, slbf
@@ -18,16 +19,10 @@ from globe.baselines.budget import resolve_sizes
 from globe.baselines.gauge import gauge_fix
 from globe.baselines.group_svd import group_svd
 from globe.baselines.mean_svd import mean_svd
-from globe.baselines.records import (
-    ADAM_METHODS,
-    BaselinePoint,
-    BaselineResult,
-    BaselineSizes,
-    BaselineStop,
-    Method,
-)
+from globe.baselines.records import BaselinePoint, BaselineResult, BaselineSizes
 from globe.baselines.shared_basis import shared_basis
 from globe.baselines.svd import svd
+from globe.config.choices import ADAM_METHODS, Method
 from globe.errors import ConfigError
 from globe.numerics.figures import relfrob, squared_errors, squared_norms
 
@@ -118,7 +113,7 @@ def _run_closed_form(
         lam=0.0,
         relfrob=point.relfrob,
         history=(point,),
-        stop=BaselineStop.closed_form,
+        stop=StopReason.closed_form,
     )
 
 

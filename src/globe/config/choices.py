@@ -22,16 +22,27 @@ FAMILIES_OF = {
 
 class Method(StrEnum):
     globe = "globe"
+    """a bank of atoms with codes and adapters, by alternating minimisation"""
     svd = "svd"
+    """truncated SVD of every expert"""
     shared_basis = "shared_basis"
+    """one basis for all experts (Tucker-1; MoLAE, arXiv 2503.23100)"""
     mean_svd = "mean_svd"
+    """mean expert plus truncated SVD of the differences (structure of D2-MoE, arXiv 2502.17298)"""
     group_svd = "group_svd"
+    """one basis per group of experts: the linear special case with one-hot codes"""
     mobe = "mobe"
+    """MoBE (arXiv 2508.05257) as its public script starts and trains it"""
     mobe_corrected = "mobe_corrected"
+    """MoBE's objective and optimiser from a start that really is a warm start"""
     slbf = "slbf"
+    """low-rank atoms, as many as experts (arXiv 2610.09342)"""
     rtn = "rtn"
+    """weights rounded to the nearest level"""
     gptq = "gptq"
+    """weights rounded with error feedback (GPTQ, arXiv 2210.17323)"""
     gptq_rotated = "gptq_rotated"
+    """the same after random rotations of both sides (QuIP, arXiv 2307.13304)"""
 
 
 OBJECTIVES = ("relfrob", "kept", "kept_model", "seconds")

@@ -98,22 +98,6 @@ def _explained(error: Float[Tensor, "*n"], variance: Float[Tensor, "*n"]) -> Flo
     return torch.where(variance > 0, 1 - error / variance.clamp_min(1e-300), constant)
 
 
-def energy_captured(norms: Float[Tensor, " n"], A0: Float[Tensor, "n p r"]) -> Float[Tensor, " n"]:
-    """||A0_i||^2 / ||X_i||^2 per expert: the share of an expert's energy in its truncated SVD A0_i B0_i.
-
-    B0_i has orthonormal rows, so ||A0_i B0_i|| = ||A0_i||. `norms` are `squared_norms`; a zero expert
-    counts 1.
-    """
-    kept = squared_norms(A0)
-    return torch.where(norms > 0, kept / norms.clamp_min(1e-300), torch.ones_like(kept)).clamp(max=1.0)
-
-
-def total_energy_captured(norms: Float[Tensor, " n"], A0: Float[Tensor, "n p r"]) -> float:
-    """sum_i ||A0_i||^2 / sum_i ||X_i||^2: the ceiling of 1 - RelFrob^2 for any fit with the same r."""
-    total = float(norms.sum())
-    return min(float(squared_norms(A0).sum()) / total, 1.0) if total > 0 else 1.0
-
-
 def energy_of_rank(X: Float[Tensor, "n p d"], r: int) -> float:
     """sum_i of the r largest squared singular values of X_i: ||A0||^2 of the truncated SVDs, without making them."""
     return sum(float(singular_values(expert[None])[0, :r].square().sum()) for expert in X)
