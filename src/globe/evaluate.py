@@ -30,7 +30,6 @@ out=null           JSON file to write; null is evaluation.json in the folder of 
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from globe.config.command_line import run_command
@@ -42,15 +41,7 @@ from globe.evaluation.options import EvaluateOptions, output_file
 from globe.evaluation.report import print_evaluation
 from globe.evaluation.sweep import evaluate_sweep, sweep_table
 from globe.files import write_json
-
-
-def _quiet() -> None:
-    """No bars and remarks of transformers between our lines."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+from globe.hf.loading import quiet
 
 
 def main() -> None:
@@ -68,7 +59,7 @@ def _evaluate_and_show(options: EvaluateOptions) -> None:
         _evaluate_sweep_and_show(options, options.sweep)
         return
     file = output_file(options)
-    _quiet()
+    quiet()
     result = evaluate(options)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

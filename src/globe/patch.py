@@ -12,6 +12,8 @@ S_cache=null       format=globe: experts per layer and family whose bases stay c
                    all; null is what the run says
 packed=true        format=globe: factors of few bits stay packed in the file; false writes them as plain numbers
 overwrite=false    true replaces an earlier result of this command
+check=auto         true looks at the result: load it, compare a few experts with the banks, generate ten tokens; auto
+                   does so where the checkpoint has at most 40 % of the machine's memory
 """
 
 from __future__ import annotations
@@ -20,14 +22,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import start
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
+from globe.hf.loading import quiet
 from globe.hf.run_banks import open_run, open_source, recorded_cache
+from globe.hf.sanity import fits_in_memory, look
 from globe.runs.folder import RunFolder, State
+
+
+class Check(StrEnum):
+    auto = "auto"
+    true = "true"
+    false = "false"
 
 
 class Format(StrEnum):
@@ -52,6 +63,7 @@ class PatchOptions:
     S_cache: int | str | None = None
     packed: bool = True
     overwrite: bool = False
+    check: Check = Check.auto
 
 
 def parse(arguments: Sequence[str]) -> PatchOptions:
@@ -95,6 +107,9 @@ def _patch_and_say(options: PatchOptions) -> None:
         f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
         f"of the model's {parameters['model']:,} parameters"
     )
+    if options.check is Check.true or (options.check is Check.auto and fits_in_memory(Path(options.out))):
+        quiet()
+        print(f"checked: {look(options.out, open_run(options.run)).sentence}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from globe.calibration.run import RECORD as CALIBRATION
 from globe.checkpoint import Checkpoint
 from globe.errors import ConfigError
 from globe.files import fresh_folder, unwritable, write_json
+from globe.hf.model_card import write_card
 from globe.hf.run_banks import BankEntry, run_of
 
 RECORD = "globe_patch.json"
@@ -63,6 +64,13 @@ def write_record(
     families = sum(entry.family_parameters for entry in entries)
     kept = sum(entry.kept_parameters for entry in entries)
     total = checkpoint.total_parameters
+    parameters: dict[str, Any] = {
+        "model": total,
+        "families": families,
+        "kept": kept,
+        "kept_of_families": kept / families,
+        "kept_of_model": (total - families + kept) / total,
+    }
     record = {
         "format": form,
         "source": checkpoint.source(),
@@ -70,15 +78,10 @@ def write_record(
             entry.key: [f"layer {one.layer} {one.family}" for one in entry.members] for entry in entries
         },
         "kept_bytes": sum(entry.kept_bytes for entry in entries),
-        "parameters": {
-            "model": total,
-            "families": families,
-            "kept": kept,
-            "kept_of_families": kept / families,
-            "kept_of_model": (total - families + kept) / total,
-        },
+        "parameters": parameters,
     }
     write_json(folder / RECORD, record)
+    write_card(folder, form, entries, checkpoint, parameters)
     calibration = run_of(entries[0].folder) / CALIBRATION
     if calibration.is_file():
         shutil.copyfile(calibration, folder / CALIBRATION)

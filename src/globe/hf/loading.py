@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def load(
     if "experts_implementation" not in kwargs and _has_misaligned_experts(model):
         model.set_experts_implementation("eager")
     return model
+
+
+def quiet() -> None:
+    """Keep bars and remarks of transformers from between a command's own lines."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def _has_misaligned_experts(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,10 @@ class BankEntry:
     kept_parameters: int
     family_parameters: int
     kept_bytes: int
+    config: dict[str, Any]
+    """options of the fit, as the bank records them"""
+    relfrob: str
+    """the headline figure for people: four digits, or a dash where the bank records none"""
 
     @property
     def key(self) -> str:
@@ -84,6 +89,10 @@ def _entry(folder: Path) -> BankEntry:
         kept_parameters=artefact.kept_parameters,
         family_parameters=artefact.family_parameters,
         kept_bytes=artefact.nbytes,
+        config=dict(artefact.config or {}),
+        relfrob=f"{error:.4f}"
+        if isinstance(error := (artefact.metrics or {}).get("relfrob"), float)
+        else "-",
     )
 
 
