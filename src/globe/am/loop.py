@@ -119,7 +119,8 @@ def _begin(
     activation, lambda_A = problem.options.activation, problem.options.lambda_A
     if resume is not None:
         saved = restore(resume, X, activation=activation, lambda_A=lambda_A, metric=metric, group=group)
-        return problem, saved
+        products = torch.bfloat16 if saved.progress.low_precision else X.dtype
+        return replace(problem, options=replace(problem.options, curvature_dtype=products)), saved
     seed = int(torch.randint(2**31, (1,), generator=generator))
     atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, metric=metric, group=group)
     del warm  # as large as the state that comes now
@@ -134,7 +135,12 @@ def _begin(
         metric=metric,
         group=group,
     )
-    return problem, Running(state, Best.of(state), Progress(seed, problem.relfrob(state.point.error)), None)
+    progress = Progress(
+        seed,
+        problem.relfrob(state.point.error),
+        low_precision=problem.options.curvature_dtype is torch.bfloat16,
+    )
+    return problem, Running(state, Best.of(state), progress, None)
 
 
 def _control(problem: Problem, running: Running, controls: Controls) -> Running:

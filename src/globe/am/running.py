@@ -31,6 +31,8 @@ class Progress:
     """what the support control has made of the scheduled temperature"""
     frozen: bool = False
     """whether the support has been cut to its target"""
+    low_precision: bool = False
+    """whether the curvature products began in bfloat16, so that a fit continues so on another machine"""
     best_validation: float = 1e300
     validations_without: int = 0
     """since the validation error last improved or the support last changed"""
