@@ -66,11 +66,11 @@ def test_the_sums_of_every_window_are_those_of_a_loop_over_its_tokens(
     assert 0 < int(sums.agreement.sum()) < TOKENS - 1
 
 
-def test_equal_models_diverge_by_exactly_nothing(model: Any, tokens: Tokens) -> None:
+def test_equal_models_do_not_diverge(model: Any, tokens: Tokens) -> None:
     windows = sliding_windows(TOKENS, window=WINDOW, stride=STRIDE)
     sums = score(model, tokens, windows, original=model, batch=2)
-    assert int(torch.count_nonzero(sums.kl)) == 0
-    assert torch.equal(sums.nll, sums.nll_original)
+    assert float(sums.kl.abs().max()) < 1e-6 * TOKENS
+    torch.testing.assert_close(sums.nll, sums.nll_original, rtol=1e-6, atol=0)
     assert torch.equal(sums.agreement, sums.tokens)
 
 
