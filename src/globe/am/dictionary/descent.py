@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +14,7 @@ from globe.am.dictionary.tangent import tangent
 from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
 from globe.am.objective import mix
 from globe.am.records import StepOptions
+from globe.am.refit import ridge_of
 from globe.am.state import AMState, Atoms, adapters_of, point_at
 from globe.numerics.activation import phi
 from globe.numerics.chunks import expert_chunks
@@ -29,9 +32,8 @@ _OF_ERROR_IN_METRIC = 0.5
 the damping's unit: 0.1 and 0.5 gave 0.0218 and 0.0212 in 20 steps, the first with five refused steps and the second
 with none."""
 _FINE = 3e-4
-"""A step that promises less than this share of the objective is the last in low precision. Kept to the end,
-bfloat16 products stalled a linear fit at 0.3544 that reaches 0.3532 in the same 48 steps of 20 iterations without them;
-with the truncation test 3e-4 costs no error at equal steps, a fifth faster than with 3e-3."""
+"""A step that promises less than this share of the objective is the last in low precision, which would stall the fit if
+it were kept to the end."""
 _DOUBTED = 1e-2
 """So is a refused step that promised less than this. One that promised more, as first steps do, fails for its length:
 rounding is not to blame, and the damping rises until a next one promises less."""
@@ -48,9 +50,9 @@ def gauss_newton_step(
     group: ProcessGroup = ALONE,
     spend: bool = False,
 ) -> tuple[AMState, bool]:
-    """One projected Gauss-Newton step, and whether it was taken.
+    """Take one projected Gauss-Newton step; return the state after it, and whether the step was taken.
 
-    A step that lowers the objective is taken and the damping falls; tried first extrapolated (Nesterov, weight
+    A step that lowers the objective is taken and the damping falls. It is tried first extrapolated (Nesterov, weight
     k / (k + 3) up to `momentum`), then, if that does not descend, as it is with the momentum reset. If neither
     descends the state stays, the momentum is dropped and the damping rises fivefold.
 
@@ -61,17 +63,53 @@ def gauss_newton_step(
     if options.beta < 1:
         assert warm is not None, "beta below 1 needs the warm start"
         pull = aligned_warm_start(warm, _bases(state, options))
-    slopes = tangent(
-        state.atoms.bank,
-        state.atoms.codes,
-        left=state.atoms.left,
-        right=state.atoms.right,
-        free=state.constraint.support,
-        joint=options.joint,
-        group=group,
-    )
+    plain, promised = _proposed(state, options, pull, generator=generator, group=group, spend=spend)
+    if promised < _FINE * state.objective:
+        state = state._replace(fine=True)
+    if total is None:
+        total = group.total(float(squared_norms(X).sum()))
+    share = _OF_ERROR if metric is None else _OF_ERROR_IN_METRIC
+    relaxed = max(_LEAST, share * state.objective / (total or 1.0), state.damping / _DOWN)
+    into = state.point if spend else None
+    if pull is not None:
+        adapters = adapters_of(X, state, options)
+        error = _blended_error(X, adapters, state, pull, options)
+        if not _blended_error(X, adapters, state._replace(atoms=plain), pull, options) < error:
+            return _refused(state, promised), False
+        point = point_at(X, plain, options, metric=metric, into=into, group=group)
+        return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
+    for atoms, momentum_steps in _candidates(state, plain, options):
+        point = point_at(X, atoms, options, metric=metric, into=into, group=group)
+        if point.objective < state.objective:
+            return state._replace(
+                atoms=atoms, point=point, anchor=plain, momentum_steps=momentum_steps, damping=relaxed
+            ), True
+        del point, atoms  # before the next one is made
+    if spend:
+        state = state._replace(point=point_at(X, state.atoms, options, metric=metric, into=into, group=group))
+    return _refused(state, promised), False
+
+
+def _proposed(
+    state: AMState,
+    options: StepOptions,
+    pull: Float[Tensor, "n r d"] | None,
+    *,
+    generator: torch.Generator,
+    group: ProcessGroup,
+    spend: bool,
+) -> tuple[Atoms, float]:
+    """Return the atoms at the end of the direction, and the fall of the objective that the model promises there."""
     direction = gauss_newton_direction(
-        slopes,
+        tangent(
+            state.atoms.bank,
+            state.atoms.codes,
+            left=state.atoms.left,
+            right=state.atoms.right,
+            free=state.constraint.support,
+            joint=options.joint,
+            group=group,
+        ),
         state.point,
         cg_iterations=options.cg_iterations,
         cg_tolerance=options.cg_tolerance,
@@ -82,41 +120,16 @@ def gauss_newton_step(
         curvature_dtype=None if state.fine else options.curvature_dtype,
         spend=spend and pull is None,
     )
-    promised = direction.predicted
-    if promised < _FINE * state.objective:
-        state = state._replace(fine=True)
-    plain = state.atoms.moved(direction.move, state.constraint, joint=options.joint)
-    del slopes, direction
-    into = state.point if spend else None
-    if total is None:
-        total = group.total(float(squared_norms(X).sum()))
-    share = _OF_ERROR if metric is None else _OF_ERROR_IN_METRIC
-    relaxed = max(_LEAST, share * state.objective / (total or 1.0), state.damping / _DOWN)
-    if pull is not None:
-        adapters = adapters_of(X, state, options)
-        error = _blended_error(X, adapters, state, pull, options)
-        if _blended_error(X, adapters, state._replace(atoms=plain), pull, options) < error:
-            point = point_at(X, plain, options, metric=metric, into=into, group=group)
-            return state._replace(
-                atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed
-            ), True
-        return _refused(state, promised), False
+    return state.atoms.moved(direction.move, state.constraint, joint=options.joint), direction.predicted
+
+
+def _candidates(state: AMState, plain: Atoms, options: StepOptions) -> Iterator[tuple[Atoms, int]]:
+    """Yield the extrapolated step and the plain one, each with the count of momentum steps after it."""
     count = state.momentum_steps + 1
     weight = min(options.momentum, count / (count + 3))
     if weight > 0:
-        beyond = plain.beyond(state.anchor, weight, state.constraint)
-        point = point_at(X, beyond, options, metric=metric, into=into, group=group)
-        if point.objective < state.objective:
-            return state._replace(
-                atoms=beyond, point=point, anchor=plain, momentum_steps=count, damping=relaxed
-            ), True
-        del point, beyond
-    point = point_at(X, plain, options, metric=metric, into=into, group=group)
-    if point.objective < state.objective:
-        return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
-    if spend:
-        state = state._replace(point=point_at(X, state.atoms, options, metric=metric, into=into, group=group))
-    return _refused(state, promised), False
+        yield plain.beyond(state.anchor, weight, state.constraint), count
+    yield plain, 0
 
 
 def _refused(state: AMState, promised: float) -> AMState:
@@ -159,12 +172,14 @@ def _blended_error(
     pull: Float[Tensor, "n r d"],
     options: StepOptions,
 ) -> float:
-    """sum_i ||X~_i - A_i M_i||^2 at adapters A, for the blended target X~ of `_blended_force`."""
-    total = 0.0
+    """sum_i ||X~_i - A_i M_i||^2 + beta rho_i ||A_i||^2 at adapters A, for the target X~ of `_blended_force`."""
+    total, ridge = 0.0, options.beta * ridge_of(options.lambda_A, X.dtype) / A.shape[2]
     for part in expert_chunks(*X.shape):
         M = _in_metric(state, _activated(state.atoms, options, part), part)
         wanted = torch.lerp(A[part] @ pull[part], X[part], options.beta)
         total += float(torch.linalg.vector_norm(wanted - A[part] @ M)) ** 2
+        sizes = torch.linalg.vector_norm(A[part], dim=(1, 2)) * torch.linalg.vector_norm(M, dim=(1, 2))
+        total += ridge * float(sizes.square().sum())
     return total
 
 

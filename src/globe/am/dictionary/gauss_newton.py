@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.dictionary.curvature import Curvature
-from globe.am.dictionary.preconditioner import precondition
+from globe.am.dictionary.preconditioner import Preconditioner, precondition
 from globe.am.dictionary.remainder import remainder
 from globe.am.dictionary.tangent import Tangent
 from globe.am.objective import Point, release
@@ -72,12 +72,29 @@ def gauss_newton_direction(
             bank = (tangent.triangle @ bank.flatten(1)).view_as(bank)
         residual = (residual[0] - ridge * bank, *residual[1:])
         shift[0] += ridge
+    step, predicted = _conjugate_gradients(
+        tangent, curvature, solver, residual, shift, iterations=cg_iterations, tolerance=cg_tolerance
+    )
+    return Direction(tangent.leave_coordinates(step), predicted)
+
+
+def _conjugate_gradients(
+    tangent: Tangent,
+    curvature: Curvature,
+    solver: Preconditioner,
+    residual: Move,
+    shift: list[float],
+    *,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Move, float]:
+    """Solve (H + shift) step = residual; return the step and the fall of the quadratic model. Overwrites `residual`."""
     predicted = 0.0
     step: Move = tuple(torch.zeros_like(part) for part in residual)
     search = solver.apply(residual)
     energy = first = _dot(tangent, residual, search)
-    rounding = torch.finfo(point.force.dtype).eps ** 2
-    for count in range(1, cg_iterations + 1):
+    rounding = torch.finfo(residual[0].dtype).eps ** 2
+    for count in range(1, iterations + 1):
         if not energy > rounding * first:
             break
         curved = curvature.product(search)
@@ -91,14 +108,14 @@ def gauss_newton_direction(
         for at, along, left, part in zip(step, search, residual, curved, strict=True):
             at.add_(along, alpha=energy / bend)
             left.sub_(part, alpha=energy / bend)
-        if count * gain <= cg_tolerance * predicted:
+        if count * gain <= tolerance * predicted:
             break
         solved = solver.apply(residual)
         energy, before = _dot(tangent, residual, solved), energy
         for along, part in zip(search, solved, strict=True):
             along.mul_(energy / before).add_(part)
         del solved, part  # as large as a bank
-    return Direction(tangent.leave_coordinates(step), predicted)
+    return step, predicted
 
 
 def _dot(tangent: Tangent, a: Move, b: Move) -> float:
