@@ -32,7 +32,10 @@ def test_a_sweep_goes_on_after_a_failed_run_and_says_so_at_the_end(tmp_path: Pat
     done = program("-m", "bank.m=n/5,n/8", "bank.r=p/4", "sweep=sizes", "train.steps=1", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "bank.m='n/5' is 3.2 for n=16, not a whole number: give 3 or 4"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "bank.m='n/5' is 3.2 for n=16, not a whole number: give 3 or 4, or round(n/5)"
+    )
     folders = sorted(one for one in (tmp_path / "outputs" / "sizes").iterdir() if one.is_dir())
     assert [load(folder / "status.json")["state"] for folder in folders] == ["failed", "finished"]
     assert len(list(tmp_path.rglob("status.json"))) == 2

@@ -64,7 +64,7 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, positional: str | 
     given = list(arguments)
     if positional is not None and given and not _names_an_option(given[0]):
         given[0] = f"{positional}={given[0]}"
-    texts, groups = _text_options(kind), _groups(kind)
+    texts, groups = text_options(kind), _groups(kind)
     taken: dict[str, str | None] = {}
     rest = []
     for argument in given:
@@ -99,7 +99,7 @@ def _groups(kind: type) -> dict[Any, Any]:
     return {one.name: one.default_factory for one in fields(kind) if is_dataclass(one.default_factory)}
 
 
-def _text_options(kind: type, prefix: str = "") -> dict[str, tuple[bool, bool]]:
+def text_options(kind: type, prefix: str = "") -> dict[str, tuple[bool, bool]]:
     """Return, for each option that is a text, whether it may be None and whether it is a path, by its key."""
     hints, found = get_type_hints(kind), dict[str, tuple[bool, bool]]()
     for one in fields(kind):
@@ -108,7 +108,7 @@ def _text_options(kind: type, prefix: str = "") -> dict[str, tuple[bool, bool]]:
         if parts - {NoneType} == {str}:
             found[prefix + one.name] = (NoneType in parts, _is_path(one))
         elif is_dataclass(one.default_factory):
-            found |= _text_options(one.default_factory, f"{prefix}{one.name}.")
+            found |= text_options(one.default_factory, f"{prefix}{one.name}.")
     return found
 
 

@@ -15,7 +15,7 @@ NUMERICS_VERSION = 4
 """Part of a run's identity; raised whenever the same options give other numbers."""
 
 DEFAULT_SIZES = {"m": "n/4", "r": "p/2"}
-"""What `bank.m` and `bank.r` are where neither they nor `bank.kept` is given."""
+"""Values of `bank.m` and `bank.r`, rounded to whole numbers, where neither they nor `bank.kept` is given."""
 
 _NOT_IDENTITY = {
     "": (
@@ -68,7 +68,7 @@ def run_name(config: dict[str, Any]) -> str:
     """Folder name of a run: what one looks for first, then its identity; no slash, space or equals sign."""
     path = config["model"]["path"]
     layer = config["layer"]
-    layer = "+".join(str(one) for one in layer) if isinstance(layer, list) else str(layer)
+    layer = "+".join(map(str, layer)) if isinstance(layer, list) else "mid" if layer is None else str(layer)
     parts = [Path(path).resolve().name if path else "embedded", str(config["family"]), f"L{layer}"]
     if config["method"] != "globe":
         parts.insert(1, str(config["method"]))

@@ -9,20 +9,22 @@ from typing import Any
 from globe.errors import ConfigError
 
 GROUPS = {"early": range(4, 9), "middle": range(12, 17), "late": range(20, 25)}
-"""Layers that have a name, for sweeps over depth. Numbers as they are in a model of 24 layers and more; a group is cut
-to the layers that a model has experts in, unlike a range, which asks for every one of its layers."""
+"""Layers that have a name, for sweeps over depth, by their numbers in a model of 24 layers and more. A group is cut to
+the layers that a model has experts in, unlike a range, which asks for every one of its layers."""
 _RANGE = re.compile(r"(\d+)\s*(?:-|:|\.\.)\s*(\d+)")
 
 
 def parse_layers(value: Any, moe_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The layers that `layer` asks for, ascending, each once.
+    """Return the layers that `layer` asks for, ascending, each once.
 
-    `value` is a number, `all`, a range `4-8`, `4:8` or `4..8` (both ends included), `early`, `middle` or `late` (4-8,
-    12-16, 20-24, cut to the layers that have experts), or a list of these;
-    `moe_layers` are the layers that have experts, out of `num_layers`. Raises ConfigError with one sentence
-    naming `layer`, the value and what is allowed; a dense layer is refused as such.
+    `value` is None for the middle one of those that have experts, a number, `all`, a range `4-8`, `4:8` or `4..8` (both
+    ends included), `early`, `middle` or `late` (4-8, 12-16, 20-24, cut to the layers that have experts), or a list of
+    these; `moe_layers` are the layers that have experts, out of `num_layers`. Raises ConfigError with one sentence
+    that names `layer`, the value and what is allowed; a dense layer is refused as such.
     """
     allowed = f"give layers out of {ranges(moe_layers)}"
+    if value is None and moe_layers:
+        return (moe_layers[len(moe_layers) // 2],)
     asked = _expand(value, moe_layers, num_layers)
     if not asked:
         raise ConfigError(
@@ -41,7 +43,7 @@ def parse_layers(value: Any, moe_layers: Sequence[int], num_layers: int) -> tupl
 
 
 def _expand(value: Any, moe_layers: Sequence[int], num_layers: int) -> list[int]:
-    """All layers asked for, unchecked; empty when any part is not understood."""
+    """Return all layers asked for, unchecked; none when any part is not understood."""
 
     def inner(one: Any) -> list[int]:
         return _expand(one, moe_layers, num_layers)
@@ -78,7 +80,7 @@ def _shown(value: Any) -> str:
 
 
 def ranges(layers: Sequence[int], *, join: str = ", ", digits: int = 1) -> str:
-    """`0-23`, or `1, 3, 5` where layers are not neighbours; numbers have at least `digits` digits."""
+    """Return `0-23`, or `1, 3, 5` where layers are not neighbours; numbers have at least `digits` digits."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

@@ -52,6 +52,9 @@ __all__ = [
 ]
 
 
+MOST_THREADS = 1024
+
+
 @dataclass
 class WandbConfig:
     mode: WandbMode = WandbMode.disabled
@@ -83,8 +86,9 @@ class Config:
     family: Family = Family.up
     """Which projection is compressed: up, gate, down, both (up and gate) or all three; one bank each, unless
     `bank.scope` joins them. A bank of down stands on its output side: its matrices are read transposed."""
-    layer: Any = 12
-    """Layers: `12`, `all`, `[4,12,20]`, or `4-8` (both ends included; `4:8` and `4..8` are the same)."""
+    layer: Any = None
+    """Layers: `12`, `all`, `[4,12,20]`, or `4-8` (both ends included; `4:8` and `4..8` are the same); null is the
+    middle one of those that have experts."""
     method: Method = Method.globe
     """Method that approximates the experts: a GloBE bank, or one it is measured against, with the same budget."""
     seed: int = 0
@@ -128,7 +132,8 @@ class Config:
         check(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
         check(self.seed < 2**63, "seed", self.seed, "an integer below 2**63")
         threads = self.threads
-        check(threads is None or threads >= 1, "threads", threads, "an integer of at least 1, or null")
+        counted = threads is None or 1 <= threads <= MOST_THREADS
+        check(counted, "threads", threads, f"an integer from 1 to {MOST_THREADS}, or null")
         check(bool(self.output.strip()), "output", self.output, "the folder that holds the runs")
         one_folder = bool(self.sweep.strip(". ")) and not re.search(r"[/\\]", self.sweep)
         check(one_folder, "sweep", self.sweep, "a folder name without a slash")

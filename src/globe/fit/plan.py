@@ -21,7 +21,7 @@ from globe.config.choices import FAMILIES_OF, WEIGHT_METHODS, Centre, Method, Sc
 from globe.config.identity import DEFAULT_SIZES
 from globe.config.layers import parse_layers, ranges
 from globe.config.schema import Config
-from globe.config.size_expressions import resolve_size
+from globe.config.size_expressions import default_size, resolve_size
 from globe.errors import ConfigError
 
 _LONGEST_KEY = 100
@@ -230,11 +230,14 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
     n, p, d = bank.shape
     if chosen is None:
         assert config.bank.kept is None, "sizes within a budget are chosen by search"
-        m = resolve_size(
-            "bank.m", config.bank.m or DEFAULT_SIZES["m"], {"n": n}, n, f"the {n} experts that share the bank"
-        )
+        m, r = config.bank.m, config.bank.r
+        if m is None:
+            m = default_size(DEFAULT_SIZES["m"], {"n": n}, n)
+        m = resolve_size("bank.m", m, {"n": n}, n, f"the {n} experts that share the bank")
         rank = f"min(p, d)={min(p, d)}, the rank of a {p} x {d} expert"
-        r = resolve_size("bank.r", config.bank.r or DEFAULT_SIZES["r"], {"p": p, "d": d}, min(p, d), rank)
+        if r is None:
+            r = default_size(DEFAULT_SIZES["r"], {"p": p, "d": d}, min(p, d))
+        r = resolve_size("bank.r", r, {"p": p, "d": d}, min(p, d), rank)
         k = config.bank.atom_rank
         if k is not None:
             rank = f"min(r, d)={min(r, d)}, the rank of an {r} x {d} atom"

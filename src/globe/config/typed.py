@@ -1,0 +1,72 @@
+"""The command line of `globe.train` as it was meant, before Hydra reads it: texts are texts and no YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from globe.config.command_line import text_options
+from globe.config.composition import conf_dir
+from globe.config.schema import Config
+from globe.errors import ConfigError
+
+PATHS = ("model.path", "output", "hydra.run.dir", "hydra.sweep.dir")
+"""Options that are paths, in which `~` stands for the home folder."""
+SIZES = ("bank.m", "bank.r", "bank.atom_rank", "codes.target_support")
+_ONE_VALUE = ("hydra.run.dir", "hydra.sweep.dir", "output", "sweep")
+"""Options that a sweep cannot vary, whose commas are part of the text."""
+_CALL = re.compile(r"\w+\(.*\)")
+_ROUNDED = re.compile(r"(?<!['\"])\b((?:round|floor|ceil)\([^()]*\))(?!['\"])")
+
+
+def as_typed(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with quotes wherever Hydra would read a text as something else.
+
+    Hydra takes `output=2026_11_29` for a number, `0123` for 83, and refuses `/a=b/m` and `round(n/8)`. In a sweep
+    (`-m`) commas still separate the values of an option. `model=` followed by a path or a hub id means `model.path=`.
+    Raises ConfigError for an empty path or a home folder that is not there.
+    """
+    sweep = bool({"-m", "--multirun"} & set(arguments))
+    texts = set(text_options(Config)) | set(PATHS)
+    return [_one(argument, texts, sweep) for argument in arguments]
+
+
+def _one(argument: str, texts: Collection[str], sweep: bool) -> str:
+    key, equals, value = argument.partition("=")
+    if key == "model" and equals and _is_model_path(value):
+        key = "model.path"
+    if not equals or value[:1] in ("'", '"'):
+        return argument
+    if key in SIZES:
+        return f"{key}={_ROUNDED.sub(lambda call: _quoted(call[1]), value)}"
+    if key not in texts or (value == "null" and key != "output"):
+        return argument
+    if sweep and _CALL.fullmatch(value):  # such as choice(a,b)
+        return argument
+    values = value.split(",") if sweep and key not in _ONE_VALUE else [value]
+    return f"{key}={','.join(_quoted(_path(key, one) if key in PATHS else one) for one in values)}"
+
+
+def _is_model_path(value: str) -> bool:
+    names = {file.stem for file in (Path(conf_dir()) / "model").glob("*.yaml")}
+    return value not in names and ("/" in value or Path(value).expanduser().is_dir())
+
+
+def _path(key: str, value: str) -> str:
+    if not value.strip():
+        raise ConfigError(f"{key}= is empty: give a path, such as {key}=./folder")
+    if "\0" in value:
+        raise ConfigError(f"{key} holds a null character, which no name may hold: leave it out")
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError as error:  # a user that this machine does not know
+        raise ConfigError(
+            f"{key}={value}: there is no such home folder, ./{value} is a folder here"
+        ) from error
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
