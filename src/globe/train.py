@@ -31,6 +31,7 @@ from globe.config.choices import Method
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
 from globe.config.identity import identity
 from globe.config.schema import Config
+from globe.config.typed import as_typed
 from globe.errors import CheckpointError, FitError
 from globe.files import write_json
 from globe.fit.ledger import Ledger
@@ -262,6 +263,7 @@ def main() -> None:
         sys.argv += torchrun.SILENT
 
     def app() -> None:
+        sys.argv[1:] = as_typed(sys.argv[1:])
         if torchrun.launched():
             torchrun.refuse_sweep(sys.argv)
         with sweep.outcome():

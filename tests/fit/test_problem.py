@@ -85,7 +85,6 @@ def test_all_is_the_moe_layers_only() -> None:
         ("first", "layer=first is not understood"),
         ("", "layer='' is not understood"),
         ([], "layer=[] is not understood"),
-        (None, "layer=None is not understood"),
         (True, "layer=True is not understood"),
         (1.5, "layer=1.5 is not understood"),
         ([4, "x"], "layer=[4, x] is not understood"),
