@@ -139,7 +139,7 @@ def test_sizes_by_expression(value: int | str, size: int) -> None:
         ("-3", "bank.m='-3', which is -3, is too small"),
         (
             "p/2",
-            "bank.m='p/2' is not understood: give an integer or an expression in n such as n/4, 3n/4 or n",
+            "bank.m='p/2' is not understood: give an integer or an expression in n such as n/4, 3n/4 or round(n/8)",
         ),
         ("n/0", "is not understood"),
         ("n//4", "is not understood"),
