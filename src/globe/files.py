@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from globe.errors import CheckpointError, ConfigError
 
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises ConfigError if `path` is a symbolic link, a folder or a device, and OSError if the disk refuses.
     """
-    _require_replaceable(path)
+    require_replaceable(path)
     temporary = _hidden(path)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY
@@ -114,7 +114,15 @@ def unwritable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be written ({error.strerror or error}): make room or give another")
 
 
-def _require_replaceable(path: Path) -> None:
+def open_to_append(path: Path) -> TextIO:
+    """Open a UTF-8 text file to write at its end; raises as `replacing` does."""
+    require_replaceable(path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _PATIENT
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise ConfigError if there is something else than a regular file."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ConfigError(
@@ -205,7 +213,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     not a regular file, and OSError if it cannot be opened. Nothing is held on Windows and on file systems that have
     no such locks.
     """
-    _require_replaceable(path)
+    require_replaceable(path)
     flags = os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _PATIENT
     descriptor = os.open(path, flags, 0o666)
     try:

@@ -1,18 +1,25 @@
 """The folder of one run: what is in it, how far the run is, and who holds it. Every write is atomic.
 
+Nothing is removed or replaced in a folder but what is listed here, and only in a folder of a run (`status.json`).
+
 config.yaml     the composed, resolved configuration
 metrics.jsonl   one flat JSON object per step and bank
 frontier.json   the search for sizes, with bank.kept
 summary.json    the figures of all finished banks
 status.json     state, times, error, and the same for every bank
-train.log       the log, by Hydra
+train.log       the log
 banks/KEY/      the artefact of a bank; KEY.json its run time; KEY.partial/ an unfinished fit
+.lock           held while a process works on the run
+.repetition/    results of overwrite=true until they are whole, a run folder of its own
+.repeated/      the same on its way into the place of the old results, which go to .replaced/
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,13 +29,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
-from globe.errors import ConfigError
+from globe.errors import ArtefactError, ConfigError
 from globe.files import (
     clear_files,
     clear_folders,
     lock,
+    open_to_append,
     parse_record,
     plain_record,
     read_record,
@@ -37,6 +45,9 @@ from globe.files import (
 )
 
 _log = logging.getLogger(__name__)
+_LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+_RESULTS = ("banks", "metrics.jsonl", "frontier.json", "config.yaml", "summary.json", "status.json")
+"""Entries that a repetition replaces, in this order: a run counts as finished by the last one."""
 
 
 class State(StrEnum):
@@ -76,63 +87,141 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         self.frontier_file = self.path / "frontier.json"
         self.status_file = self.path / "status.json"
+        self.log_file = self.path / "train.log"
         self.banks = self.path / "banks"
         self.status = _parse_status(read_record(self.status_file))
 
     def bank(self, key: str) -> Path:
-        """Where the artefact of a bank goes."""
+        """Return the folder of a bank's artefact."""
         return self.banks / key
 
     def partial(self, key: str) -> Path:
-        """Where the checkpoint of a bank's unfinished fit goes."""
+        """Return the folder of the checkpoint of a bank's unfinished fit."""
         return self.banks / f"{key}.partial"
 
     def runtime(self, key: str) -> Path:
-        """Where the times and memory of a bank go: figures that differ between equal runs."""
+        """Return the file of a bank's times and memory, the figures that differ between equal runs."""
         return self.banks / f"{key}.json"
 
     def _files(self) -> tuple[Path, ...]:
         return self.config_file, self.summary_file, self.status_file, self.metrics_file, self.frontier_file
 
+    def require_own(self) -> None:
+        """Raise ConfigError if something else than a run is here, in which a run would lose or mix up files.
+
+        Of a run that was killed before it had a `status.json` there are at most a lock and an empty folder.
+        """
+        if self.status is not None or not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file: give another folder for the run (hydra.run.dir or output)")
+        for one in self.path.iterdir():
+            begun = one.name == ".lock" or re.fullmatch(r"\.status\.json\.globe-[0-9a-f]{8}", one.name)
+            if not begun and not (one == self.banks and one.is_dir() and not any(one.iterdir())):
+                raise ConfigError(
+                    f"{self.path} holds {one.name} and is no folder of a run: give an empty or a new folder "
+                    "(hydra.run.dir or output)"
+                )
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Append what is logged to `train.log`; raises ConfigError if that is a link or a device."""
+        stream = open_to_append(self.log_file)
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter(_LOG_LINE))
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            with suppress(OSError):  # a full disk, which has ended the run by a sentence already
+                stream.close()
+
     @contextmanager
     def recorded(self, explain: Callable[[BaseException], str | None]) -> Iterator[None]:
         """Record how what is done inside ends; `explain` gives the sentence for an error, or None.
 
-        A finished run that could not even be reported (an option that has no part in its name was wrong)
-        stays finished.
+        A finished run stays finished: what failed then did not touch it.
         """
         try:
             yield
         except BaseException as error:
             if self.status is None or self.status.state is not State.finished:
                 sentence = explain(error) or f"{type(error).__name__}: {error}"
-                stopped = isinstance(
-                    error, KeyboardInterrupt | SystemExit
-                )  # a scheduler's signal ends with it
-                with suppress(OSError):  # the disk may be what is wrong
+                stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # a scheduler's signal ends with it
+                with suppress(OSError, ValueError):  # the disk may be what is wrong
                     self.end(State.interrupted if stopped else State.failed, None if stopped else sentence)
             raise
         if self.status is not None and self.status.state is State.running:
-            self.end(State.finished)
+            self.finish()
 
     def begin(self, config: dict[str, Any]) -> None:
         """Mark the run as running and write its configuration; banks that were reported before stay so.
 
         What a killed process was writing just then is removed; call it in `held`, where no other process writes.
+        Raises ConfigError as `require_own` does.
         """
+        self.require_own()
         self.banks.mkdir(parents=True, exist_ok=True)
         banks = self.status.banks if self.status else {}
         clear_folders(self.banks)
         clear_files([*self._files(), *map(self.runtime, banks)])
         self._write_status(Status(State.running, _now(), banks=banks))
-        write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(config)))
+        # the values are plain: whoever reads them has no interpolation to resolve
+        write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
-    def clear(self) -> None:
-        """Forget all results. The summary goes first: a run without one does not count as finished."""
-        for file in self._files()[1:]:
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.banks, ignore_errors=True)
-        self.status = None
+    def finish(self) -> None:
+        """Record that all went well. Raises ArtefactError if banks are no longer there."""
+        assert self.status is not None
+        done = [key for key, bank in self.status.banks.items() if bank.state is State.finished]
+        lost = [key for key in done if not (self.bank(key) / "bank.safetensors").is_file()]
+        if lost or not self.config_file.is_file():
+            raise ArtefactError(
+                f"{self.path} was removed or changed while the run went on ({', '.join(lost) or 'config.yaml'} is "
+                "missing): the same command learns again what is not there"
+            )
+        self.end(State.finished)
+
+    def repetition(self) -> RunFolder:
+        """Return the folder for the results of `overwrite=true`; what a killed repetition left there is used."""
+        return RunFolder(self.path / ".repetition")
+
+    def take_repetition(self) -> None:
+        """Put the results of a finished repetition in the place of the present ones, or go on where a kill cut that off.
+
+        Before the first rename there are the old results; after it the new ones are whole in `.repeated`, from which
+        this, called by whoever holds the run next, moves what is not in its place yet.
+        """
+        ready, aside = self.path / ".repeated", self.path / ".replaced"
+        repetition = self.repetition()
+        done = repetition.status is not None and repetition.status.state is State.finished
+        if not ready.is_dir() and not done:
+            return
+        if not ready.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(repetition.path, ready)
+        aside.mkdir(exist_ok=True)
+        names = [name for name in _RESULTS if os.path.lexists(ready / name)]
+        if "banks" in names:  # nothing is moved yet, so that what the new results lack is of the old ones
+            for name in set(_RESULTS) - set(names):
+                if os.path.lexists(self.path / name):
+                    os.rename(self.path / name, aside / name)
+        for name in names:
+            if not os.path.lexists(aside / name) and os.path.lexists(self.path / name):
+                os.rename(self.path / name, aside / name)
+            os.rename(ready / name, self.path / name)
+        self._keep_what_is_not_ours(aside)
+        shutil.rmtree(ready)
+        shutil.rmtree(aside)
+        self.status = _parse_status(read_record(self.status_file))
+
+    def _keep_what_is_not_ours(self, aside: Path) -> None:
+        """Move back into `banks` what a user has put beside the banks of the old results."""
+        old = _parse_status(read_record(aside / "status.json"))
+        ours = {name for key in (old.banks if old else {}) for name in (key, f"{key}.json", f"{key}.partial")}
+        for one in (aside / "banks").iterdir() if (aside / "banks").is_dir() else ():
+            if one.name not in ours and not os.path.lexists(self.banks / one.name):
+                os.rename(one, self.banks / one.name)
 
     def report(self, key: str, bank: BankStatus) -> None:
         """Record how far a bank is."""

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+import secrets
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from globe.config.choices import WandbMode
 from globe.config.schema import WandbConfig
+from globe.files import open_to_append
 
 Scalar = float | int | bool | str | None
 
@@ -42,6 +44,8 @@ class RunInfo:
     banks: tuple[str, ...]
     sweep: str | None
     """Name of the sweep the run belongs to; None for a run on its own."""
+    results: Path | None = None
+    """Folder in which `banks/` is meanwhile, if that is not `folder`."""
 
 
 @runtime_checkable
@@ -62,12 +66,12 @@ class JsonlSink:
         self.path = path
 
     def open(self, run: RunInfo) -> None:
-        self.path.touch()
+        open_to_append(self.path).close()
 
     def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
         record = {"bank": bank} | {key: _finite(value) for key, value in values.items()} | {"step": step}
         # opened for each line: a resumed fit rewrites the file, and a kill may come at any time
-        with self.path.open("a", encoding="utf-8") as file:
+        with open_to_append(self.path) as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
@@ -122,6 +126,7 @@ class WandbSink:
             config=run.config,
             dir=run.folder,
             mode=mode,
+            id=secrets.token_hex(4),  # one of the environment would be that of all runs of a sweep
             reinit="finish_previous",
             # silent and without the console: our own log says it, and a wrapped console breaks the bar
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
@@ -164,7 +169,7 @@ class WandbSink:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.info.name[-80:]}.{bank['key']}")[:128]
         figures = {key: bank[key] for key in ("relfrob", "kept", "m", "r") if key in bank}
         artifact = wandb.Artifact(name, type="bank", metadata=figures)
-        artifact.add_dir(str(self.info.folder / "banks" / bank["key"]))
+        artifact.add_dir(str((self.info.results or self.info.folder) / "banks" / bank["key"]))
         self.run.log_artifact(artifact)
 
 
