@@ -11,8 +11,8 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from globe.fit.one_bank import Run, learn_bank
 from globe.fit.plan import BankPlan, Outline, outline, plan
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
-from globe.processes import sweep, torchrun
+from globe.processes import sweep, torchrun, watch
 from globe.runs.folder import RunFolder, State
 from globe.runs.progress import Progress
 from globe.runs.shared_fit import adopt
@@ -55,52 +55,62 @@ _failure: Exception | None = None
 
 
 def run(node: Container, path: Path, *, sweep_name: str | None = None) -> float | tuple[float, ...]:
-    """One run in its folder, from its composed configuration to its `objectives`: RelFrob, the mean over its banks.
+    """Do one run in its folder, from its composed configuration to its `objectives`: RelFrob, the mean over its banks.
 
     A finished run is only reported, unless `overwrite=true`; the banks of one that differs in `S_cache` alone are
-    taken. In a sweep a run waits for another that does the same fit. A dry run only prints, and leaves the folder's
-    status alone. Raises GlobeError or OSError with the run's status set to `failed`, KeyboardInterrupt with
-    `interrupted`.
+    taken. In a sweep a run waits for another that does the same fit, and a failure of any kind is recorded in the
+    folder; a run on its own leaves no trace of an error that stopped it before its first bank. A dry run only prints.
+    Raises GlobeError or OSError with the run's status set to `failed`, KeyboardInterrupt with `interrupted`.
     """
     if OmegaConf.select(node, "dry_run"):
         dry_run(to_config(node))
         return math.nan
-    fit = identity(plain(node))
-    with nullcontext() if sweep_name is None else sweep.one_at_a_time(path.parent, fit):
-        summary, objectives = _run(node, RunFolder(path), fit, sweep_name, torchrun.Group())
+    task = _Task(node, RunFolder(path), identity(plain(node)), sweep_name)
+    with nullcontext() if sweep_name is None else sweep.one_at_a_time(path.parent, task.fit):
+        try:
+            summary, objectives = _run(task, torchrun.Group())
+        except Exception as error:
+            if sweep_name is not None:
+                sweep.note_failure(path, entry.explain(error) or f"{type(error).__name__}: {error}")
+            raise
     record = summary.to_dict()
     figures = tuple(math.nan if record[name] is None else float(record[name]) for name in objectives)
     return figures[0] if len(figures) == 1 else figures
 
 
-def _run(
-    node: Container,
-    folder: RunFolder,
-    fit: str,
-    sweep_name: str | None,
-    group: torchrun.Group,
-) -> tuple[RunSummary, Sequence[str]]:
-    with folder.held(), folder.recorded(entry.explain), group.one_reason():
-        config = to_config(node)
-        summary = None if config.overwrite else finished_summary(folder, config)
-        group.same(summary is None, {})
-        if summary is None:
-            if config.overwrite:
-                folder.clear()
-            folder.begin(plain(node))
-            if not config.overwrite:
-                adopt(folder, fit)
-            summary = train(config, folder, group, sweep_name=sweep_name)
-        print_summary(summary, folder.path)
-        if summary.failed:
-            raise FitError(summary.failure)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One run: its composed configuration, its folder, the identity of its fit and the sweep that it belongs to."""
+
+    node: Container
+    folder: RunFolder
+    fit: str
+    sweep_name: str | None = None
+
+
+def _run(task: _Task, group: torchrun.Group) -> tuple[RunSummary, Sequence[str]]:
+    config = to_config(task.node)
+    # before anything is opened for writing: a finished run is reported from a disk that takes nothing
+    summary = None if config.overwrite else finished_summary(task.folder, config)
+    group.same(summary is None, {})
+    if summary is None:
+        summary = train(config, task, group)
+    _show(task, summary)
     return summary, config.objectives
 
 
-def train(config: Config, folder: RunFolder, group: torchrun.Group, *, sweep_name: str | None) -> RunSummary:
+def _show(task: _Task, summary: RunSummary) -> None:
+    if task.sweep_name is None:
+        print_summary(summary, task.folder.path)
+    else:
+        sweep.print_line(task.folder.path.name, summary)
+
+
+def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
     """Learn all banks that are not learned yet. A bank that fails is reported, and the others go on, in one process.
 
-    With several processes all of them call this; those that do not lead write nothing into the folder.
+    With several processes all of them call this; those that do not lead write nothing into the folder. Options and
+    checkpoint are checked before the folder is touched.
 
     Raises ConfigError or CheckpointError when nothing can be begun, ArtefactError or OSError when results
     can't be written.
@@ -116,40 +126,79 @@ def train(config: Config, folder: RunFolder, group: torchrun.Group, *, sweep_nam
         )
         outlines = outline(config, checkpoint)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
-        calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
-        chosen = None
-        if config.method is Method.globe and config.bank.kept is not None:
-            chosen = choose_sizes(config, checkpoint, outlines, device, folder.frontier_file)
-        banks = plan(config, checkpoint, chosen)
-        _warn_of_growth(banks)
-        ledger = Ledger(
-            folder,
-            name=folder.path.name,
-            source=checkpoint.source(),
-            stamp=stamp(config.model.path),
-            total_parameters=checkpoint.total_parameters,
-            device=str(device),
-            S_cache=config.S_cache,
-        )
-        if not group.leads:
-            for bank in banks:
-                silent = Run(config, checkpoint, folder, device, lambda key, record: None, group, calibration)
-                learn_bank(silent, bank)
-            return ledger.summary
-        with _watched(config, folder, banks, ledger, sweep_name) as progress:
-            job = Run(config, checkpoint, folder, device, progress.step, group, calibration)
-            for bank in banks:
-                progress.begin(bank.key)
-                try:
-                    learned = learn_bank(job, bank)
-                    assert learned is not None
-                    ledger.add(bank, learned)
-                except (FitError, CheckpointError) as error:
-                    if type(group) is not torchrun.Group:  # the others are in the middle of that bank
-                        raise
-                    ledger.fail(bank, error)
-                progress.end()
+        searched = config.method is Method.globe and config.bank.kept is not None
+        banks = () if searched else plan(config, checkpoint)
+        with _begun(task, config, group) as folder:
+            calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
+            if searched:
+                banks = plan(
+                    config,
+                    checkpoint,
+                    choose_sizes(config, checkpoint, outlines, device, folder.frontier_file),
+                )
+            ledger = Ledger(
+                folder,
+                name=task.folder.path.name,
+                source=checkpoint.source(),
+                stamp=stamp(model.path),
+                total_parameters=checkpoint.total_parameters,
+                device=str(device),
+                S_cache=config.S_cache,
+            )
+            job = Run(config, checkpoint, folder, device, lambda key, record: None, group, calibration)
+            _learn(job, banks, ledger, task)
+            if ledger.summary.failed:
+                _show(task, ledger.summary)
+                raise FitError(ledger.summary.failure)
     return ledger.summary
+
+
+@contextmanager
+def _begun(task: _Task, config: Config, group: torchrun.Group) -> Iterator[RunFolder]:
+    """Hold the run's folder, and yield the one that results go into: with `overwrite=true` a hidden one inside it.
+
+    The old results stay until the new ones are whole.
+    """
+    if not group.leads:
+        yield task.folder
+        return
+    task.folder.require_own()
+    with task.folder.held():
+        task.folder.take_repetition()
+        repeats = config.overwrite and task.folder.status is not None
+        folder = task.folder.repetition() if repeats else task.folder
+        with ExitStack() as around:
+            around.enter_context(folder.recorded(entry.explain))
+            around.enter_context(group.one_reason())
+            group.record = folder.end
+            folder.begin(plain(task.node))
+            around.enter_context(task.folder.logged())
+            if not config.overwrite:
+                adopt(folder, task.fit)
+            yield folder
+        if repeats:
+            task.folder.take_repetition()
+
+
+def _learn(job: Run, banks: Sequence[BankPlan], ledger: Ledger, task: _Task) -> None:
+    if not job.group.leads:
+        for bank in banks:
+            learn_bank(job, bank)
+        return
+    _warn_of_growth(banks)
+    with _watched(job, banks, ledger, task) as progress:
+        job = replace(job, on_step=progress.step)
+        for bank in banks:
+            progress.begin(bank.key)
+            try:
+                learned = learn_bank(job, bank)
+                assert learned is not None
+                ledger.add(bank, learned)
+            except (FitError, CheckpointError) as error:
+                if type(job.group) is not torchrun.Group:  # the others are in the middle of that bank
+                    raise
+                ledger.fail(bank, error)
+            progress.end()
 
 
 def _calibrate(
@@ -180,14 +229,15 @@ def _warn_of_growth(banks: Sequence[BankPlan]) -> None:
 
 
 @contextmanager
-def _watched(
-    config: Config, folder: RunFolder, banks: Sequence[BankPlan], ledger: Ledger, sweep_name: str | None
-) -> Iterator[Progress]:
+def _watched(job: Run, banks: Sequence[BankPlan], ledger: Ledger, task: _Task) -> Iterator[Progress]:
     """The progress bar and the sinks of a run, which are told how it ended."""
+    config, home = job.config, task.folder.path
     options = config_dict(config) | {"sizes": {bank.key: asdict(bank.sizes) for bank in banks}}
     options |= {key: _shared(banks, key) for key in ("m", "r", "target_support")}
-    info = RunInfo(folder.path.name, folder.path, options, tuple(bank.key for bank in banks), sweep_name)
-    sinks = open_sinks(config.wandb, folder.metrics_file, info)
+    info = RunInfo(
+        home.name, home, options, tuple(bank.key for bank in banks), task.sweep_name, job.folder.path
+    )
+    sinks = open_sinks(config.wandb, job.folder.metrics_file, info)
     state = State.failed
     try:
         with Progress(len(banks), config.train.steps, sinks) as progress:
@@ -201,13 +251,13 @@ def _watched(
 
 
 def _shared(banks: Sequence[BankPlan], size: str) -> Any:
-    """A size that all banks have, or the different ones in the order of the banks."""
+    """Return the size that all banks have, or the different ones in the order of the banks."""
     values = list(dict.fromkeys(getattr(bank.sizes, size) for bank in banks))
     return values[0] if len(values) == 1 else values
 
 
 def finished_summary(folder: RunFolder, config: Config) -> RunSummary | None:
-    """The summary of a run that is finished, whose artefacts are whole and whose checkpoint is as it was."""
+    """Return the summary of a run that is finished, whose artefacts are whole and whose checkpoint is as it was."""
     if folder.status is None or folder.status.state is not State.finished:
         return None
     summary = read_summary(folder.summary_file)
@@ -248,13 +298,12 @@ def _share(node: Container, path: Path) -> None:
     """Do one run by all processes of torchrun."""
     config = to_config(node)
     torchrun.refuse(config)
-    folder = RunFolder(path)
+    task = _Task(node, RunFolder(path), identity(plain(node)))
     with torchrun.joined(config) as group:
         if group.leads:
-            group.record = folder.end
-            _run(node, folder, identity(plain(node)), None, group)
+            _run(task, group)
         elif group.same(None, {})[0]:
-            train(config, folder, group, sweep_name=None)
+            train(config, task, group)
 
 
 def main() -> None:
@@ -266,7 +315,7 @@ def main() -> None:
         sys.argv[1:] = as_typed(sys.argv[1:])
         if torchrun.launched():
             torchrun.refuse_sweep(sys.argv)
-        with sweep.outcome():
+        with watch.outcome(), watch.without_empty_folders():
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_job)()
         if _failure is not None:
             raise _failure

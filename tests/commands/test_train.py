@@ -496,11 +496,26 @@ def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pyte
     assert (status["state"], status["error"]) == ("failed", "ZeroDivisionError: ours")
 
 
-def test_a_checkpoint_that_is_not_there_is_recorded(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.path"):
-        run_in(tmp_path, "model.path=./nowhere")
-    (folder,) = tmp_path.iterdir()
-    assert load(folder / "status.json")["state"] == "failed"
+@pytest.mark.parametrize(
+    "wrong", ["model.path=./nowhere", "layer=99", "bank.m=n/5", "threads=0", "device=cuda"]
+)
+def test_a_command_that_fails_before_its_first_bank_leaves_nothing(tmp_path: Path, wrong: str) -> None:
+    if wrong == "device=cuda" and torch.cuda.is_available():
+        return
+    with pytest.raises((CheckpointError, ConfigError)):
+        run_in(tmp_path, wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_a_sweep_records_why_it_failed_before_its_first_bank(tmp_path: Path) -> None:
+    node = composed("layer=99")
+    with pytest.raises(ConfigError):
+        run(node, tmp_path / "one", sweep_name="s")
+    status = load(tmp_path / "one" / "status.json")
+    assert (status["state"], status["error"]) == (
+        "failed",
+        "layer=99 is not in this model of 24 layers: give layers out of 0-23",
+    )
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path, fake: FakeFit) -> None:

@@ -20,7 +20,7 @@ from globe.config.composition import conf_dir, plain
 from globe.config.identity import identity
 from globe.errors import SweepError
 from globe.hf.run_banks import recorded_cache
-from globe.processes import sweep
+from globe.processes import watch
 from globe.runs.folder import RunFolder, State
 from run_support import FakeFit, bytes_of, composed, lines, load, run_in
 
@@ -261,16 +261,16 @@ def failed(folder: Path, why: str) -> None:
 
 
 def test_only_what_failed_in_this_sweep_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_sweep", None)
-    with sweep.outcome():
+    monkeypatch.setattr(watch, "_sweep", None)
+    with watch.outcome():
         pass
     failed(tmp_path / "old", "long ago")
-    monkeypatch.setattr(sweep, "_sweep", sweep._Begun(tmp_path, sweep._statuses(tmp_path)))
-    with sweep.outcome():
+    monkeypatch.setattr(watch, "_sweep", watch._Begun(tmp_path, watch._statuses(tmp_path)))
+    with watch.outcome():
         RunFolder(tmp_path / "good").begin({})
 
     def fail(name: str, why: str, error: Exception | None = None) -> None:
-        with sweep.outcome():
+        with watch.outcome():
             failed(tmp_path / name, why)
             if error is not None:
                 raise error

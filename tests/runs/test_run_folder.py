@@ -100,17 +100,6 @@ def test_recording_does_not_hide_the_error_when_the_disk_is_full(
         raise RuntimeError("the first")
 
 
-def test_clearing_forgets_the_results_and_keeps_the_log(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.begin({})
-    (tmp_path / "train.log").write_text("log")
-    (folder.banks / "layer001.up").mkdir()
-    folder.write_summary({})
-    folder.clear()
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["config.yaml", "train.log"]
-    assert RunFolder(tmp_path).status is None
-
-
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 

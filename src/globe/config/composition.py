@@ -5,18 +5,23 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.grammar.functions import Functions
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser import overrides_parser
 from hydra.core.plugins import Plugins
 from omegaconf import Container, DictConfig, OmegaConf
 
 from globe.config.identity import run_name
-from globe.config.launchers import cores, jobs_at_once
+from globe.config.launchers import SWEPT, cores, jobs_at_once
 from globe.config.schema import Config, InitConfig, ModelConfig, ScheduleConfig, WandbConfig
 from globe.errors import ConfigError
 
@@ -33,8 +38,38 @@ def register() -> None:
     ):
         store.store(group=group, name=f"{group}_schema", node=schema)
     _replace_plugin_configs()
+    _teach_rounding()
     OmegaConf.register_new_resolver("globe_run_name", _run_name_resolver, replace=True)
     OmegaConf.register_new_resolver("globe_jobs_at_once", _jobs_resolver, replace=True)
+
+
+def _teach_rounding() -> None:
+    """Let Hydra's grammar pass on `round(n/8)`, `floor(n/8)` and `ceil(n/8)` as texts, also within sweeps.
+
+    It would refuse them as functions that it does not know, and quotes around them do not survive every sweeper.
+    """
+    make = overrides_parser.create_functions
+    if getattr(make, "rounds", False):
+        return
+
+    def with_rounding() -> Functions:
+        functions = make()
+        for name in ("round", "floor", "ceil"):
+            functions.register(name=name, func=_as_text(name))
+        return functions
+
+    with_rounding.rounds = True  # type: ignore[attr-defined]
+    overrides_parser.create_functions = with_rounding
+
+
+def _as_text(name: str) -> Callable[[str], str]:
+    def written(size: str) -> str:
+        return f"{name}({size})"
+
+    # Hydra compares types, and annotations are their names here
+    size = inspect.Parameter("size", inspect.Parameter.POSITIONAL_ONLY, annotation=str)
+    written.__signature__ = inspect.Signature([size], return_annotation=str)  # type: ignore[attr-defined]
+    return written
 
 
 def _replace_plugin_configs() -> None:
@@ -86,7 +121,8 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 
 def _run_name_resolver(*, _root_: Container) -> str:
-    return run_name(plain(_root_))
+    swept = os.environ.get(SWEPT, "")
+    return run_name(plain(_root_), swept.split(",") if swept else ())
 
 
 def _jobs_resolver(*, _root_: Container) -> int:

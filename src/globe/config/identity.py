@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,31 @@ def identity(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def run_name(config: dict[str, Any]) -> str:
-    """Folder name of a run: what one looks for first, then its identity; no slash, space or equals sign."""
+_NAMED = (
+    *("layer", "family", "method", "model.path", "model", "S_cache"),
+    *("bank.kept", "bank.scope", "bank.m", "bank.r", "bank.atom_rank", "codes.target_support"),
+)
+"""Options that the name of every run shows."""
+
+
+def _values(config: dict[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what the options of a sweep are in this run; a group is shown by what its file is for."""
+    for key in keys:
+        value: Any = config
+        for name in _FILE_SAYS.get(key, key).split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if key not in _NAMED and not isinstance(value, dict | list) and value is not None:
+            yield key, value
+
+
+_FILE_SAYS = {"init": "init.seeding"}
+
+
+def run_name(config: dict[str, Any], swept: Sequence[str] = ()) -> str:
+    """Return the folder name of a run: what one looks for first, what a sweep varies (`swept`), and its identity.
+
+    It has no slash, space or equals sign.
+    """
     path = config["model"]["path"]
     layer = config["layer"]
     layer = "+".join(map(str, layer)) if isinstance(layer, list) else "mid" if layer is None else str(layer)
@@ -82,5 +106,6 @@ def run_name(config: dict[str, Any]) -> str:
         parts.append(f"s{config['codes']['target_support']}")
     if config["S_cache"] != "all":
         parts.append(f"S{config['S_cache']}")
+    parts += [f"{key.rpartition('.')[2]}{value}" for key, value in _values(config, swept)]
     slug = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("/", "over")).strip("-") for part in parts)
     return f"{slug[:100]}_{identity(config)}"

@@ -6,7 +6,11 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from omegaconf import Container, OmegaConf
+
 _GPUS, _ALL = "GLOBE_VISIBLE_GPUS", "all"
+RUNS, SWEPT = "GLOBE_SWEEP_RUNS", "GLOBE_SWEEP_OPTIONS"
+"""Variables that tell the jobs of a sweep how many they are and which options differ between them."""
 EXTRAS = {
     "globe_launcher.forking_joblib": "joblib",
     "globe_launcher.bounded_local": "submitit",
@@ -15,6 +19,13 @@ EXTRAS = {
     "hydra_optuna_sweeper.optuna_sweeper": "optuna",
 }
 """Module of each plugin of Hydra that `conf/hydra` names, and the extra that installs it or what it needs."""
+
+
+def plain_options(launcher: Container) -> dict[str, Any]:
+    """Return the options of a launcher as plain values."""
+    found = OmegaConf.to_container(launcher, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def cores() -> int:

@@ -133,7 +133,7 @@ class Config:
         check(self.seed < 2**63, "seed", self.seed, "an integer below 2**63")
         threads = self.threads
         counted = threads is None or 1 <= threads <= MOST_THREADS
-        check(counted, "threads", threads, f"an integer from 1 to {MOST_THREADS}, or null")
+        check(counted, "threads", threads, f"an integer of at least 1 and at most {MOST_THREADS}, or null")
         check(bool(self.output.strip()), "output", self.output, "the folder that holds the runs")
         one_folder = bool(self.sweep.strip(". ")) and not re.search(r"[/\\]", self.sweep)
         check(one_folder, "sweep", self.sweep, "a folder name without a slash")

@@ -15,17 +15,15 @@ from globe.errors import ConfigError
 
 PATHS = ("model.path", "output", "hydra.run.dir", "hydra.sweep.dir")
 """Options that are paths, in which `~` stands for the home folder."""
-SIZES = ("bank.m", "bank.r", "bank.atom_rank", "codes.target_support")
 _ONE_VALUE = ("hydra.run.dir", "hydra.sweep.dir", "output", "sweep")
 """Options that a sweep cannot vary, whose commas are part of the text."""
 _CALL = re.compile(r"\w+\(.*\)")
-_ROUNDED = re.compile(r"(?<!['\"])\b((?:round|floor|ceil)\([^()]*\))(?!['\"])")
 
 
 def as_typed(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with quotes wherever Hydra would read a text as something else.
 
-    Hydra takes `output=2026_11_29` for a number, `0123` for 83, and refuses `/a=b/m` and `round(n/8)`. In a sweep
+    Hydra takes `output=2026_11_29` for a number, `0123` for 83, and refuses `/a=b/m`. In a sweep
     (`-m`) commas still separate the values of an option. `model=` followed by a path or a hub id means `model.path=`.
     Raises ConfigError for an empty path or a home folder that is not there.
     """
@@ -40,8 +38,6 @@ def _one(argument: str, texts: Collection[str], sweep: bool) -> str:
         key = "model.path"
     if not equals or value[:1] in ("'", '"'):
         return argument
-    if key in SIZES:
-        return f"{key}={_ROUNDED.sub(lambda call: _quoted(call[1]), value)}"
     if key not in texts or (value == "null" and key != "output"):
         return argument
     if sweep and _CALL.fullmatch(value):  # such as choice(a,b)

@@ -1,104 +1,41 @@
-"""A sweep as a whole: what each job may use of the machine, which jobs wait for each other, and which failed.
-
-Works with any launcher and sweeper, since it looks at run folders and not at what jobs return: a sweeper that
-goes on after a failure (optuna) would hide it.
-"""
+"""One job of a sweep: what it may use of the machine, which jobs it waits for, and what it tells the sweep."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra.experimental.callback import Callback
-from omegaconf import Container, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import Container
 
-from globe.config.launchers import cores, device_of_job, jobs_at_once, recall_gpus, threads_per_job
-from globe.errors import SweepError
+from globe.config.launchers import (
+    RUNS,
+    cores,
+    device_of_job,
+    jobs_at_once,
+    plain_options,
+    recall_gpus,
+    threads_per_job,
+)
 from globe.files import lock
 from globe.runs.folder import RunFolder, State
+from globe.runs.summary import RunSummary, median_support
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A sweep as it stood at its beginning."""
-
-    folder: Path
-    before: dict[str, str]
-    """status.json of each run that was there, as text"""
-
-
-_sweep: _Begun | None = None
-"""The sweep of this process, which starts the jobs; None in the processes of the jobs."""
-
-
-class SweepWatch(Callback):
-    """Told by Hydra (`hydra.callbacks`) when a sweep begins, in the process that starts the jobs."""
-
-    def on_multirun_start(self, config: Container, **kwargs: Any) -> None:
-        global _sweep
-        folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
-        _sweep = _Begun(folder, _statuses(folder))
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna's; it announces each of its parts
-        threads = threads_per_job(_plain(OmegaConf.select(config, "hydra.launcher")), cores())
-        if threads is not None:  # of libraries that read it once, in the processes to come
-            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-@contextmanager
-def outcome() -> Iterator[None]:
-    """Around a program that may be a sweep: raises SweepError if several runs failed, or if a sweeper hid one."""
-    try:
-        yield
-    except Exception as error:
-        if len(failed := _failed()) > 1:
-            raise SweepError(_sentence(failed)) from error
-        raise
-    if failed := _failed():
-        raise SweepError(_sentence(failed))
-
-
-def _sentence(failed: dict[str, str]) -> str:
-    assert _sweep is not None
-    name, why = next(iter(failed.items()))
-    return (
-        f"{len(failed)} run{'s' * (len(failed) != 1)} of {_sweep.folder} failed, such as {name} ({why}): the same "
-        "command tries them again and keeps the others"
-    )
-
-
-def _failed() -> dict[str, str]:
-    """Runs that failed since the sweep of this process began, each with the reason."""
-    if _sweep is None:
-        return {}
-    changed = [name for name, text in _statuses(_sweep.folder).items() if text != _sweep.before.get(name)]
-    found = {}
-    for name in changed:
-        status = RunFolder(_sweep.folder / name).status
-        if status is not None and status.state is State.failed:
-            found[name] = status.error or "no reason recorded"
-    return found
-
-
-def _statuses(folder: Path) -> dict[str, str]:
-    return {file.parent.name: file.read_text("utf-8") for file in sorted(folder.glob("*/status.json"))}
-
-
 @contextmanager
 def share_of_machine(launcher: Container, number: int, device: str) -> Iterator[None]:
-    """Threads and GPU of one job of a sweep, put back at its end (a worker does several jobs).
+    """Give one job of a sweep its threads and GPU, put back at its end (a worker does several jobs).
 
     `threads` of the configuration has the last word. The GPU is the current one of CUDA, which `device=cuda` means.
     """
     recall_gpus(os.environ)
-    options, available = _plain(launcher), cores()
+    options, available = plain_options(launcher), cores()
     threads, before = threads_per_job(options, available), torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(min(threads, before))
@@ -132,7 +69,23 @@ def one_at_a_time(folder: Path, fit: str) -> Iterator[None]:
         yield
 
 
-def _plain(node: Container) -> dict[str, Any]:
-    found = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+def note_failure(path: Path, sentence: str) -> None:
+    """Record in a run's folder why the run failed before it began; a finished run stays finished."""
+    folder = RunFolder(path)
+    if folder.status is None or folder.status.state is not State.finished:
+        with suppress(OSError, ValueError):  # that folder may be what is wrong, and is no run's then
+            folder.require_own()
+            with folder.held():
+                folder.end(State.failed, sentence)
+
+
+def print_line(name: str, summary: RunSummary) -> None:
+    """Print one line for a run of a sweep that is done."""
+    number = int(HydraConfig.get().job.num) + 1 if HydraConfig.initialized() else 1
+    of = os.environ.get(RUNS)
+    seconds = sum(one.seconds for one in summary.runtimes.values())
+    print(
+        f"run {number}{f' of {of}' if of else ''}: {name}: RelFrob {summary.relfrob:.4f}, {summary.kept:.1%} kept, "
+        f"support {median_support(summary):g}, {seconds:.1f} s",
+        flush=True,
+    )

@@ -102,6 +102,8 @@ class Group:
 
     leads = True
     """whether this process has the run folder"""
+    record: Callable[[State, str | None], None] = staticmethod(lambda state, sentence: None)
+    """how the leading process records what ended the run"""
 
     def share(self, n: int) -> ProcessGroup:
         """Return how n experts are shared out."""
@@ -129,8 +131,6 @@ class Torchrun(Group):
 
     def __init__(self, device: torch.device, store: dist.Store, rank: int) -> None:
         self.device, self.store, self.leads = device, store, rank == 0
-        self.record: Callable[[State, str | None], None] = lambda state, sentence: None
-        """how the leading process records what ended the run"""
         self.over = threading.Event()
         # the interpreter writes to it by itself, even while the main thread waits inside a library
         self._wakes, self._woken = socket.socketpair()

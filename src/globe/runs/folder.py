@@ -4,7 +4,7 @@ Nothing is removed or replaced in a folder but what is listed here, and only in 
 
 config.yaml     the composed, resolved configuration
 metrics.jsonl   one flat JSON object per step and bank
-frontier.json   the search for sizes, with bank.kept
+frontier.json   the search for sizes, with bank.kept; calibration.json what calibrate.text gave
 summary.json    the figures of all finished banks
 status.json     state, times, error, and the same for every bank
 train.log       the log
@@ -46,7 +46,15 @@ from globe.files import (
 
 _log = logging.getLogger(__name__)
 _LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
-_RESULTS = ("banks", "metrics.jsonl", "frontier.json", "config.yaml", "summary.json", "status.json")
+_RESULTS = (
+    "banks",
+    "metrics.jsonl",
+    "frontier.json",
+    "calibration.json",
+    "config.yaml",
+    "summary.json",
+    "status.json",
+)
 """Entries that a repetition replaces, in this order: a run counts as finished by the last one."""
 
 
@@ -113,8 +121,12 @@ class RunFolder:
         """
         if self.status is not None or not os.path.lexists(self.path):
             return
+        if _parse_status(read_record(self.path / ".repeated" / "status.json")) is not None:
+            return  # cut off by a kill where results change places
         if not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file: give another folder for the run (hydra.run.dir or output)")
+            raise ConfigError(
+                f"{self.path} is a file: give another folder for the run (hydra.run.dir or output)"
+            )
         for one in self.path.iterdir():
             begun = one.name == ".lock" or re.fullmatch(r"\.status\.json\.globe-[0-9a-f]{8}", one.name)
             if not begun and not (one == self.banks and one.is_dir() and not any(one.iterdir())):
@@ -145,15 +157,17 @@ class RunFolder:
         """
         try:
             yield
+            if self.status is not None and self.status.state is State.running:
+                self.finish()
         except BaseException as error:
             if self.status is None or self.status.state is not State.finished:
                 sentence = explain(error) or f"{type(error).__name__}: {error}"
-                stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # a scheduler's signal ends with it
+                stopped = isinstance(
+                    error, KeyboardInterrupt | SystemExit
+                )  # a scheduler's signal ends with it
                 with suppress(OSError, ValueError):  # the disk may be what is wrong
                     self.end(State.interrupted if stopped else State.failed, None if stopped else sentence)
             raise
-        if self.status is not None and self.status.state is State.running:
-            self.finish()
 
     def begin(self, config: dict[str, Any]) -> None:
         """Mark the run as running and write its configuration; banks that were reported before stay so.
@@ -187,7 +201,7 @@ class RunFolder:
         return RunFolder(self.path / ".repetition")
 
     def take_repetition(self) -> None:
-        """Put the results of a finished repetition in the place of the present ones, or go on where a kill cut that off.
+        """Put the results of a finished repetition in the place of the old ones, or go on where a kill cut that off.
 
         Before the first rename there are the old results; after it the new ones are whole in `.repeated`, from which
         this, called by whoever holds the run next, moves what is not in its place yet.

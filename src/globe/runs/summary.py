@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,8 @@ from globe.files import parse_record, plain_record, read_record
 from globe.runs.chart_data import BankCharts
 
 FORMAT_VERSION = 1
+_SHOWN_GROUPS = 6
+"""Families or layers at most whose figures are printed after a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,26 @@ class RunSummary:
         """Mean over the banks; NaN for none."""
         return sum(bank.relfrob for bank in self.banks) / len(self.banks) if self.banks else math.nan
 
+    def mse(self) -> dict[str, Any]:
+        """Return MSE_F, the mean squared error of an entry: its mean over all banks, over each family and each layer.
+
+        A bank that several families or layers share counts for each group by the name that its key has for it.
+        """
+        families: dict[str, list[float]] = {}
+        layers: dict[str, list[float]] = {}
+        for bank in self.banks:
+            figure = bank.metrics.get("mse")
+            if figure is not None:
+                layer, _, family = bank.key.rpartition(".")
+                families.setdefault(family, []).append(figure)
+                layers.setdefault(layer, []).append(figure)
+        every = [one for figures in families.values() for one in figures]
+        return {
+            "mean": mean(every) if every else None,
+            "families": {key: mean(figures) for key, figures in families.items()},
+            "layers": {key: mean(figures) for key, figures in layers.items()},
+        }
+
     @property
     def kept(self) -> float:
         """Share of the parameters of all compressed experts that is kept; NaN for no bank."""
@@ -160,6 +182,7 @@ class RunSummary:
             "stamp": self.stamp,
             "total_parameters": self.total_parameters,
             "relfrob": _finite(self.relfrob),
+            "mse": self.mse(),
             "kept": _finite(self.kept),
             "kept_model": self.kept_model(),
             "seconds": self.seconds,
@@ -270,6 +293,25 @@ def _footer(summary: RunSummary, folder: Path) -> list[str]:
             memory.append(f"{label} {max(sizes) / 2**20:,.0f} MiB")
     if memory:
         lines.append(f"peak memory: {', '.join(memory)}; on {summary.device}; {summary.seconds:.1f} s in all")
+    lines += _mse_lines(summary)
     for key, reason in summary.failed.items():
         lines.append(f"{key} failed: {reason}")
     return [*lines, f"artefact: {where}"]
+
+
+def _mse_lines(summary: RunSummary) -> list[str]:
+    figures = summary.mse()
+    if figures["mean"] is None:
+        return []
+    parts = [f"mean over the banks {figures['mean']:.3e}"]
+    for groups in (figures["families"], figures["layers"]):
+        if 1 < len(groups) <= _SHOWN_GROUPS:
+            parts.append(", ".join(f"{key} {figure:.3e}" for key, figure in groups.items()))
+    more = "" if len(figures["layers"]) <= _SHOWN_GROUPS else "; each of them in summary.json"
+    return [f"MSE_F: {'; '.join(parts)}{more}"]
+
+
+def median_support(summary: RunSummary) -> float:
+    """Return the median number of atoms that an expert uses, over all banks; NaN for no bank."""
+    supports = [size for bank in summary.banks for size in bank.supports]
+    return median(supports) if supports else math.nan
