@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from globe.errors import CheckpointError, ConfigError
 
@@ -112,13 +112,6 @@ def link_or_copy(source: str | Path, target: str | Path) -> str:
 def unwritable(path: Path, error: OSError) -> CheckpointError:
     """The sentence for a disk that refuses."""
     return CheckpointError(f"{path} cannot be written ({error.strerror or error}): make room or give another")
-
-
-def open_to_append(path: Path) -> TextIO:
-    """Open a UTF-8 text file to write at its end; raises as `replacing` does."""
-    require_replaceable(path)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _PATIENT
-    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
 def require_replaceable(path: Path) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -36,10 +36,10 @@ from globe.files import (
     clear_files,
     clear_folders,
     lock,
-    open_to_append,
     parse_record,
     plain_record,
     read_record,
+    require_replaceable,
     write_json,
     write_text,
 )
@@ -282,6 +282,15 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} is in use by another process: wait for it, or give another output folder"
             ) from error
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a UTF-8 text file to write at its end. Raises ConfigError for a link or a device, OSError otherwise."""
+    require_replaceable(path)
+    flags = (
+        os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    )
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
 def _parse_status(record: dict[str, Any] | None) -> Status | None:

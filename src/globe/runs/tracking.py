@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from globe.config.choices import WandbMode
 from globe.config.schema import WandbConfig
-from globe.files import open_to_append
+from globe.runs.folder import open_to_append
 
 Scalar = float | int | bool | str | None
 
