@@ -32,7 +32,7 @@ class LayerSize:
         rows = n * max(BUFFERED, rank or 0) * both * 4
         if rank is None:
             return rows + n * (self.p**2 + self.d**2) * 8 + n * max(self.p, self.d) ** 2 * 4
-        return rows + n * both * (2 * rank * 4 + 8) + 3 * (rank + max(BUFFERED, rank)) * both * 8
+        return rows + n * both * (2 * rank * 4 + 8) + 6 * (rank + max(BUFFERED, rank)) * both * 8
 
     def stored(self, rank: int | None) -> int:
         """Bytes of a layer's file."""
