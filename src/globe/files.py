@@ -135,10 +135,10 @@ def _hidden(path: Path) -> Path:
 def fresh_folder(target: Path, *, keep: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` at the end, synced; an exception leaves `target` as it was.
 
-    An earlier folder at `target` is removed once the new one has its place, but for the entries named in `keep`,
-    which the new one takes over. A killed process leaves one hidden folder; the next call for a target in
-    the same parent removes it, and puts an earlier `target` back that was out of its place just then. Whether an
-    earlier folder may be replaced is the caller's to check. Raises OSError if the disk refuses.
+    An earlier folder at `target` is removed once the new one has its place, but for the files and folders named in
+    `keep`, relative to it, which the new one takes over. A killed process leaves one hidden folder; the next call for a
+    target in the same parent removes it, and puts an earlier `target` back that was out of its place just then.
+    Whether an earlier folder may be replaced is the caller's to check. Raises OSError if the disk refuses.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_folders(target.parent)
@@ -182,6 +182,11 @@ def clear_files(paths: Iterable[Path]) -> None:
 def _take_place(work: Path, target: Path, keep: Iterable[str]) -> None:
     for name in keep:
         source, copy = target / name, work / "new" / name
+        if os.path.lexists(copy):
+            raise ConfigError(
+                f"{source} is not of the earlier result and in the way of the new one: move it away"
+            )
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir() and not source.is_symlink():
             shutil.copytree(source, copy, symlinks=True, copy_function=link_or_copy)
         else:
@@ -276,6 +281,8 @@ def parse_json(content: bytes, *, strict: bool = True) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
     except json.JSONDecodeError as error:
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it is a pointer of git-lfs, fetch the file with `git lfs pull`") from error
         raise ValueError(f"it is not JSON: {error}") from error
     _require_shallow(value)
     return value

@@ -27,6 +27,8 @@ from typing import Any
 
 from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import start
+from globe.errors import sentence
+from globe.files import clear_folders
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
 from globe.hf.loading import quiet
@@ -72,7 +74,8 @@ def parse(arguments: Sequence[str]) -> PatchOptions:
 
 
 def patch(options: PatchOptions) -> dict[str, Any]:
-    """Read the run, check it against its model, write the checkpoint; returns the record written beside it."""
+    """Read the run, check it against its model, write the checkpoint; return the record written beside it."""
+    clear_folders(Path(options.out).absolute().parent)
     banks = open_run(options.run)
     checkpoint = open_source(banks, options.model.path, revision=options.model.revision)
     match options.format:
@@ -101,6 +104,8 @@ def _patch_and_say(options: PatchOptions) -> None:
         lacking = sorted(key for key, bank in status.banks.items() if bank.state is not State.finished)
         named = f", without {', '.join(lacking)}" if lacking else ""
         print(f"{options.run} is {status.state}: only the banks it has were used{named}", file=sys.stderr)
+    if record["left_out"]:
+        print(sentence(f"left out beside the weights: {', '.join(record['left_out'])}"), file=sys.stderr)
     parameters, count = record["parameters"], len(record["banks"])
     print(
         f"{options.out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from globe.checkpoint import known_model_types, load_architecture
-from globe.checkpoint.architecture import FAMILIES, Slot, parse_architecture
-from globe.checkpoint.location import Location, find_layouts
+from globe.checkpoint.architecture import FAMILIES, PREFIXES, Slot, parse_architecture, with_prefix
+from globe.checkpoint.location import Location, find_layouts, named_as
 from globe.errors import CheckpointError
 
 REQUIRED = [
@@ -112,12 +112,41 @@ def test_malformed_records(record: Any, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
-def test_the_upstream_layout_wins_where_both_exist() -> None:
+def test_layers_may_have_different_layouts_and_one_layer_only_one() -> None:
     two = parsed(GOOD | {"layouts": [LAYOUT, FUSED]})
-    names = ["1.gu", "1.d", "l.1.e.0.u", "7.d", "l.3.e.12.g", "x.l.5.e.0.u", "l.x.e.0.u", "l.3.e.12.gg"]
+    names = ["l.1.e.0.u", "7.d", "l.3.e.12.g", "x.l.5.e.0.u", "l.x.e.0.u", "l.3.e.12.gg"]
+    names += [f"l.{'9' * 5000}.e.0.u", "٣.d"]
     found = find_layouts(two, names)
     assert list(found) == [1, 3, 7]
     assert [found[layer] is two.layouts[0] for layer in found] == [True, True, False]
+    with pytest.raises(
+        CheckpointError, match=r"layer 1 are there twice, such as l\.1\.e\.0\.u and 1\.gu: remove one"
+    ):
+        find_layouts(two, [*names, "1.gu"])
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "llama4", "qwen3_5_moe", "jamba"])
+def test_experts_are_found_under_every_prefix_that_transformers_reads(model_type: str, prefix: str) -> None:
+    known = load_architecture(model_type)
+    other = with_prefix(known, prefix)
+    name = other.layouts[0].down.format(layer=3, expert=0)
+    assert name.startswith(f"{prefix}layers.3.")
+    found = named_as(known, ["lm_head.weight", name])
+    assert found.layouts[0] == other.layouts[0]
+    assert found.shared == other.shared
+    assert list(find_layouts(found, [name])) == [3]
+    again = with_prefix(known, "model.model.model.").layouts[0].down.format(layer=3, expert=0)
+    assert named_as(known, [again]) is known  # what is not understood is left as it is
+
+
+def test_experts_under_two_prefixes_are_refused() -> None:
+    known = load_architecture("qwen2_moe")
+    names = [
+        with_prefix(known, prefix).layouts[0].down.format(layer=3, expert=0) for prefix in ("", "model.")
+    ]
+    with pytest.raises(CheckpointError, match=r"there twice, such as model\.layers.* and layers\."):
+        named_as(known, names)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def refusal(action: Callable[[], object], *parts: str) -> str:
         assert part in text
     assert "\n" not in text
     assert isinstance(caught.value, GlobeError)
-    assert re.search(r"(:|together,) (add|choose|convert|download|give|save|set) ", text), (
+    assert re.search(r"(:|together,) (add|choose|convert|correct|give|remove|save|set) ", text), (
         f"no remedy in: {text}"
     )
     return text
@@ -118,6 +118,11 @@ def test_a_compact_checkpoint_is_named_as_what_it_is(
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "bitsandbytes"])
 def test_quantised_by_its_config(copy: Callable[..., Path], method: str) -> None:
     folder = configured(copy(), quantization_config={"quant_method": method})
+    refusal(
+        reading(folder), f"quantised with {method!r}, but they are not", "remove its key quantization_config"
+    )
+    name = UP.format(3)
+    rewritten(folder, lambda tensors: tensors.update({f"{name}_scale_inv": torch.ones(1, 1)}))
     refusal(reading(folder), f"quantised with {method!r}", "convert it to bfloat16 first")
 
 
@@ -227,7 +232,7 @@ def test_a_missing_expert(copy: Callable[..., Path], family: str) -> None:
 
 def test_more_experts_than_promised(copy: Callable[..., Path]) -> None:
     folder = configured(copy(), num_experts=5)
-    refusal(reading(folder), "6 of up", "than the 5 promised")
+    refusal(reading(folder), "has 6 experts where config.json promises 5")
 
 
 def test_fewer_experts_in_a_fused_tensor(copy: Callable[..., Path]) -> None:

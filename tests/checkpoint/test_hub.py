@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_a_hub_id_is_downloaded_and_its_commit_kept(
     assert options["force_download"] is True
 
 
-def test_only_configs_tokenizers_and_safetensors_are_asked_for(
+def test_all_but_weights_in_other_formats_is_asked_for(
     hub: Callable[..., Hub], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     calls = hub(tiny_checkpoint("qwen2_moe")).calls
@@ -89,14 +90,28 @@ def test_only_configs_tokenizers_and_safetensors_are_asked_for(
         "consolidated.00.pth": False,
         "original/model.safetensors": False,
         "onnx/model.onnx": False,
-        "modeling.py": False,
-        "README.md": False,
+        "modeling.py": True,
+        "README.md": True,
+        "tiktoken.model": True,
+        "LICENSE": True,
+        "additional_chat_templates/rag.jinja": True,
+        "below/model-00001-of-00002.safetensors": False,
         "model.gguf": False,
     }
-    kept = huggingface_hub.utils.filter_repo_objects(
-        list(files), allow_patterns=options["allow_patterns"], ignore_patterns=options["ignore_patterns"]
-    )
+    kept = huggingface_hub.utils.filter_repo_objects(list(files), ignore_patterns=options["ignore_patterns"])
     assert set(kept) == {name for name, wanted in files.items() if wanted}
+    assert "allow_patterns" not in options
+
+
+def test_shards_in_a_folder_below_are_asked_for_by_their_names(
+    hub: Callable[..., Hub], tmp_path: Path
+) -> None:
+    names = {"x": "below/a.safetensors", "y": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    calls = hub(tmp_path).calls
+    with pytest.raises(CheckpointError):
+        open_checkpoint("owner/name")
+    assert [options.get("allow_patterns") for _, options in calls] == [None, ["below/a.safetensors"]]
 
 
 def test_a_folder_wins_over_a_hub_id(

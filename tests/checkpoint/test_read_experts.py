@@ -260,7 +260,7 @@ def test_a_size_under_either_of_its_keys(
     config = json.loads((folder / "config.json").read_text())
     del config["num_local_experts"]
     (folder / "config.json").write_text(json.dumps(config | {key: EXPERTS + 2}))
-    with pytest.raises(CheckpointError, match="8 promised"):
+    with pytest.raises(CheckpointError, match="promises 8"):
         open_checkpoint(str(folder)).shape(0, "up")
 
 
@@ -275,7 +275,7 @@ def test_a_size_given_per_layer(tiny_checkpoint: Callable[..., Path], tmp_path: 
         if good:
             assert checkpoint.shape(1, "up").n == EXPERTS
         else:
-            with pytest.raises(CheckpointError, match="7 promised"):
+            with pytest.raises(CheckpointError, match="promises 7"):
                 checkpoint.shape(1, "up")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from globe.checkpoint import copy_checkpoint, copy_support_files, open_checkpoint
+from globe.checkpoint import copy_checkpoint, open_checkpoint
 from globe.checkpoint.tensorfile import TensorFile
 from globe.errors import CheckpointError
 from globe.files import fresh_folder
@@ -136,37 +135,3 @@ def test_refusals_before_anything_is_written(tiny_checkpoint: Callable[..., Path
         copy_checkpoint(source, tmp_path / "out", {"absent": lambda stored: stored})
     with pytest.raises(shutil.SameFileError):
         copy_checkpoint(source, source, {})
-
-
-def test_what_is_not_weights_is_copied_through_links(tmp_path: Path) -> None:
-    """The hub's cache keeps links to blobs; a copy must stand alone."""
-    blob, source, out = tmp_path / "blob", tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    out.mkdir()
-    blob.write_text(json.dumps({"model_type": "mixtral"}))
-    (source / "config.json").symlink_to(blob)
-    for name in ("tokenizer.json", "merges.txt", "tokenizer.model", "LICENSE", "chat_template.jinja"):
-        (source / name).write_text(name)
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "x.pth",
-        ".hidden",
-    ):
-        (source / name).write_text(name)
-    (source / "pytorch_model.bin.index.json").write_text("{}")
-    (source / "original").mkdir()
-    copied = copy_support_files(source, out)
-    assert list(copied) == sorted(path.name for path in out.iterdir())
-    assert set(copied) == {
-        "LICENSE",
-        "chat_template.jinja",
-        "config.json",
-        "merges.txt",
-        "tokenizer.json",
-        "tokenizer.model",
-    }
-    assert not (out / "config.json").is_symlink()
-    shutil.rmtree(source)
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "mixtral"}

@@ -203,7 +203,7 @@ def _sharded(folder: Path, target: Path, shard_bytes: int) -> Path:
 
     reader = ShardReader(folder)
     with ShardWriter(target, shard_bytes) as writer:
-        copy_support_files(folder, writer.folder)
+        copy_support_files(reader, writer.folder)
         for name in reader.names:
             writer.write(name, reader.read(name))
     return target

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
         open_checkpoint,
     )
     from globe.checkpoint.location import Location
-    from globe.checkpoint.rewrite import copy_checkpoint, copy_support_files
+    from globe.checkpoint.rewrite import copy_checkpoint
     from globe.checkpoint.shards import ShardReader, ShardWriter
+    from globe.checkpoint.support import copy_support_files
 
 _HOME = {
     "Architecture": "architecture",
@@ -32,7 +33,7 @@ _HOME = {
     "open_checkpoint": "experts",
     "Location": "location",
     "copy_checkpoint": "rewrite",
-    "copy_support_files": "rewrite",
+    "copy_support_files": "support",
     "ShardReader": "shards",
     "ShardWriter": "shards",
 }

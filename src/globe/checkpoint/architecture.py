@@ -12,13 +12,16 @@ import difflib
 import functools
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from globe.errors import CheckpointError
 
 FAMILIES = ("gate", "up", "down")
+PREFIXES = ("model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.model.")
+"""What stands before `layers.` in the tensor names of one model, by how it was saved: transformers reads them alike."""
+_HEAD = re.compile(r"^(?:language_model\.|model\.)*(?=layers\.)")
 _FOLDER = Path(__file__).parent / "architectures"
 
 
@@ -98,6 +101,21 @@ class Architecture:
     shared: Layout | None
     """Layout of the always-on shared expert, if there is one; its templates have no `{expert}`."""
     config: ConfigKeys
+
+
+def with_prefix(architecture: Architecture, prefix: str) -> Architecture:
+    """The architecture with what stands before `layers.` in its tensor names replaced by `prefix`."""
+
+    def renamed(layout: Layout) -> Layout:
+        names = {key: getattr(layout, key) for key in ("down", "up", "gate", "gate_up")}
+        changed: Any = {key: _HEAD.sub(prefix, name) for key, name in names.items() if name is not None}
+        return replace(layout, **changed)
+
+    return replace(
+        architecture,
+        layouts=tuple(renamed(one) for one in architecture.layouts),
+        shared=None if architecture.shared is None else renamed(architecture.shared),
+    )
 
 
 def known_model_types() -> tuple[str, ...]:

@@ -11,10 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.checkpoint.architecture import FAMILIES, Architecture, Layout, Slot, load_architecture
+from globe.checkpoint.architecture import (
+    FAMILIES,
+    Architecture,
+    Layout,
+    Slot,
+    known_model_types,
+    load_architecture,
+)
 from globe.checkpoint.hub import Source, resolve
-from globe.checkpoint.location import Location, count_layers, find_layouts, locate_matrix
-from globe.checkpoint.model_config import read_config, refuse_quantised, size_of
+from globe.checkpoint.location import Location, count_layers, find_layouts, locate_matrix, named_as
+from globe.checkpoint.model_config import (
+    is_quantised,
+    read_config,
+    refuse_compact,
+    refuse_other_weights,
+    refuse_quantised,
+    size_of,
+)
 from globe.checkpoint.shapes import ExpertShape, matrix_shape, routed_shape
 from globe.checkpoint.shards import ShardReader
 from globe.errors import CheckpointError
@@ -41,17 +55,33 @@ class Checkpoint:
         self.folder = source.folder
         self.config: dict[str, Any] = read_config(self.folder)
         self.model_type = str(self.config["model_type"])
-        refuse_quantised(self.config, self.folder)
-        self.architecture: Architecture = load_architecture(self.model_type)
+        refuse_compact(self.config, self.folder)
+        refuse_other_weights(self.config, self.folder)
         self.reader = ShardReader(self.folder, source.headers)
-        found = find_layouts(self.architecture, self.reader.names)
-        layers = size_of(self.config, self.architecture.config.layers)
-        self.num_layers = layers if layers is not None else count_layers(self.reader.names)
+        names = self.reader.names
+        if self.model_type not in known_model_types() and not self._mentions_experts():
+            raise CheckpointError(self._no_experts())
+        refuse_quantised(self.config, self.folder, self.reader)
+        self.architecture: Architecture = named_as(load_architecture(self.model_type), names)
+        found = find_layouts(self.architecture, names)
+        self.num_layers = self._count_layers()
         # Layers past the last are multi-token-prediction heads (61 of DeepSeek-V3), not the model proper.
         self._layouts = {layer: found[layer] for layer in sorted(found) if layer < self.num_layers}
         if not self._layouts:
             raise CheckpointError(self._no_experts())
         self._shapes: dict[tuple[int, str], ExpertShape] = {}
+
+    def _count_layers(self) -> int:
+        promised, held = (
+            size_of(self.config, self.architecture.config.layers),
+            count_layers(self.reader.names),
+        )
+        if promised is not None and held and promised > held:
+            raise CheckpointError(
+                f"{self.folder} has the tensors of {held} layers and config.json promises {promised}: correct "
+                "config.json, or save or download the checkpoint again"
+            )
+        return held if promised is None else promised
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -150,7 +180,7 @@ class Checkpoint:
             if not all(torch.isfinite(extreme) for extreme in target.aminmax()):  # NaN is both extremes
                 raise CheckpointError(
                     f"{place.tensor} in {self.folder} holds NaN or infinite weights (layer {layer}, "
-                    f"{family}, expert {expert}): download it again, or leave this layer out"
+                    f"{family}, expert {expert}): save or download it again, or leave this layer out"
                 )
         return Experts(weights, indices, tuple(place.tensor for place in places))
 
@@ -193,10 +223,16 @@ class Checkpoint:
                 f"and the routed ones are {shape.p} x {shape.d}: set it to false"
             )
 
+    def _mentions_experts(self) -> bool:
+        return any("expert" in name or "moe" in name for name in self.reader.names)
+
     def _no_experts(self) -> str:
-        if any(
-            name.endswith(("_blocks", "_scales", ".qweight", ".weight_packed")) for name in self.reader.names
-        ):
+        if not self._mentions_experts():
+            return (
+                f"{self.folder} (model_type={self.model_type!r}) has no routed experts to compress: "
+                "give the checkpoint of a Mixture-of-Experts model"
+            )
+        if any(is_quantised(name) for name in self.reader.names):
             return (
                 f"{self.folder} holds quantised experts, which GloBE does not read: convert them to "
                 "bfloat16 first"

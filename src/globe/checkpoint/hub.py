@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import globe.embedded
+from globe.checkpoint.shards import INDEX
 from globe.errors import CheckpointError
+from globe.files import read_json
 
 EMBEDDED = "embedded"
 """What a user types for the model that comes with the package."""
 EMBEDDED_ID = "globe-tiny"
-# Weights and what describes them. Files in folders below (`original/`, `onnx/`) are copies in other formats.
-ALLOWED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
-IGNORED = ("*/*", "consolidated*")
+# Weights in other formats, and folders below (`original/`, `onnx/`), which are mostly copies in other formats.
+IGNORED = (
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.npz", "*.tflite",
+    "*.ot", "*/*.safetensors", "consolidated*", "original/*", "onnx/*", "metal/*",
+)  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -65,14 +69,14 @@ def _snapshot(hub_id: str, revision: str | None, force_download: bool) -> Source
     import huggingface_hub
     from huggingface_hub import errors
 
+    def download(**patterns: list[str]) -> str:
+        options: dict[str, Any] = {"revision": revision, "force_download": force_download, **patterns}
+        return str(huggingface_hub.snapshot_download(hub_id, **options))
+
     try:
-        found = huggingface_hub.snapshot_download(
-            hub_id,
-            revision=revision,
-            force_download=force_download,
-            allow_patterns=list(ALLOWED),
-            ignore_patterns=list(IGNORED),
-        )
+        found = download(ignore_patterns=list(IGNORED))
+        if below := _shards_below(Path(found)):
+            found = download(allow_patterns=below)
     except errors.LocalEntryNotFoundError as error:
         # Whatever else the hub's cache lacks, the reader itself checks for the tensors.
         found = str(getattr(error, "snapshot_path", ""))
@@ -83,6 +87,21 @@ def _snapshot(hub_id: str, revision: str | None, force_download: bool) -> Source
     folder = Path(found)
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return Source(folder, hub_id, commit)
+
+
+def _shards_below(folder: Path) -> list[str]:
+    """The shards that an index names in folders below, which are not downloaded for their place alone."""
+    try:
+        index = read_json(folder / INDEX)["weight_map"]
+        return sorted({shard for shard in index.values() if "/" in shard and not (folder / shard).exists()})
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # whoever reads the index says what is wrong
+        return []
 
 
 def explained(error: Exception, hub_id: str, revision: str | None) -> CheckpointError:
@@ -100,6 +119,11 @@ def explained(error: Exception, hub_id: str, revision: str | None) -> Checkpoint
             text = (
                 f"model.revision={revision!r} does not exist for {hub_id}: give a branch, tag or commit of it"
             )
+        case errors.LocalEntryNotFoundError() if revision is not None and _is_cached(hub_id):
+            text = (
+                f"model.revision={revision!r} of {hub_id} is not in the hub cache, where another one is, and the hub "
+                "is out of reach or HF_HUB_OFFLINE is set: download it once while online, or correct it"
+            )
         case errors.LocalEntryNotFoundError():
             text = (
                 f"model.path={hub_id!r} is neither a folder here nor in the hub cache, and the hub is out of "
@@ -111,6 +135,14 @@ def explained(error: Exception, hub_id: str, revision: str | None) -> Checkpoint
                 "try again, or give a folder"
             )
     return CheckpointError(text)
+
+
+def _is_cached(hub_id: str) -> bool:
+    """Is any revision of a hub model in the cache?"""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
+    return snapshots.is_dir() and any(snapshots.iterdir())
 
 
 def _first_line(error: Exception) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.checkpoint.architecture import FAMILIES, Architecture, Layout, Slot
+from globe.checkpoint.architecture import FAMILIES, PREFIXES, Architecture, Layout, Slot, with_prefix
 from globe.checkpoint.tensorfile import Index
+from globe.errors import CheckpointError
+
+_NUMBER = "[0-9]{1,6}"
+"""Of a layer or expert. Python would take digits of every script, and be slow with thousands of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +55,60 @@ def locate_matrix(slot: Slot, name: str, shape: tuple[int, ...], expert: int | N
     return Location(name, expert, rows, slot.transposed, slot.interleaved)
 
 
+def named_as(architecture: Architecture, names: Sequence[str]) -> Architecture:
+    """The architecture with its tensors called as in `names`, where a writer put another prefix before the layers.
+
+    Raises CheckpointError if experts stand there under two prefixes.
+    """
+    fitting: dict[str, Architecture] = {}
+    for candidate in (architecture, *(with_prefix(architecture, prefix) for prefix in PREFIXES)):
+        for matched in list(_by_layer(candidate, names).values())[:1]:
+            fitting.setdefault(next(iter(matched)), candidate)
+    if len(fitting) > 1:
+        first, second = list(fitting)[:2]
+        raise CheckpointError(
+            f"the experts are there twice, such as {first} and {second}: remove one of the two"
+        )
+    return next(iter(fitting.values()), architecture)
+
+
 def find_layouts(architecture: Architecture, names: Iterable[str]) -> dict[int, Layout]:
-    """The layout of every layer of which some expert tensor exists; the first one listed if there are two."""
-    patterns = []
-    for layout in architecture.layouts:
-        templates = {slot.template for family in FAMILIES if (slot := layout.slot(family)) is not None}
-        joined = "|".join(re.escape(template) for template in sorted(templates))
-        joined = joined.replace(r"\{layer\}", r"(\d+)").replace(r"\{expert\}", r"\d+")
-        patterns.append((layout, re.compile(joined)))
-    found: dict[int, int] = {}
+    """The layout of every layer of which some expert tensor exists.
+
+    Raises CheckpointError if a layer has tensors of two layouts, since nothing tells which of them is the model.
+    """
+    found: dict[int, Layout] = {}
+    for layer, matched in sorted(_by_layer(architecture, names).items()):
+        fitting = set.intersection(*matched.values())
+        if not fitting:
+            first = next(iter(matched))
+            second = next(name for name, ranks in matched.items() if not ranks & matched[first])
+            raise CheckpointError(
+                f"the experts of layer {layer} are there twice, such as {first} and {second}: remove one of the two"
+            )
+        found[layer] = architecture.layouts[min(fitting)]
+    return found
+
+
+def _by_layer(architecture: Architecture, names: Iterable[str]) -> dict[int, dict[str, set[int]]]:
+    """Layer -> name of an expert tensor -> the layouts, by number, that have such a tensor."""
+    patterns = [_pattern(layout) for layout in architecture.layouts]
+    found: dict[int, dict[str, set[int]]] = {}
     for name in names:
-        for rank, (_, pattern) in enumerate(patterns):
+        for rank, pattern in enumerate(patterns):
             if match := pattern.fullmatch(name):
                 layer = int(next(group for group in match.groups() if group is not None))
-                found[layer] = min(rank, found.get(layer, rank))
-                break
-    return {layer: patterns[rank][0] for layer, rank in sorted(found.items())}
+                found.setdefault(layer, {}).setdefault(name, set()).add(rank)
+    return found
+
+
+def _pattern(layout: Layout) -> re.Pattern[str]:
+    templates = {slot.template for family in FAMILIES if (slot := layout.slot(family)) is not None}
+    joined = "|".join(re.escape(template) for template in sorted(templates))
+    return re.compile(joined.replace(r"\{layer\}", f"({_NUMBER})").replace(r"\{expert\}", _NUMBER))
 
 
 def count_layers(names: Iterable[str]) -> int:
     """One more than the highest layer number in any name, for configs that do not say how many there are."""
-    numbers = (re.search(r"\blayers\.(\d+)\.", name) for name in names)
+    numbers = (re.search(rf"\blayers\.({_NUMBER})\.", name) for name in names)
     return max((int(match[1]) for match in numbers if match), default=-1) + 1

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from globe.checkpoint.shards import INDEX, ShardReader
+from globe.checkpoint.support import copy_file, copy_support_files
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
 from globe.errors import CheckpointError
-from globe.files import sync
-
-_WEIGHTS = frozenset(
-    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
-)
 
 
 def copy_checkpoint(
     source: str | Path, folder: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]
-) -> None:
+) -> tuple[str, ...]:
     """Copy the checkpoint folder `source` into `folder`, the tensors named in `replace` changed by its functions.
 
     A function gets the stored tensor (its own copy) and returns one of the same shape and dtype. File names, headers,
-    metadata, the order of tensors, the index and every other tensor stay byte for byte, so tied tensors stay tied;
-    config and tokenizer are copied too. At most one tensor is in memory. `folder` is a new one, and appears as a
-    whole by `globe.files.fresh_folder`. Raises CheckpointError if a name is not in the checkpoint, or a function
-    returns another shape or dtype, and OSError if the disk refuses.
+    metadata, the order of tensors, the index and every other tensor stay byte for byte, so tied tensors stay tied. What
+    is beside them is copied too, see `copy_support_files`, and the names of what is not copied are returned. At most
+    one tensor is in memory. `folder` is a new one, and appears as a whole by `globe.files.fresh_folder`. Raises
+    CheckpointError if a name is not in the checkpoint, or a function returns another shape or dtype, and OSError if
+    the disk refuses.
     """
     reader = ShardReader(source)
     if absent := sorted(set(replace) - set(reader.names)):
@@ -36,26 +32,13 @@ def copy_checkpoint(
             f"{source} has no tensor {absent[0]}, so it cannot be replaced: check the names"
         )
     folder.mkdir(exist_ok=True)
-    copy_support_files(source, folder)
+    left_out = copy_support_files(reader, folder)
     if (reader.folder / INDEX).is_file():
-        _copy(reader.folder / INDEX, folder / INDEX)
+        copy_file(reader.folder / INDEX, folder / INDEX)
     for shard in reader.files:
         (folder / shard).parent.mkdir(parents=True, exist_ok=True)
         _copy_shard(reader.file(shard), folder / shard, replace)
-
-
-def copy_support_files(source: str | Path, out: str | Path) -> tuple[str, ...]:
-    """Copy what is not weights (config, tokenizer, licence) from one folder into another; returns the names.
-
-    Subfolders, hidden files, weights of any format and their indices are left out.
-    """
-    names = []
-    for path in sorted(Path(source).iterdir()):
-        suffixes = set(path.suffixes)
-        if path.is_file() and not path.name.startswith(".") and not suffixes & _WEIGHTS:
-            _copy(path, Path(out) / path.name)
-            names.append(path.name)
-    return tuple(names)
+    return left_out
 
 
 def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
@@ -80,8 +63,3 @@ def _replaced(file: TensorFile, name: str, function: Callable[[Tensor], Tensor])
             f"{list(new.shape)}: keep shape and dtype"
         )
     return new
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)  # follows the links of the hub's cache
-    sync(target)

@@ -42,16 +42,19 @@ def routed_shape(
         other = slot.name(layer, expert)
         entry = reader.entry(other)
         if (entry.shape, entry.dtype) != (first.shape, first.dtype):
+            remedy = (
+                "convert them to one dtype" if entry.shape == first.shape else "give all experts one shape"
+            )
             raise CheckpointError(
                 f"{other} in {reader.folder} is {entry.dtype} {list(entry.shape)}, but expert 0 "
-                f"is {first.dtype} {list(first.shape)}: the files do not belong together, download them again"
+                f"is {first.dtype} {list(first.shape)}: {remedy}, or save or download the checkpoint again"
             )
     rows, columns = size_of(config, keys.rows, layer), size_of(config, keys.columns, layer)
     wanted = (rows, columns)
     if any(promised not in (None, got) for got, promised in zip((p, d), wanted, strict=True)):
         raise CheckpointError(
             f"{name} in {reader.folder} holds {p} x {d} matrices where config.json promises "
-            f"{wanted[0] or p} x {wanted[1] or d}: they do not belong together, download both again"
+            f"{wanted[0] or p} x {wanted[1] or d}: correct config.json, or save or download both again"
         )
     return ExpertShape(n, p, d)
 
@@ -67,14 +70,14 @@ def matrix_shape(reader: ShardReader, slot: Slot, name: str, *, axes: int) -> tu
     if len(entry.shape) != axes or 0 in entry.shape:
         raise CheckpointError(
             f"{name} in {reader.folder} has shape {list(entry.shape)} where {axes} axes are due: "
-            "download it again"
+            "save or download it again"
         )
     p, d = entry.shape[-1 if slot.transposed else -2], entry.shape[-2 if slot.transposed else -1]
     if slot.half is None:
         return p, d
     if p % 2:
         raise CheckpointError(
-            f"{name} in {reader.folder} has {p} rows, which gate and up cannot share: download it again"
+            f"{name} in {reader.folder} has {p} rows, which gate and up cannot share: save or download it again"
         )
     return p // 2, d
 
@@ -94,11 +97,21 @@ def _count(reader: ShardReader, layout: Layout, layer: int, promised: int | None
             while slot.name(layer, expert) in reader:
                 expert += 1
             counts[family] = expert
-    wanted = promised if promised is not None else max(counts.values())
-    if set(counts.values()) != {wanted}:
-        listed = ", ".join(f"{count} of {family}" for family, count in counts.items())
+    held = set(counts.values())
+    if len(held) > 1:
         raise CheckpointError(
-            f"layer={layer} of {reader.folder} has other numbers of expert matrices ({listed}) than the "
-            f"{wanted} promised: download the checkpoint again"
+            f"layer={layer} of {reader.folder} has other numbers of expert matrices ({_listed(counts)}) than the "
+            f"{promised if promised is not None else max(held)} promised: save or download the checkpoint again"
         )
-    return wanted
+    (count,) = held
+    if promised is not None and count != promised:
+        raise CheckpointError(
+            f"layer={layer} of {reader.folder} has {count} experts where config.json promises "
+            f"{promised}: give config.json the right number or, if layers differ, prune all alike, since transformers "
+            "can't load others"
+        )
+    return count
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} of {family}" for family, count in counts.items())

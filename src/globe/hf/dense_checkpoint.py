@@ -12,7 +12,7 @@ from torch import Tensor
 from globe.checkpoint import Checkpoint, Location, copy_checkpoint
 from globe.checkpoint.experts import SHARED
 from globe.errors import ArtefactError
-from globe.hf.destination import destination, write_record
+from globe.hf.destination import destination, inputs_of, write_record
 from globe.hf.run_banks import BankEntry, DenseExperts, verify_source
 
 
@@ -28,9 +28,9 @@ def write_dense(
     """
     verify_source(entries, checkpoint)
     replace = rewriters(entries, checkpoint)
-    with destination(out, overwrite=overwrite) as folder:
-        copy_checkpoint(checkpoint.folder, folder, replace)
-        return write_record(folder, "dense", entries, checkpoint)
+    with destination(out, overwrite=overwrite, inputs=inputs_of(entries, checkpoint)) as folder:
+        left_out = copy_checkpoint(checkpoint.folder, folder, replace)
+        return write_record(folder, "dense", entries, checkpoint, left_out)
 
 
 class _Part(NamedTuple):

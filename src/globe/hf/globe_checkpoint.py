@@ -17,10 +17,11 @@ from globe.checkpoint.model_config import PREFIX
 from globe.errors import CheckpointError
 from globe.files import write_text
 from globe.hf.dense_checkpoint import rewriters
-from globe.hf.destination import destination, write_record
+from globe.hf.destination import destination, inputs_of, write_record
 from globe.hf.experts import GlobeExperts
 from globe.hf.few_bits import PARAMETERS
 from globe.hf.layout import VERSION_KEY, to_json, unpacked, version_of
+from globe.hf.loading import require_sizes, understood
 from globe.hf.run_banks import BankEntry, verify_source
 from globe.hf.swap import SHARED_BANKS, bank_values, member_values, routed_rows, swap_in
 
@@ -68,17 +69,15 @@ def write_globe(
         "model_type": PREFIX + checkpoint.model_type,
         "quantization_config": description,
     }
-    with (
-        destination(out, overwrite=overwrite) as folder,
-        ShardWriter(folder, _largest_shard(checkpoint)) as writer,
-    ):
-        copy_support_files(checkpoint.folder, folder)
+    with destination(out, overwrite=overwrite, inputs=inputs_of(entries, checkpoint)) as folder:
+        left_out = copy_support_files(checkpoint.reader, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name, tensor in _kept_tensors(entries, checkpoint, modules):
-            writer.write(name, tensor)
-        for name, tensor in _factors(entries, checkpoint, modules):
-            writer.write(disk[name], tensor)
-        return write_record(folder, "globe", entries, checkpoint)
+        with ShardWriter(folder, _largest_shard(checkpoint)) as writer:
+            for name, tensor in _kept_tensors(entries, checkpoint, modules):
+                writer.write(name, tensor)
+            for name, tensor in _factors(entries, checkpoint, modules):
+                writer.write(disk[name], tensor)
+        return write_record(folder, "globe", entries, checkpoint, left_out)
 
 
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
@@ -87,15 +86,17 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     Raises CheckpointError if transformers has no pure language model for it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
-    try:
+    with understood(checkpoint.folder):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise CheckpointError(
+                f"transformers has no language model for {checkpoint.model_type}: use format=dense"
+            )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise CheckpointError(
-            f"transformers has no language model for {checkpoint.model_type}: use format=dense"
-        ) from error
+        require_sizes(config, checkpoint.reader)
     if type(model.config) is not type(config):
         raise CheckpointError(
             f"{checkpoint.model_type} has a text part among others, which can't be compressed into a file of its "

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from globe.checkpoint import ShardReader
 from globe.checkpoint.hub import EMBEDDED, resolve
-from globe.errors import CheckpointError
+from globe.checkpoint.location import count_layers
+from globe.checkpoint.model_config import read_config, refuse_other_weights
+from globe.errors import CheckpointError, GlobeError
+from globe.files import read_json
 from globe.hf.experts import GlobeExperts
+from globe.hf.layout import QUANT_METHOD, VERSION_KEY, BankLayout, from_json
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_MOST_LAYERS = 1000
+"""Where no tensor has the number of a layer in its name."""
 
 
 def load(
@@ -24,7 +38,8 @@ def load(
     `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`. Dense experts too small for
     transformers' grouped product run by its plain loop, unless `experts_implementation` is given.
 
-    Raises ConfigError for an impossible `S_cache`, and CheckpointError where there is no checkpoint.
+    Raises ConfigError for an impossible `S_cache`, and CheckpointError where there is no checkpoint, where a tensor of
+    the model is missing (transformers would draw it at random), and where transformers can't read it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,21 +49,27 @@ def load(
     install()
     if str(path) == EMBEDDED and not Path(path).is_dir():
         path = resolve(EMBEDDED).folder
+    local = Path(path).expanduser()
+    reader = _checked_files(local) if local.is_dir() else None
     hub = {
         key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
     }
-    try:
-        config = AutoConfig.from_pretrained(str(path), **hub)
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(path)!r} is neither a checkpoint folder nor a model on the hub that can be had: correct it"
-        ) from error
+    kwargs.setdefault("trust_remote_code", False)  # not given, transformers would ask at the terminal
+    with understood(path):
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=kwargs["trust_remote_code"], **hub)
     description = getattr(config, "quantization_config", None)
     if isinstance(description, dict) and description.get("quant_method") == "globe":
         if S_cache is not None:
             description["S_cache"] = check_cache(S_cache)
         description["dequantize"] = dequantize
-    model = AutoModelForCausalLM.from_pretrained(str(path), config=config, **kwargs).eval()
+    with understood(path):
+        if reader is not None:
+            require_sizes(config, reader)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(path), config=config, output_loading_info=True, use_safetensors=True, **kwargs
+        )
+    _require_whole(config, found, path)
+    model = model.eval()
     if "experts_implementation" not in kwargs and _has_misaligned_experts(model):
         model.set_experts_implementation("eager")
     return model
@@ -61,6 +82,95 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Turn whatever transformers raises over a foreign checkpoint into a CheckpointError of one sentence."""
+    try:
+        yield
+    except (GlobeError, MemoryError):
+        raise
+    except Exception as error:  # of every kind, by what in the files is not as expected
+        said = (str(error).strip().splitlines() or ["no reason given"])[0]
+        if "allocate" in said:  # memory, not the files
+            raise
+        if isinstance(error, OSError) and not Path(path).expanduser().is_dir():
+            raise CheckpointError(
+                f"{str(path)!r} is neither a checkpoint folder nor a model on the hub that can be had: correct it"
+            ) from error
+        raise CheckpointError(
+            f"transformers can't load {path} ({type(error).__name__}: {said[:120]}): correct its config.json, or save "
+            "or download the checkpoint again"
+        ) from error
+
+
+def _checked_files(folder: Path) -> ShardReader:
+    """Check with bounds what transformers will read without: the tensors, and the files of JSON."""
+    config = read_config(folder)
+    refuse_other_weights(config, folder)
+    reader = ShardReader(folder)
+    held = count_layers(reader.names) or _MOST_LAYERS
+    for part in (config, config.get("text_config")):
+        promised = [part.get(key) for key in _LAYERS] if isinstance(part, dict) else []
+        if excess := [one for one in promised if isinstance(one, int) and one > held]:
+            raise CheckpointError(
+                f"{folder}/config.json promises {excess[0]} layers and the files have {held}: correct config.json, or "
+                "save or download the checkpoint again"
+            )
+    generation = folder / "generation_config.json"
+    if os.path.lexists(generation):
+        try:
+            read_json(generation, strict=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{generation} can't be read ({error}): correct or remove it") from error
+    return reader
+
+
+def require_sizes(config: Any, reader: ShardReader) -> None:
+    """Raise CheckpointError if the model of `config` has far more parameters than the files have numbers.
+
+    It is built without memory for that; with it, wrong sizes in a `config.json` could ask for any amount.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from globe.hf.swap import swap_in
+
+    description = getattr(config, "quantization_config", None)
+    layouts: tuple[BankLayout, ...] = ()
+    if isinstance(description, dict) and description.get("quant_method") == QUANT_METHOD:
+        layouts = from_json(description.get("banks"), description.get(VERSION_KEY))
+    elif description is not None:
+        return  # packed numbers, several in one
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if layouts:
+            swap_in(model, layouts)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    entries = [reader.entry(name) for name in reader.names]
+    # twice: of fewer, transformers names those that are missing; packed factors have at least two bits each
+    most = max(
+        2 * sum(math.prod(one.shape) for one in entries), 4 * sum(one.nbytes for one in entries if layouts)
+    )
+    if needed > most:
+        raise CheckpointError(
+            f"the model that {reader.folder}/config.json describes has {needed:,} parameters, and the files hold far "
+            "fewer numbers: correct config.json, or save or download the checkpoint again"
+        )
+
+
+def _require_whole(config: Any, found: dict[str, Any], path: str | Path) -> None:
+    """Raise CheckpointError if tensors were missing, or left over where the files are of a language model alone."""
+    missing, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors of the model, such as {missing[0]}: save or download it again"
+        )
+    if left and not hasattr(config, "text_config"):
+        raise CheckpointError(
+            f"{path} has {len(left)} tensors that are not of the model, such as {left[0]}: give config.json and "
+            "weights that belong together"
+        )
 
 
 def _has_misaligned_experts(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe.checkpoint.model_config import PREFIX
-from globe.errors import CheckpointError, ConfigError
+from globe.errors import ArtefactError, CheckpointError, ConfigError
 from globe.hf.experts import GlobeExperts
 from globe.hf.few_bits import unpack
 from globe.hf.layout import (
@@ -161,7 +161,10 @@ def compact_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
     """Read a compact checkpoint's `config.json`; arguments and result as of `PreTrainedConfig.from_dict`."""
     require_plugin()
     upstream = str(config_dict["model_type"]).removeprefix(PREFIX)
-    described = {**config_dict.get("quantization_config", {}), "quant_method": QUANT_METHOD}
+    described = config_dict.get("quantization_config")
+    if not isinstance(described, dict):
+        raise ArtefactError("config.json of the compact checkpoint describes no banks: patch the run again")
+    described = {**described, "quant_method": QUANT_METHOD}
     known = {**config_dict, "model_type": upstream, "quantization_config": described}
     return marked(CONFIG_MAPPING[upstream]).from_dict(known, **kwargs)
 
