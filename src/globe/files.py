@@ -43,9 +43,6 @@ _MARK = "globe-unfinished"
 """File that tells a folder of ours from another of that name, and is locked as long as it is written to."""
 
 
-# files
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file open for writing that becomes `path` at the end; an exception leaves `path` as it was.
@@ -126,9 +123,6 @@ def require_replaceable(path: Path) -> None:
 
 def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.globe-{secrets.token_hex(4)}")
-
-
-# folders
 
 
 @contextmanager
@@ -231,9 +225,6 @@ def _take(descriptor: int, *, wait: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-
-
-# readers
 
 
 def open_regular(path: Path) -> FileIO:
