@@ -17,7 +17,7 @@ from globe.checkpoint import open_checkpoint
 from globe.config.composition import to_config
 from globe.errors import ConfigError, FitError
 from globe.fit.finalise import finalise
-from globe.fit.input_metric import second_moment_metric
+from globe.fit.input_metric import of_model, second_moment_metric
 from globe.fit.normalise import normalise
 from globe.sizes.budget import Room
 from globe.sizes.search import search
@@ -80,7 +80,7 @@ def test_factors_leave_the_metric_as_the_experts_do() -> None:
     codes, left = torch.rand(N, M, dtype=X.dtype), torch.randn(M, R, 2, dtype=X.dtype, generator=generator)
     right, adapters = torch.randn(M, 2, D, dtype=X.dtype), torch.randn(N, P, R, dtype=X.dtype)
     inside = Factors(left @ right, codes, adapters, left, right)
-    outside = metric.of_model(inside, linear=True)
+    outside = of_model(metric, inside, linear=True)
     assert outside.right is not None
     torch.testing.assert_close(left @ outside.right, outside.bank)
     seen, plain = (adapters @ torch.einsum("nm,mrd->nrd", codes, one.bank) for one in (inside, outside))

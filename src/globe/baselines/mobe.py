@@ -27,6 +27,7 @@ from globe.bank.compose import mixed_bases
 from globe.baselines.adam import grad, leaf
 from globe.baselines.group_svd import consecutive_groups, k_subspaces
 from globe.baselines.mixture import Mixture
+from globe.numerics.metric import Metric, root_of, times_inverse
 
 LEARNING_RATE = 0.07
 """Published: the paper's setting and the script's default."""
@@ -48,13 +49,18 @@ class SoftmaxFactors(NamedTuple):
     logits: Float[Tensor, "n m"]
 
 
-def published_start(X: Float[Tensor, "n p d"], *, m: int, r: int, weights_std: float) -> SoftmaxFactors:
+def published_start(
+    X: Float[Tensor, "n p d"], *, m: int, r: int, weights_std: float, metric: Metric | None = None
+) -> SoftmaxFactors:
     """The script's start. `weights_std` is the standard deviation of the weights before their scaling to X.
+
+    In a metric the start is that of the experts as the mean metric sees them, its bases brought back from there.
 
     Groups differ by one in size where m does not divide n; the script leaves the last experts without
     adapters there.
     """
     n, p, d = X.shape
+    X = X if metric is None else metric.in_mean(X)
     groups = consecutive_groups(n, m).to(X.device)
     A, B = X.new_empty(n, p, r), X.new_empty(m, r, d)
     for j in range(m):
@@ -63,6 +69,8 @@ def published_start(X: Float[Tensor, "n p d"], *, m: int, r: int, weights_std: f
         U, S, Vt = torch.linalg.svd(X[members].reshape(-1, d), full_matrices=False)
         A[members] = (U[:, :r] * (weights_std * S[:r])).view(-1, p, r)
         B[j] = Vt[:r]
+    if metric is not None:
+        B = times_inverse(B, root_of(metric.mean))
     return SoftmaxFactors(A, B, torch.nn.functional.one_hot(groups, m).to(X))
 
 
@@ -75,13 +83,16 @@ def corrected_start(
     own: float = OWN_WEIGHT,
     scale: float = BASIS_SCALE,
     generator: torch.Generator | None = None,
+    metric: Metric | None = None,
 ) -> SoftmaxFactors:
     """A warm start in the published form: softmax(z_i) has `own` on the expert's group, the rest is even.
 
     With m = 1 the only weight is one. An `own` below 1/m would favour the other groups.
     """
     n, _, d = X.shape
-    B, groups = k_subspaces(X, m=m, r=r, generator=generator)
+    B, groups = k_subspaces(X if metric is None else metric.in_mean(X), m=m, r=r, generator=generator)
+    if metric is not None:
+        B = times_inverse(B, root_of(metric.mean))
     logits = X.new_zeros(n, m)
     if m > 1:
         # softmax([c, 0, ..., 0])_1 = e^c / (e^c + m - 1) = own
@@ -89,15 +100,23 @@ def corrected_start(
     codes = torch.softmax(logits, 1)
     spread = torch.linalg.vector_norm(codes @ B.flatten(1)) / math.sqrt(n * r * d)
     B = B * (scale / spread)
-    A = refit(X, mixed_bases(codes, B, lam=1.0, activation=activation)).adapters
+    M = mixed_bases(codes, B, lam=1.0, activation=activation)
+    A = refit(X, M if metric is None else metric.times(M, slice(0, n))).adapters
     return SoftmaxFactors(A, B, logits)
 
 
 class MobeObjective:
     """The trainable state of MoBE: adapters, bank, logits."""
 
-    def __init__(self, X: Float[Tensor, "n p d"], start: SoftmaxFactors, *, activation: str) -> None:
-        self.mixture = Mixture(X, r=start.bank.shape[1], activation=activation)
+    def __init__(
+        self,
+        X: Float[Tensor, "n p d"],
+        start: SoftmaxFactors,
+        *,
+        activation: str,
+        metric: Metric | None = None,
+    ) -> None:
+        self.mixture = Mixture(X, r=start.bank.shape[1], activation=activation, metric=metric)
         self.factors = SoftmaxFactors(*(leaf(factor) for factor in start))
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from globe.baselines.adam import grad, leaf
 from globe.baselines.mixture import Mixture
+from globe.numerics.metric import Metric, root_of, times_inverse
 
 LEARNING_RATE = 0.10
 """Published for {A, z} of models with many experts; 0.03 for the eight of Mixtral."""
@@ -40,24 +41,37 @@ class LowRankFactors(NamedTuple):
     logits: Float[Tensor, "n m"]
 
 
-def matrix_sign_start(X: Float[Tensor, "n p d"], *, r: int, atom_rank: int) -> LowRankFactors:
+def matrix_sign_start(
+    X: Float[Tensor, "n p d"], *, r: int, atom_rank: int, metric: Metric | None = None
+) -> LowRankFactors:
     """A_i = the r leading left, V_i = the k leading right singular vectors of X_i, U_i = [I_k; 0], z = I.
 
-    1 <= k = atom_rank <= r <= min(p, d).
+    1 <= k = atom_rank <= r <= min(p, d). In a metric they are those of the experts as the mean metric sees them, V_i
+    brought back from there.
     """
     n = X.shape[0]
+    X = X if metric is None else metric.in_mean(X)
     # LAPACK's own signs, as in the trainer: phi tells a basis from its negative
     left, _, right = torch.linalg.svd(X, full_matrices=False)
     U = torch.eye(r, atom_rank).to(X).expand(n, -1, -1)
-    return LowRankFactors(left[..., :r], U, right[:, :atom_rank], torch.eye(n).to(X))
+    V = right[:, :atom_rank]
+    V = V if metric is None else times_inverse(V, root_of(metric.mean))
+    return LowRankFactors(left[..., :r], U, V, torch.eye(n).to(X))
 
 
 class SlbfObjective:
     """The trainable state of SLBF: adapters, both factors of the atoms, logits."""
 
-    def __init__(self, X: Float[Tensor, "n p d"], start: LowRankFactors, *, activation: str) -> None:
+    def __init__(
+        self,
+        X: Float[Tensor, "n p d"],
+        start: LowRankFactors,
+        *,
+        activation: str,
+        metric: Metric | None = None,
+    ) -> None:
         m, r, _ = start.atoms_left.shape
-        self.mixture = Mixture(X, r=r, activation=activation)
+        self.mixture = Mixture(X, r=r, activation=activation, metric=metric)
         self.factors = LowRankFactors(*(leaf(factor) for factor in start))
         self.B = X.new_empty(m, r, X.shape[2])
         self.dB = torch.empty_like(self.B)

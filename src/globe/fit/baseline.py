@@ -15,11 +15,10 @@ from globe.baselines import BaselinePoint, BaselineResult, BaselineSizes, run_ba
 from globe.config.choices import ADAM_METHODS, Method
 from globe.config.schema import Config
 from globe.fit.finalise import Finalised, finalise
-from globe.fit.input_metric import metric_of
+from globe.fit.input_metric import metric_of, of_model
 from globe.fit.normalise import Joined
 from globe.fit.plan import precision_of
 from globe.numerics.figures import relfrob, squared_norms
-from globe.numerics.metric import times_inverse
 
 
 def fit_baseline(
@@ -60,14 +59,13 @@ def fit_baseline(
         activation=str(config.bank.activation),
         weights_std=_weights_std(joined),
         generator=generator,
+        metric=metric,
         on_step=watch,
     )
     result, mean = _as_fit(baseline, X, total), baseline.mean
     if metric is not None:
-        assert metric.columns is not None
         metric.leave(X)
-        result = replace(result, factors=metric.of_model(result.factors, linear=True))
-        mean = None if mean is None else times_inverse(mean, metric.columns.roots[0])
+        result = replace(result, factors=of_model(metric, result.factors, linear=False))
     own = joined if mean is None else less_mean(joined, mean)
     done = finalise(
         result.factors,

@@ -16,11 +16,11 @@ from globe.bank.compose import mixed_bases
 from globe.bank.packing import Packed
 from globe.bank.precision import Precision
 from globe.errors import FitError
-from globe.fit.input_metric import InputMetric
 from globe.fit.normalise import Joined, Normalised, fold_scale, join
 from globe.fit.rounding import round_factors
 from globe.numerics.figures import CHUNK, pruned_share, relfrob, squared_norms
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.input_metric import InputMetric
 
 Refit = Callable[[Float[Tensor, "n p d"], Float[Tensor, "n r d"]], Float[Tensor, "n p r"]]
 """Least squares adapters: (X, M) -> argmin over A_i of ||X_i - A_i M_i||."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from globe.calibration.statistics import LayerStatistics
 from globe.checkpoint.experts import SHARED
-from globe.fit.input_metric import InputMetric
 from globe.numerics.group import ALONE, ProcessGroup
+from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import Metric, metric_of_roots, root_of
 
 FLOOR = 1e-2

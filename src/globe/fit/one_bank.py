@@ -29,7 +29,7 @@ from globe.fit.bank_records import artefact_of, figures_of_bytes, figures_of_mem
 from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
 from globe.fit.finalise import Finalised, finalise
-from globe.fit.input_metric import metric_of
+from globe.fit.input_metric import metric_of, of_model
 from globe.fit.plan import BankPlan, precision_of
 from globe.fit.provenance import complete_artefact, fit_fingerprint, source_of
 from globe.fit.reading import ReadExperts, read_experts
@@ -261,7 +261,7 @@ def fit_globe(
     trim_heap()  # of the steps
     if metric is not None:
         metric.leave(X)
-        result = replace(result, factors=metric.of_model(result.factors, linear=is_linear(config)))
+        result = replace(result, factors=of_model(metric, result.factors, linear=is_linear(config)))
     done = finalise(
         result.factors,
         read.joined,

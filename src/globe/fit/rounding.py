@@ -27,10 +27,10 @@ from globe.bank.packing import Packed
 from globe.bank.precision import Precision
 from globe.bank.rounding import Grid, round_nearest
 from globe.errors import FitError
-from globe.fit.input_metric import InputMetric
 from globe.numerics.activation import phi_prime
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.figures import squared_norms
+from globe.numerics.input_metric import InputMetric
 
 _ROUNDS = 4
 """At most: moves of the atoms around rounded adapters."""

@@ -1,0 +1,90 @@
+"""How an error of an expert counts: ||D_i E_i L_i||_F^2, with weights of its rows and a metric of its columns.
+
+An error in a direction that no input has, or in a row that the output hardly depends on, costs little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from globe.numerics.chunks import expert_chunks
+from globe.numerics.figures import squared_norms
+from globe.numerics.metric import Metric
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputMetric:
+    """D and L of every expert; None stands for the identity."""
+
+    columns: Metric | None
+    rows: Tensor | None = None
+    """weights of the rows (n, p), or upper triangular matrices (n, p, p)"""
+
+    def seen(self, E: Float[Tensor, "c p d"], part: slice) -> Float[Tensor, "c p d"]:
+        """D_i E_i L_i for the experts of `part`."""
+        return self.weighted(self.bases(E, part), part)
+
+    def enter(self, X: Float[Tensor, "n p d"]) -> None:
+        """Put D_i X_i L_i in the place of X_i: a copy would be as large as all else that a fit holds."""
+        for part in expert_chunks(*X.shape):
+            X[part] = self.seen(X[part], part)
+
+    def leave(self, X: Float[Tensor, "n p d"]) -> None:
+        """Undo `enter`, but for rounding: at most 1e-5 of X in float32."""
+        for part in expert_chunks(*X.shape):
+            own = self.adapters(X[part], part)
+            X[part] = own if self.columns is None else self.columns.solved(own, part)
+
+    def norms(self, E: Float[Tensor, "n p d"], start: int = 0) -> Float[Tensor, " n"]:
+        """||D_i E_i L_i||_F^2 of experts that begin with expert `start`."""
+        parts = [
+            self.seen(E[part], slice(start + part.start, start + part.stop))
+            for part in expert_chunks(*E.shape)
+        ]
+        return torch.cat([squared_norms(part) for part in parts])
+
+    def bases(self, M: Float[Tensor, "c r d"], part: slice) -> Float[Tensor, "c r d"]:
+        """M_i L_i for the experts of `part`."""
+        return M if self.columns is None else self.columns.times(M, part)
+
+    def weighted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
+        """D_i A_i: adapters of X_i as those of D_i X_i L_i."""
+        if self.rows is None:
+            return A
+        rows = self.rows[part]
+        return rows.unsqueeze(2) * A if rows.dim() == 2 else rows @ A
+
+    def adapters(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
+        """D_i^-1 A_i: adapters fitted to D_i X_i L_i as those of X_i."""
+        if self.rows is None:
+            return A
+        rows = self.rows[part]
+        if rows.dim() == 2:
+            return A / rows.unsqueeze(2)
+        return torch.linalg.solve_triangular(rows, A, upper=True)
+
+    def adjoint_weighted(self, F: Float[Tensor, "c p d"], part: slice) -> Float[Tensor, "c p d"]:
+        """D_i^T F_i L_i^T: a gradient in D_i E_i L_i as one in E_i."""
+        F = F if self.columns is None else self.columns.adjoint(F, part)
+        if self.rows is None:
+            return F
+        rows = self.rows[part]
+        return rows.unsqueeze(2) * F if rows.dim() == 2 else rows.mT @ F
+
+    def kernel(self, *, linear: bool) -> Metric | None:
+        """What a fit to D_i X_i L_i has to know of L.
+
+        Nothing where phi is linear and all experts have one L: the bank of such a fit stands for B L.
+        """
+        return None if linear and self.one_root is not None else self.columns
+
+    @property
+    def one_root(self) -> Float[Tensor, "d d"] | None:
+        """L, where all experts have one."""
+        if self.columns is None or len(self.columns.roots) > 1:
+            return None
+        return self.columns.roots[0]
