@@ -131,11 +131,9 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
         with _begun(task, config, group) as folder:
             calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
             if searched:
-                banks = plan(
-                    config,
-                    checkpoint,
-                    choose_sizes(config, checkpoint, outlines, device, folder.frontier_file),
-                )
+                file = folder.frontier_file
+                chosen = choose_sizes(config, checkpoint, outlines, device, file, calibration=calibration)
+                banks = plan(config, checkpoint, chosen)
             ledger = Ledger(
                 folder,
                 name=task.folder.path.name,

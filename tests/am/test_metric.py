@@ -276,11 +276,11 @@ def test_the_identity_is_no_metric_and_would_change_nothing(monkeypatch: pytest.
     n, d = len(X), X.shape[2]
     eye = torch.eye(d, dtype=X.dtype)
     assert metric_of_roots(eye.expand(n, d, d)) is None
-    assert metric_of_roots(eye[None]) is None
+    assert metric_of_roots(eye[None], common=True) is None
     config = configured(steps=6, activation="tanh", lam=1.0, cg_iterations=5)
     plain, _ = fitted(X, sizes_of(X), config)
-    for roots in (eye.expand(n, d, d).contiguous(), eye[None]):
-        same, _ = fitted(X, sizes_of(X), config, metric=Metric(roots, eye))
+    for metric in (Metric(eye.expand(n, d, d).contiguous(), eye), Metric(eye[None], eye, common=True)):
+        same, _ = fitted(X, sizes_of(X), config, metric=metric)
         assert same.relfrob == pytest.approx(plain.relfrob, rel=1e-8)
 
 
@@ -304,7 +304,7 @@ def test_one_root_for_all_is_the_linear_fit_to_the_changed_experts() -> None:
     """Where phi is linear, B L takes the part of the bank: the same fit but for its damping and preconditioner."""
     X = plant(noise=0.2).X
     root = root_of(metrics(1, X.shape[2], condition=5.0))
-    metric = metric_of_roots(root)
+    metric = metric_of_roots(root, common=True)
     config = configured(steps=40, init=InitConfig())
     changed, _ = fitted(X @ root[0], sizes_of(X), config)
     result, _ = fitted(X @ root[0], sizes_of(X), config, metric=metric)

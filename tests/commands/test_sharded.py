@@ -29,7 +29,8 @@ FIT = (
     *("layer=3", "family=both", "bank.scope=families", "model.max_experts=7", "bank.m=3", "bank.r=11"),
     *("codes.target_support=2", "codes.every=2", "normalise.centre=expert_mean", "normalise.scale=row"),
     *("train.steps=14", "train.patience=0", "train.evaluate_every=2", "train.checkpoint_every=0"),
-    *("normalise.metric=experts", "dtype=float64", "export_dtype=float32"),
+    *("calibrate.text=embedded", "calibrate.tokens=512", "calibrate.window=64"),
+    *("dtype=float64", "export_dtype=float32"),
 )
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -98,16 +99,17 @@ def test_the_fits_compared_differ_in_what_they_decide(alone: dict[str, dict[str,
 @pytest.mark.slow
 def test_a_run_goes_on_with_more_processes_where_one_of_two_was_killed(tmp_path: Path) -> None:
     """Two members, each of which some process holds nothing of; experts, means and scales come together at the end."""
-    relfrob, whole = run_in(tmp_path / "whole", *FIT)
+    fit = (*FIT, f"output={tmp_path}")
+    relfrob, whole = run_in(tmp_path / "whole", *fit)
     folder = tmp_path / "parted"
-    dying = torchrun(2, str(Path(__file__).parents[1] / "dying_run.py"), *FIT, f"hydra.run.dir={folder}")
+    dying = torchrun(2, str(Path(__file__).parents[1] / "dying_run.py"), *fit, f"hydra.run.dir={folder}")
     assert dying.returncode != 0
     assert dying.stderr.count(sentence := "another process of this fit was killed") == 1, dying.stderr
     status = load(folder / "status.json")
     assert status["state"] == "failed"
     assert sentence in status["error"]
     assert len(lines(folder)) == LAST_STEP
-    done = torchrun(4, "-m", "globe.train", *FIT, f"hydra.run.dir={folder}")
+    done = torchrun(4, "-m", "globe.train", *fit, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stdout
     assert done.stdout.count(f"{KEY}: RelFrob") == 1  # one process speaks

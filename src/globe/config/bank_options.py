@@ -45,10 +45,11 @@ class NormaliseConfig:
     """Constant that is subtracted from the experts and stored exactly: none, one number, or the p x d mean expert."""
     scale: Scale = Scale.family
     """Deviation that is divided out and folded into the adapters: none, or one per family, expert or row."""
-    metric: Metric = Metric.none
-    """How the columns of an error count: all alike, or by the second moment of the experts' rows, which lean to the
-    directions that inputs have. The second moment costs RelFrob and gains perplexity; a linear phi is fitted in that
-    metric, with a curved one only the last refit of the adapters is."""
+    metric: Metric = Metric.auto
+    """Metric in which errors count. none: all alike. experts: columns by the second moment of the experts' rows, which
+    lean to the directions that inputs have; needs no text. inputs: columns by the second moment of each expert's own
+    inputs, rows and experts by what depends on them, from `calibrate.text`. Both cost RelFrob and gain perplexity. auto
+    is inputs where there is a text, else none."""
     store: Store = Store.fit
     """How a fit holds the experts: normalised in its own dtype, or as the checkpoint stores them and normalised anew at
     every use. The second halves their memory for a bfloat16 checkpoint and changes no number."""

@@ -80,8 +80,10 @@ class Scale(StrEnum):
 
 
 class Metric(StrEnum):
+    auto = "auto"
     none = "none"
     experts = "experts"
+    inputs = "inputs"
 
 
 class Store(StrEnum):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-NUMERICS_VERSION = 4
+NUMERICS_VERSION = 5
 """Part of a run's identity; raised whenever the same options give other numbers."""
 
 DEFAULT_SIZES = {"m": "n/4", "r": "p/2"}
@@ -42,6 +42,11 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
         if group:
             kept[group] = {key: value for key, value in kept[group].items() if key not in blind}
     kept["bank"] = _with_default_sizes(kept["bank"])
+    if kept["normalise"]["metric"] == "auto":
+        metric = "none" if kept["calibrate"]["text"] is None else "inputs"
+        kept["normalise"] = kept["normalise"] | {"metric": metric}
+    if kept["normalise"]["metric"] != "inputs":
+        del kept["calibrate"]  # statistics that nothing asks for
     return kept
 
 
@@ -61,8 +66,11 @@ def identity(config: dict[str, Any]) -> str:
     path = kept["model"]["path"]
     if path and Path(path).is_dir():
         kept["model"]["path"] = str(Path(path).resolve())
-    text = json.dumps([NUMERICS_VERSION, kept], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = kept.get("calibrate", {}).get("text")
+    if text and Path(text).is_file():
+        kept["calibrate"]["text"] = str(Path(text).resolve())
+    whole = json.dumps([NUMERICS_VERSION, kept], sort_keys=True, default=str)
+    return hashlib.sha256(whole.encode()).hexdigest()[:8]
 
 
 _NAMED = (

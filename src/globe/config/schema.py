@@ -48,6 +48,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "WandbConfig",
+    "chosen_metric",
     "is_linear",
 ]
 
@@ -169,13 +170,15 @@ def _check_method(config: Config) -> None:
         published = (Activation.silu, Activation.tanh, Activation.identity)
         allowed = f"{', '.join(published)} with method={method}"
         check(bank.activation in published, "bank.activation", str(bank.activation), allowed)
-        curved = config.normalise.metric is Metric.experts and not is_linear(config)
-        needed = f"none, or bank.activation=identity, with method={method}"
-        check(not curved, "normalise.metric", "experts", needed)
     if config.normalise.store is Store.checkpoint:
-        writes = config.normalise.metric is Metric.experts and is_linear(config)
-        needed = "fit, or method=globe and, where phi is linear, normalise.metric=none"
-        check(method is Method.globe and not writes, "normalise.store", "checkpoint", needed)
+        plain = chosen_metric(config) is Metric.none
+        needed = "fit, or method=globe and normalise.metric=none"
+        check(method is Method.globe and plain, "normalise.store", "checkpoint", needed)
+    if config.normalise.metric is Metric.inputs and config.calibrate.text is None:
+        raise ConfigError(
+            "normalise.metric=inputs needs a text: give calibrate.text=FILE or calibrate.text=embedded, or take "
+            "normalise.metric=experts, which needs none"
+        )
     if bank.scope is Scope.families:
         check(
             config.family in FAMILIES_OF,
@@ -197,9 +200,16 @@ def _check_weight_method(config: Config) -> None:
     for key in ("m", "r", "atom_rank", "kept", "bits_B"):
         value = getattr(bank, key)
         check(value is None, f"bank.{key}", value, f"null with method={method}, which rounds all weights")
-    blind = method is not Method.rtn and config.normalise.metric is Metric.none
+    blind = method is not Method.rtn and chosen_metric(config) is Metric.none
     needed = f"one of the others with method={method}, which feeds errors back in a metric"
     check(not blind, "normalise.metric", "none", needed)
+
+
+def chosen_metric(config: Config) -> Metric:
+    """Return the metric that errors count in: none, experts or inputs."""
+    if config.normalise.metric is not Metric.auto:
+        return config.normalise.metric
+    return Metric.none if config.calibrate.text is None else Metric.inputs
 
 
 def is_linear(config: Config) -> bool:

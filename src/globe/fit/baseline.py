@@ -18,16 +18,16 @@ from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of, of_model
 from globe.fit.normalise import Joined
 from globe.fit.plan import precision_of
+from globe.fit.reading import ReadExperts
 from globe.numerics.figures import relfrob, squared_norms
 
 
 def fit_baseline(
-    joined: Joined,
+    read: ReadExperts,
     sizes: BaselineSizes,
     config: Config,
     *,
     generator: torch.Generator,
-    export_dtype: torch.dtype,
     on_step: Callable[[StepRecord], None],
 ) -> tuple[FitResult, Finalised, str]:
     """Run `config.method` and export it: the same records as of a GloBE fit, and the activation that holds for it.
@@ -37,6 +37,7 @@ def fit_baseline(
     pruned and no method's adapters refitted, since none is published so.
     """
     trained = config.method in ADAM_METHODS
+    joined = read.joined
     X = joined.experts
     norms = squared_norms(X)
     total = float(norms.sum())
@@ -45,7 +46,7 @@ def fit_baseline(
         if trained:
             on_step(_record(point, sizes.m, total))
 
-    metric = metric_of(config, X)
+    metric = metric_of(config, read)
     if metric is not None:
         metric.enter(X)
     baseline = run_baseline(
@@ -72,7 +73,7 @@ def fit_baseline(
         own,
         lam=result.lam,
         activation=baseline.activation,
-        export_dtype=export_dtype,
+        export_dtype=read.export_dtype,
         prune=0.0,
         metric=metric,
         precision=precision_of(config),

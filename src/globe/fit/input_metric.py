@@ -8,7 +8,9 @@ from torch import Tensor
 
 from globe.am.records import Factors
 from globe.config.choices import Metric as Choice
-from globe.config.schema import Config
+from globe.config.schema import Config, chosen_metric
+from globe.fit.observed import inputs_metric
+from globe.fit.reading import ReadExperts
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.input_metric import InputMetric
@@ -40,7 +42,7 @@ def second_moment_metric(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE)
     weighted.diagonal().add_(_FLOOR)
     # of an energy of d in all, tr(C weighted) is what the metric makes of it
     weighted *= d / float((C * weighted).sum())
-    columns = metric_of_roots(group.same(root_of(weighted).to(X.dtype))[None], group=group)
+    columns = metric_of_roots(group.same(root_of(weighted).to(X.dtype))[None], common=True, group=group)
     return None if columns is None else InputMetric(columns)
 
 
@@ -54,6 +56,12 @@ def of_model(metric: InputMetric, factors: Factors, *, linear: bool) -> Factors:
     return factors._replace(bank=times_inverse(factors.bank, root), right=right)
 
 
-def metric_of(config: Config, X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> InputMetric | None:
+def metric_of(config: Config, read: ReadExperts, group: ProcessGroup = ALONE) -> InputMetric | None:
     """The metric that `normalise.metric` asks for; None is the plain Frobenius norm."""
-    return second_moment_metric(X, group) if config.normalise.metric is Choice.experts else None
+    match chosen_metric(config):
+        case Choice.experts:
+            return second_moment_metric(read.joined.experts, group)
+        case Choice.inputs:
+            return inputs_metric(read.observed, read.joined.experts, read.joined.scale, group=group)
+        case _:
+            return None

@@ -2,7 +2,8 @@
 
 The squared error that E_i makes in the output of expert i is to first order gate2_i sum_k rows_ik (E_i C_i E_i^T)_kk,
 with the second moment C_i of the inputs that are routed to it, what depends on its row k, and the sum of squared gate
-values. An expert that few tokens reach knows little of all that; it borrows from the layer.
+values. For down, whose matrices are read transposed, it is gate2_i tr(E_i^T H_i E_i) with the second moment H_i of its
+inputs. An expert that few tokens reach knows little of all that; it borrows from the layer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from globe.calibration.statistics import LayerStatistics
+from globe.calibration.statistics import LayerStatistics, SecondMoments
 from globe.checkpoint.experts import SHARED
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.input_metric import InputMetric
@@ -34,6 +35,10 @@ class Observed(NamedTuple):
     family: str
     experts: tuple[int, ...]
     """numbers of routed experts; -1 is the shared one, which has no statistics and stands for an average expert"""
+
+    @property
+    def is_down(self) -> bool:
+        return self.family == "down"
 
 
 def inputs_metric(
@@ -54,22 +59,44 @@ def inputs_metric(
         starts.append(starts[-1] + len(member.experts))
     parts = [group.within(*bounds) for bounds in pairwise(starts)]
     columns = _columns(members, parts, X, group)
-    weights = [row_weights(one)[part.rows] for one, part in zip(members, parts, strict=True)]
-    rows = torch.cat(weights).sqrt()
+    rows = [_rows(one, part) for one, part in zip(members, parts, strict=True)]
+    if any(one.is_down for one in members):
+        rows = [one if one.dim() == 3 else torch.diag_embed(one) for one in rows]
     if scale is not None:
-        rows = rows * scale.double().cpu().reshape(len(scale), -1)
-    uneven = group.any(bool((rows != rows[:1, :1]).any())) if len(rows) else group.any(False)
-    if columns is None and not uneven:
+        whole, first = scale.double().cpu().reshape(len(scale), -1), 0
+        for at, one in enumerate(rows):
+            own = whole[first : first + len(one)]
+            rows[at] = one * (own if one.dim() == 2 else own.unsqueeze(1))
+            first += len(one)
+    if columns is None and not group.any(any(_uneven(one, rows) for one in rows)):
         return None
-    metric = InputMetric(columns, rows.to(X))
-    first = 0
-    for own, part in zip(weights, parts, strict=True):
-        here = slice(first, first + len(own))
-        first += len(own)
+    spread, first = torch.cat(rows), 0
+    for at, (one, part) in enumerate(zip(rows, parts, strict=True)):
+        here = slice(first, first + len(one))
+        first += len(one)
         energy = part.total(float(X[here].double().square().sum()))
-        seen = part.total(float(metric.norms(X[here], here.start).sum()))
-        rows[here] *= (energy / seen) ** 0.5 if seen > 0 else 1.0
-    return InputMetric(columns, rows.to(X))
+        seen = part.total(float(InputMetric(columns, spread.to(X)).norms(X[here], here.start).sum()))
+        rows[at] = one * ((energy / seen) ** 0.5 if seen > 0 else 1.0)
+    return InputMetric(columns, torch.cat(rows).to(X))
+
+
+def _uneven(one: Tensor, rows: Sequence[Tensor]) -> bool:
+    if one.dim() == 3:
+        return True
+    common = next((other[0, 0] for other in rows if len(other)), None)
+    return common is not None and bool((one != common).any())
+
+
+def _rows(one: Observed, part: ProcessGroup) -> Tensor:
+    """D_i of the experts here of a member: (n, p), or (n, p, p) upper triangular for down."""
+    if not one.is_down:
+        return row_weights(one)[part.rows].sqrt()
+    weights, mean = expert_weights(one), mean_of(one.statistics.inner, one.statistics.gate2)
+    here = list(zip(one.experts, weights, strict=True))[part.rows]
+    made = torch.zeros(len(here), len(mean), len(mean), dtype=torch.float64)
+    for at, (expert, weight) in enumerate(here):
+        made[at] = root_of(weight * shrunk(one.statistics, one.statistics.inner, expert, mean)).T
+    return made
 
 
 def row_weights(one: Observed) -> Float[Tensor, "n p"]:
@@ -80,60 +107,72 @@ def row_weights(one: Observed) -> Float[Tensor, "n p"]:
     s = one.statistics
     each = s.rows_up if one.family == "up" else s.rows_gate
     assert each is not None, "experts without a gate have no family gate"
-    d = s.inputs.q
-    traces = _traces(s)
-    total = each.double() * (s.gate2 * traces)[:, None]
-    mean = total.sum() / (s.counts.sum() * each.shape[1]).clamp_min(1)
-    shrunk = (total + d * mean) / (s.counts + d)[:, None]
-    weight = shrunk * s.counts[:, None]
+    return _of_experts(one, each.double() * (s.gate2 * _traces(s.inputs))[:, None], s.inputs.q)
+
+
+def expert_weights(one: Observed) -> Float[Tensor, " n"]:
+    """The same of each expert of down as a whole: sum g^2 tr H_i."""
+    s = one.statistics
+    return _of_experts(one, (s.gate2 * _traces(s.inner))[:, None], s.inner.q)[:, 0]
+
+
+def _of_experts(one: Observed, total: Float[Tensor, "routed k"], prior: int) -> Float[Tensor, "n k"]:
+    """Sums over tokens, shrunk token by token, as weights of mean 1 of the experts of a member."""
+    counts = one.statistics.counts
+    mean = total.sum() / (counts.sum() * total.shape[1]).clamp_min(1)
+    weight = (total + prior * mean) / (counts + prior)[:, None] * counts[:, None]
     weight = weight / weight.mean() if float(weight.sum()) > 0 else torch.ones_like(weight)
     weight = (weight + LEAST) / (1 + LEAST)
-    average = weight.new_ones(1, each.shape[1])
+    average = weight.new_ones(1, total.shape[1])
     return torch.cat([average if expert == SHARED else weight[expert, None] for expert in one.experts])
 
 
-def metric_of_expert(s: LayerStatistics, expert: int, mean: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """C_i, shrunk to the layer's `mean` by d tokens, of mean eigenvalue 1, with a floor; in float64."""
+def shrunk(
+    s: LayerStatistics, moments: SecondMoments, expert: int, mean: Float[Tensor, "q q"]
+) -> Float[Tensor, "q q"]:
+    """The second moment of an expert, shrunk to the layer's `mean` by q tokens, of mean eigenvalue 1, with a floor."""
     C = mean
     if expert != SHARED:
-        own, count = s.inputs.dense([expert])[0].double(), float(s.counts[expert])
+        own, count = moments.dense([expert])[0].double(), float(s.counts[expert])
         C = (count * own + len(mean) * mean) / (count + len(mean))
     C = C / C.diagonal().mean()
     C.diagonal().add_(FLOOR)
     return C / (1 + FLOOR)
 
 
-def layer_mean(s: LayerStatistics) -> Float[Tensor, "d d"]:
-    """The second moment of the inputs of all experts of a layer, each weighted by its sum of g^2, in float64."""
-    d = s.inputs.q
-    mean = torch.zeros(d, d, dtype=torch.float64)
-    share = s.gate2 / s.gate2.sum().clamp_min(1e-300)
-    for expert in range(s.inputs.n):
-        mean.add_(s.inputs.dense([expert])[0].double(), alpha=float(share[expert]))
-    return mean if float(mean.diagonal().sum()) > 0 else torch.eye(d, dtype=torch.float64)
+def mean_of(moments: SecondMoments, gate2: Float[Tensor, " n"]) -> Float[Tensor, "q q"]:
+    """The second moment over all experts of a layer, each weighted by its sum of g^2, in float64."""
+    q = moments.q
+    mean = torch.zeros(q, q, dtype=torch.float64)
+    share = gate2 / gate2.sum().clamp_min(1e-300)
+    for expert in range(moments.n):
+        mean.add_(moments.dense([expert])[0].double(), alpha=float(share[expert]))
+    return mean if float(mean.diagonal().sum()) > 0 else torch.eye(q, dtype=torch.float64)
 
 
-def _traces(s: LayerStatistics) -> Float[Tensor, " n"]:
-    rows = [s.inputs.dense([expert])[0].diagonal().double().sum() for expert in range(s.inputs.n)]
-    return torch.stack(rows)
+def _traces(moments: SecondMoments) -> Float[Tensor, " n"]:
+    return torch.stack([moments.dense([at])[0].diagonal().double().sum() for at in range(moments.n)])
 
 
 def _columns(
     members: Sequence[Observed], parts: Sequence[ProcessGroup], X: Float[Tensor, "n p d"], group: ProcessGroup
 ) -> Metric | None:
-    """L of the experts here; up and gate of one expert have one."""
+    """L of the experts here; up and gate of one expert have one, and all of down the identity."""
     wanted = [
-        (at, one.statistics.layer, expert)
-        for at, (one, part) in enumerate(zip(members, parts, strict=True))
+        (-1, -1) if one.is_down else (one.statistics.layer, expert)
+        for one, part in zip(members, parts, strict=True)
         for expert in one.experts[part.rows]
     ]
-    places = {(layer, expert): None for _, layer, expert in wanted}
-    index = {key: at for at, key in enumerate(places)}
-    of_layer = {one.statistics.layer: one.statistics for one in members}
-    means = {layer: layer_mean(s) for layer, s in of_layer.items()}
+    index = {key: at for at, key in enumerate(dict.fromkeys(wanted))}
+    of_layer = {one.statistics.layer: one.statistics for one in members if not one.is_down}
+    means = {layer: mean_of(s.inputs, s.gate2) for layer, s in of_layer.items()}
     roots = X.new_empty(len(index), X.shape[2], X.shape[2])
     for (layer, expert), at in index.items():
-        roots[at] = root_of(metric_of_expert(of_layer[layer], expert, means[layer])).to(roots)
-    which: Int[Tensor, " n"] = torch.tensor([index[layer, expert] for _, layer, expert in wanted])
+        if layer < 0:
+            roots[at] = torch.eye(X.shape[2])
+            continue
+        s = of_layer[layer]
+        roots[at] = root_of(shrunk(s, s.inputs, expert, means[layer])).to(roots)
+    which: Int[Tensor, " n"] = torch.tensor([index[key] for key in wanted], dtype=torch.int64)
     in_order = len(which) == len(roots)
     return metric_of_roots(roots, None if in_order else which.to(X.device), group=group)

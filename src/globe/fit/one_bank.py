@@ -118,7 +118,7 @@ def learn_bank(run: Run, bank: BankPlan) -> Learned | None:
 
 def _found(run: Run, bank: BankPlan) -> tuple[Learned | None, _Begin | None]:
     """What is in the run folder: the whole bank, or else where its fit begins."""
-    source = source_of(run.config, run.checkpoint, bank)
+    source = source_of(run.config, run.checkpoint, bank, run.calibration)
     folder, partial = run.folder.bank(bank.key), run.folder.partial(bank.key)
     artefact = complete_artefact(folder, run.config, run.checkpoint, bank, source)
     if artefact is not None:
@@ -174,7 +174,7 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
         _log.info("%s: going on after step %d", key, fitting.step)
     trim_heap()  # of the bank before
     group = run.group.share(bank.sizes.n)
-    read = read_experts(config, run.checkpoint, bank.outline, run.device, group)
+    read = read_experts(config, run.checkpoint, bank.outline, run.device, group, calibration=run.calibration)
     joined = read.joined
     watch = _Watch(run, key, fitting)
     generator = torch.Generator().manual_seed(seed)
@@ -191,15 +191,14 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
             on_checkpoint=watch.checkpoint,
         )
     elif config.method in WEIGHT_METHODS:
-        result, done = fit_rounded_weights(joined, config, seed=seed, export_dtype=read.export_dtype)
+        result, done = fit_rounded_weights(read, config, seed=seed)
         activation = str(Activation.identity)
     else:
         result, done, activation = fit_baseline(
-            joined,
+            read,
             bank.baseline,
             config,
             generator=generator,
-            export_dtype=read.export_dtype,
             on_step=watch.step,
         )
     scheduled = watch.last if bank.baseline is None else None
@@ -241,7 +240,7 @@ def fit_globe(
     if precision is not None:  # a fit that is to be rounded takes the ridge that rounding wants
         train = config.train
         config = replace(config, train=replace(train, lambda_A=max(train.lambda_A, precision.ridge)))
-    metric = metric_of(config, X, group)
+    metric = metric_of(config, read, group)
     columns = None
     if metric is not None:
         metric.enter(X)

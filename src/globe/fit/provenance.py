@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from globe.bank.file import BankArtefact, read_artefact
+from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.experts import SHARED, choose_experts
+from globe.config.choices import Metric
 from globe.config.composition import config_dict
 from globe.config.identity import NUMERICS_VERSION, numerics
-from globe.config.schema import Config
+from globe.config.schema import Config, chosen_metric
 from globe.fit.plan import BankPlan, Matrices, Outline
 from globe.runs.summary import BankReport
 
@@ -28,22 +30,29 @@ def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tupl
     return (*chosen, SHARED) if config.model.include_shared else chosen
 
 
-def source_of(config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline) -> dict[str, Any]:
-    """Where a bank's experts come from, with a hash of the stored tensors that hold them."""
+def source_of(
+    config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline, calibration: Calibration | None = None
+) -> dict[str, Any]:
+    """Where a bank's experts come from, with a hash of the stored tensors that hold them, and of the calibration."""
     names = {
         checkpoint.locate(*member, expert).tensor
         for member in bank.members
         for expert in experts_of(config, checkpoint, member)
     }
-    return {**checkpoint.source(), "sha256": checkpoint.hash_tensors(sorted(names))}
+    source = {**checkpoint.source(), "sha256": checkpoint.hash_tensors(sorted(names))}
+    if calibration is None or chosen_metric(config) is not Metric.inputs:
+        return source
+    return source | {"calibration": calibration.key}
 
 
 def bank_options(config: Config) -> dict[str, Any]:
     """The options that change a bank's numbers, whichever layers and families the run has besides.
 
-    Where the checkpoint lies does not count: the hash of its tensors does.
+    Where the checkpoint and the calibration text lie does not count: the hash of its tensors does, and the key of the
+    calibration.
     """
     kept = numerics(config_dict(config))
+    kept.pop("calibrate", None)
     model = {key: value for key, value in kept["model"].items() if key not in ("path", "revision")}
     rest = {key: value for key, value in kept.items() if key not in ("layer", "family", "model")}
     return rest | {"model": model, "numerics_version": NUMERICS_VERSION}
@@ -52,6 +61,7 @@ def bank_options(config: Config) -> dict[str, Any]:
 def fit_fingerprint(config: Config, bank: BankPlan, source: dict[str, Any], device: str) -> str:
     """Hash of all that decides a fit's numbers on a kind of device."""
     what = [bank_options(config), bank.key, asdict(bank.sizes), source["sha256"], device]
+    what += [source["calibration"]] if "calibration" in source else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -71,7 +81,10 @@ def complete_artefact(
     wanted = [(*member, experts_of(config, checkpoint, member)) for member in bank.members]
     sizes = (bank.sizes.m, bank.sizes.r, bank.sizes.atom_rank)
     same_sizes = (artefact.m, artefact.r, artefact.atom_rank) == sizes
-    same_experts = (artefact.source or {}).get("sha256") == source["sha256"] and members == wanted
+    learned_from = artefact.source or {}
+    same_experts = members == wanted and all(
+        learned_from.get(name) == source.get(name) for name in ("sha256", "calibration")
+    )
     if not same_experts or not same_sizes or artefact.config != bank_options(config):
         _log.warning(
             "%s: the artefact there is of other experts, sizes or options and is learned anew", bank.key

@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
 from globe.config.choices import ExportDtype, Store
 from globe.config.schema import Config
+from globe.fit.calibrated import observed_members
 from globe.fit.normalise import Joined, join, normalise
+from globe.fit.observed import Observed
 from globe.fit.plan import Outline
 from globe.numerics.group import ALONE, ProcessGroup
 
@@ -29,10 +32,18 @@ class ReadExperts(NamedTuple):
     bytes: int
     seconds: float
     """of reading alone"""
+    observed: tuple[Observed, ...] = ()
+    """what the experts of each member did on the calibration text, where the metric asks for it"""
 
 
 def read_experts(
-    config: Config, checkpoint: Checkpoint, bank: Outline, device: torch.device, group: ProcessGroup = ALONE
+    config: Config,
+    checkpoint: Checkpoint,
+    bank: Outline,
+    device: torch.device,
+    group: ProcessGroup = ALONE,
+    *,
+    calibration: Calibration | None = None,
 ) -> ReadExperts:
     """The experts of all members that this process holds, each member normalised by itself (over all processes).
 
@@ -68,4 +79,6 @@ def read_experts(
         del experts  # in the checkpoint's dtype; the normalised ones are all that is needed from here on
     if config.export_dtype is not ExportDtype.auto:
         dtype = DTYPES[config.export_dtype]
-    return ReadExperts(join(parts), dtype, checkpoint.bytes_read - before, seconds)
+    read = checkpoint.bytes_read - before
+    observed = observed_members(config, checkpoint, bank, calibration)
+    return ReadExperts(join(parts), dtype, read, seconds, observed)

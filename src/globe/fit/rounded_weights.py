@@ -12,17 +12,16 @@ from globe.config.choices import Method
 from globe.config.schema import Config
 from globe.fit.finalise import Finalised, exported_errors
 from globe.fit.input_metric import metric_of
-from globe.fit.normalise import Joined, fold_scale
+from globe.fit.normalise import fold_scale
 from globe.fit.plan import precision_of
+from globe.fit.reading import ReadExperts
 from globe.numerics.figures import relfrob, squared_norms
 
 _GROUP = 64
 """Columns that share a scale where `bank.group_A` says nothing."""
 
 
-def fit_rounded_weights(
-    joined: Joined, config: Config, *, seed: int, export_dtype: torch.dtype
-) -> tuple[FitResult, Finalised]:
+def fit_rounded_weights(read: ReadExperts, config: Config, *, seed: int) -> tuple[FitResult, Finalised]:
     """Round the experts by `config.method`; the records are those of a bank of one atom, the identity or a rotation.
 
     Feedback is in the metric of `normalise.metric`, for each expert where it has one for each.
@@ -30,8 +29,9 @@ def fit_rounded_weights(
     started = time.perf_counter()
     precision = precision_of(config)
     assert precision is not None
+    joined, export_dtype = read.joined, read.export_dtype
     X = joined.experts
-    metric = metric_of(config, X)
+    metric = metric_of(config, read)
     W = torch.stack(
         [
             fold_scale(X[at, None], None if joined.scale is None else joined.scale[at, None])[0]
@@ -41,8 +41,8 @@ def fit_rounded_weights(
     n, _, d = W.shape
 
     def moments(part: slice) -> torch.Tensor:
-        assert metric is not None
-        assert metric.columns is not None
+        if metric is None or metric.columns is None:  # of down: its inputs are rows here
+            return torch.eye(d, dtype=W.dtype, device=W.device).expand(len(range(n)[part]), d, d)
         L = metric.columns.of(part)
         return (L @ L.mT).expand(len(range(n)[part]), d, d)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.figures import squared_norms
-from globe.numerics.metric import Metric
+from globe.numerics.metric import Metric, root_of
+from globe.numerics.precision import to_float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +46,7 @@ class InputMetric:
             self.seen(E[part], slice(start + part.start, start + part.stop))
             for part in expert_chunks(*E.shape)
         ]
-        return torch.cat([squared_norms(part) for part in parts])
+        return torch.cat([squared_norms(part) for part in parts]) if parts else to_float64(E.new_zeros(0))
 
     def bases(self, M: Float[Tensor, "c r d"], part: slice) -> Float[Tensor, "c r d"]:
         """M_i L_i for the experts of `part`."""
@@ -82,9 +83,23 @@ class InputMetric:
         """
         return None if linear and self.one_root is not None else self.columns
 
+    def block(self, rows: Int[Tensor, "n q"], columns: Int[Tensor, " c"]) -> InputMetric:
+        """The same for some rows of every expert and some columns of all: of each C_i and D_i the part that is left."""
+        weights, part = self.rows, self.columns
+        if weights is not None and weights.dim() == 2:
+            weights = weights.gather(1, rows)
+        elif weights is not None:
+            chosen = torch.stack([one[:, own] for one, own in zip(weights, rows, strict=True)])
+            weights = root_of(chosen.mT @ chosen).mT
+        if part is not None:
+            chosen = part.roots[:, columns]
+            mean = part.mean[columns][:, columns]
+            part = part._replace(roots=root_of(chosen @ chosen.mT), mean=mean)
+        return InputMetric(part, weights)
+
     @property
     def one_root(self) -> Float[Tensor, "d d"] | None:
         """L, where all experts have one."""
-        if self.columns is None or len(self.columns.roots) > 1:
+        if self.columns is None or not self.columns.common:
             return None
         return self.columns.roots[0]

@@ -21,15 +21,17 @@ class Metric(NamedTuple):
     """
 
     roots: Float[Tensor, "k d d"]
-    """one for all experts (k = 1), or several"""
+    """one for each of k experts, or the one that all share"""
     mean: Float[Tensor, "d d"]
     """the mean of C_i over the experts of all processes"""
     which: Int[Tensor, " n"] | None = None
     """root of every expert, where several experts share one; None takes them in order"""
+    common: bool = False
+    """whether the experts of all processes share one root"""
 
     def of(self, part: slice) -> Float[Tensor, "*c d d"]:
         """L of some experts, or the one that all share."""
-        if len(self.roots) == 1:
+        if self.common:
             return self.roots[0]
         return self.roots[part] if self.which is None else self.roots[self.which[part]]
 
@@ -47,7 +49,7 @@ class Metric(NamedTuple):
 
     def in_mean(self, X: Float[Tensor, "n p d"]) -> Float[Tensor, "n p d"]:
         """Experts X_i L_i as the mean metric sees them: a copy for what asks for one metric of all experts."""
-        if len(self.roots) == 1:
+        if self.common:
             return X
         root = root_of(self.mean)
         seen = torch.empty_like(X)
@@ -57,7 +59,11 @@ class Metric(NamedTuple):
 
 
 def metric_of_roots(
-    roots: Float[Tensor, "k d d"], which: Int[Tensor, " n"] | None = None, *, group: ProcessGroup = ALONE
+    roots: Float[Tensor, "k d d"],
+    which: Int[Tensor, " n"] | None = None,
+    *,
+    common: bool = False,
+    group: ProcessGroup = ALONE,
 ) -> Metric | None:
     """The metric with these roots; None where all of them are the identity, which is the plain metric."""
     d = roots.shape[1]
@@ -69,7 +75,7 @@ def metric_of_roots(
     for root, share in zip(roots, (count.double() / count.sum()).tolist(), strict=True):
         wide = to_float64(root)
         mean.addmm_(wide, wide.T, alpha=share)
-    return Metric(roots, group.same(group.average(mean).to(roots)), which)
+    return Metric(roots, group.same(group.average(mean).to(roots)), which, common)
 
 
 def root_of(C: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k d d"]:

@@ -15,11 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
 from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.files import read_record, write_json
+from globe.fit.input_metric import metric_of
 from globe.fit.plan import BankSize, Outline, allowed, mean_parameters, target_support
 from globe.fit.provenance import bank_options, source_of
 from globe.fit.reading import read_experts
@@ -76,6 +78,7 @@ def choose_sizes(
     file: Path,
     *,
     show: Callable[[Searched], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[Shape, BankSize]:
     """Choose the sizes of every shape. A search that `file` already holds is not repeated; a new one is added to it.
 
@@ -90,12 +93,11 @@ def choose_sizes(
     known, chosen = _read(file), {}
     for shape, alike in by_shape.items():
         probed = alike[len(alike) // 2]
-        fingerprint = _fingerprint(config, checkpoint, probed, rooms[shape], device)
+        fingerprint = _fingerprint(config, checkpoint, probed, rooms[shape], device, calibration)
         searched = known.get(shape)
         if searched is None or searched.fingerprint != fingerprint:
-            searched = Searched(
-                probed.key, fingerprint, _search(config, checkpoint, probed, rooms[shape], device)
-            )
+            frontier = _search(config, checkpoint, probed, rooms[shape], device, calibration)
+            searched = Searched(probed.key, fingerprint, frontier)
             known[shape] = searched
             _write(file, known)
             (show or print_frontier)(searched)
@@ -105,18 +107,30 @@ def choose_sizes(
 
 
 def _search(
-    config: Config, checkpoint: Checkpoint, probed: Outline, room: Room, device: torch.device
+    config: Config,
+    checkpoint: Checkpoint,
+    probed: Outline,
+    room: Room,
+    device: torch.device,
+    calibration: Calibration | None,
 ) -> Frontier:
-    experts = read_experts(config, checkpoint, probed, device).joined.experts
+    read = read_experts(config, checkpoint, probed, device, calibration=calibration)
+    experts, metric = read.joined.experts, metric_of(config, read)
     seed = bank_seed(config.seed, f"sizes of {_name(probed.shape)}")
-    return search(experts, room, config, seed=seed, allows=lambda m: allows(config, m))
+    return search(experts, room, config, metric=metric, seed=seed, allows=lambda m: allows(config, m))
 
 
 def _fingerprint(
-    config: Config, checkpoint: Checkpoint, probed: Outline, room: Room, device: torch.device
+    config: Config,
+    checkpoint: Checkpoint,
+    probed: Outline,
+    room: Room,
+    device: torch.device,
+    calibration: Calibration | None,
 ) -> str:
-    sha256 = source_of(config, checkpoint, probed)["sha256"]
-    what = [bank_options(config), probed.key, room, sha256, device.type]
+    source = source_of(config, checkpoint, probed, calibration)
+    what = [bank_options(config), probed.key, room, source["sha256"], device.type]
+    what += [source["calibration"]] if "calibration" in source else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -21,6 +21,7 @@ from globe.config.composition import config_dict
 from globe.config.keywords import configure
 from globe.config.schema import Config
 from globe.errors import CheckpointError, ConfigError
+from globe.fit.calibrated import calibration_for
 from globe.fit.one_bank import Run, learn_bank
 from globe.fit.plan import outline, plan
 from globe.numerics.device import arithmetic, limit_threads
@@ -161,13 +162,22 @@ def learn_banks(
         folder.begin(config_dict(config))
         outlines = outline(config, checkpoint)
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outlines))
-        chosen = None
+        calibration, chosen = calibration_for(config, checkpoint, outlines, device), None
         if config.method is Method.globe and config.bank.kept is not None:
             show = print_frontier if progress else lambda searched: None
-            chosen = choose_sizes(config, checkpoint, outlines, device, folder.frontier_file, show=show)
+            chosen = choose_sizes(
+                config,
+                checkpoint,
+                outlines,
+                device,
+                folder.frontier_file,
+                show=show,
+                calibration=calibration,
+            )
         banks = plan(config, checkpoint, chosen)
         with Progress(len(banks), config.train.steps, Fanout([])) if progress else nullcontext() as bar:
-            run = Run(config, checkpoint, folder, device, _silent if bar is None else bar.step)
+            on_step = _silent if bar is None else bar.step
+            run = Run(config, checkpoint, folder, device, on_step, calibration=calibration)
             for bank in banks:
                 if bar is not None:
                     bar.begin(bank.key)

@@ -21,8 +21,8 @@ from globe.am.records import Sizes
 from globe.config.choices import Dictionary
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
-from globe.fit.input_metric import metric_of
 from globe.fit.plan import BankSize, target_support
+from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import Metric
 from globe.sizes.budget import Room, candidates, enlarged, neighbours
 from globe.sizes.costs import average_work, reference_seconds
@@ -100,7 +100,13 @@ def plan_search(room: Room, config: Config, allows: Callable[[int], bool]) -> Pl
 
 
 def search(
-    X: Float[Tensor, "n p d"], room: Room, config: Config, *, seed: int, allows: Callable[[int], bool]
+    X: Float[Tensor, "n p d"],
+    room: Room,
+    config: Config,
+    *,
+    metric: InputMetric | None = None,
+    seed: int,
+    allows: Callable[[int], bool],
 ) -> Frontier:
     """Fit the candidates to normalised experts for a few steps, the better third and what lies between for more steps,
     the best three for the most, and take the one with the least error, in the metric of the fit. Raises FitError if all
@@ -108,8 +114,8 @@ def search(
     """
     plan = plan_search(room, config, allows)
     block = plan.room
-    X = X if block is room else _block(X, block, seed)
-    metric = metric_of(config, X)
+    if block is not room:
+        X, metric = _block(X, metric, block, seed)
     columns = None
     if metric is not None:
         X = metric.seen(X, slice(0, len(X)))
@@ -183,9 +189,12 @@ def _merit(room: Room, size: BankSize, error: float, at_equal_budget: bool) -> f
     return error * (used**_SLACK if at_equal_budget else 1.0)
 
 
-def _block(X: Float[Tensor, "n p d"], block: Room, seed: int) -> Float[Tensor, "n q c"]:
-    """Random columns, the same for all experts, and random rows of each."""
+def _block(
+    X: Float[Tensor, "n p d"], metric: InputMetric | None, block: Room, seed: int
+) -> tuple[Float[Tensor, "n q c"], InputMetric | None]:
+    """Random columns, the same for all experts, and random rows of each, with their part of the metric."""
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randperm(X.shape[2], generator=generator)[: block.d].to(X.device)
     rows = [torch.randperm(X.shape[1], generator=generator)[: block.p].to(X.device) for _ in X]
-    return torch.stack([expert[chosen][:, columns] for expert, chosen in zip(X, rows, strict=True)])
+    part = torch.stack([expert[chosen][:, columns] for expert, chosen in zip(X, rows, strict=True)])
+    return part, None if metric is None else metric.block(torch.stack(rows), columns)
