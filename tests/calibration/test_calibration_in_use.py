@@ -50,6 +50,7 @@ def test_the_command_writes_what_it_says(tmp_path: Path) -> None:
         assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_and_evaluation_says_what_it_was_calibrated_on(tmp_path: Path) -> None:
     options = ("layer=2", "bank.m=2", "bank.r=p/4", "train.steps=2", "output=runs")
     calibration = ("calibrate.text=embedded", "calibrate.tokens=2048", "calibrate.window=64")

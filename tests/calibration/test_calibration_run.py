@@ -56,6 +56,7 @@ class Killed(BaseException):
     """Ends a pass as a kill would: nothing of ours handles it."""
 
 
+@pytest.mark.slow
 def test_a_pass_that_ends_at_any_moment_goes_on_to_the_same_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_pass_that_ends_at_any_moment_goes_on_to_the_same_statistics(
         left = -1
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(tmp_path: Path) -> None:
     checkpoint, options = make(tmp_path, num_hidden_layers=6)
     want = calibrate(checkpoint, options)

@@ -77,10 +77,13 @@ class HiddenStates:
     def _map(self, layer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         path, numbers = self._file(layer), torch.Size(shape).numel()
         try:
-            with path.open("ab") as file:  # room that is really there: a full disk is no bus error later
-                missing = numbers * dtype.itemsize - path.stat().st_size
-                if missing > 0:
-                    os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)
+            with path.open("ab") as file:
+                size = numbers * dtype.itemsize
+                if hasattr(
+                    os, "posix_fallocate"
+                ):  # room that is really there: a full disk is no bus error later
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
             return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(*shape)
         except (OSError, RuntimeError) as error:
             raise ArtefactError(
