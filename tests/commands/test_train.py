@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import globe.fit.one_bank
+import globe.fit.watch
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, StepRecord
 from globe.bank.compose import rebuild
@@ -461,7 +462,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_sentence_too(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state.json")
 
-    monkeypatch.setattr(globe.fit.one_bank, "write_state", full)
+    monkeypatch.setattr(globe.fit.watch, "write_state", full)
     with pytest.raises(OSError, match="No space left") as caught:
         run_in(tmp_path, "train.checkpoint_every=0", "train.steps=2")
     sentence = entry.explain(caught.value)

@@ -5,16 +5,21 @@ Exit codes: 0 done, 1 an error, 130 stopped with Ctrl-C. What is not the user's 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from types import FrameType
 from typing import Any
 
+import yaml
 from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +27,7 @@ from globe.config.launchers import EXTRAS
 from globe.errors import GlobeError, sentence
 
 INTERRUPTED = 130
+_SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
 _KILLED = ("TerminatedWorkerError", "BrokenProcessPool")
 _DISK = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (
@@ -32,7 +38,20 @@ _REFUSED = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.EEXIST,
+    errno.ELOOP,
+    errno.ENXIO,
 )
+_BROKEN = {
+    errno.EFBIG: "it would be larger than a file may be here: raise the limit (ulimit -f) or give another folder",
+    errno.EIO: "the disk reports an error: check it, or give another folder",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine: close some",
+    errno.ENOMEM: "memory ran out: close other programs, or lower model.max_experts, bank.m or bank.r",
+    errno.ESTALE: "the network drive has lost it: check the connection",
+    errno.ETIMEDOUT: "the network drive does not answer: check the connection",
+}
+"""What to say of an error that is neither a full disk nor a refusal; the same command goes on from there."""
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 
 
 def say(sentence: str) -> None:
@@ -50,8 +69,12 @@ def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
     # Hydra prints several lines per error and exits by itself; with this set it hands the error to us
     os.environ["HYDRA_FULL_ERROR"] = "1"
     logging.raiseExceptions = False  # a log that can't be written (disk full) must not print tracebacks
+    _unwind_at_signals()
     try:
         main()
+    except StoppedBySignal as stop:
+        say(f"stopped by {stop.name}: the same command goes on from here")
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt as stop:
         say(f"interrupted: {stop or 'the same command goes on from here'}")
         sys.exit(INTERRUPTED)
@@ -66,8 +89,60 @@ def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """An interrupt by another signal than Ctrl-C, such as that of a scheduler whose time is over."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number, self.name = number, signal.Signals(number).name
+
+
+def _unwind_at_signals() -> None:
+    """Let signals that would end the process at once unwind it, so that a run records that it was interrupted.
+
+    Those that are ignored (nohup) or already taken care of stay so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in _SIGNALS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _unwind)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    raise StoppedBySignal(number)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, for which PyTorch raises a RuntimeError on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
 def explain(error: BaseException) -> str | None:
-    """One sentence for an error that a user can cause; None for every other."""
+    """Return one sentence for an error that a user can cause, and None for every other."""
+    if is_out_of_memory(error):
+        return _BROKEN[errno.ENOMEM]
+    return None if (sentence := _explained(error)) is None else _with_near_miss(sentence)
+
+
+def _with_near_miss(sentence: str) -> str:
+    """Propose the option or value that was meant, where one of those that are possible is spelt nearly like it."""
+    found = re.search(r"(\S+) is not (?:an option|possible): give (?:one of )?(.+)$", sentence)
+    if found is None:
+        return sentence
+    key, _, value = found[1].partition("=")
+    wrong = value or key.rpartition(".")[2]
+    listed = found[2].split(", ")
+    near = difflib.get_close_matches(wrong, listed, 1, 0.7) if wrong not in listed else []
+    if not near:
+        return sentence
+    return f"{sentence[: found.start(2) - len(sentence)]}{found[2]} (did you mean {near[0]}?)"
+
+
+def _explained(error: BaseException) -> str | None:
     match error:
         case GlobeError():
             return _one_line(str(error))
@@ -79,6 +154,12 @@ def explain(error: BaseException) -> str | None:
             return _of_omegaconf(error, None)
         case OSError():
             return _of_disk(error)
+        case yaml.YAMLError():
+            return _of_yaml(error)
+        case UnicodeDecodeError() if _through_hydra(error):
+            return f"a YAML file of the configuration is not UTF-8 text ({error.reason}): save it as UTF-8"
+        case RecursionError() if _through_hydra(error):
+            return "a YAML file of the configuration is nested too deeply, or refers to itself: simplify it"
         case RuntimeError() if missing := re.match(
             r"Unknown plugin class : 'hydra_plugins\.(\w+\.\w+)", str(error)
         ):
@@ -102,7 +183,7 @@ def is_disk_full(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _DISK:
             return True
-        if "os error 28" in str(cause) or "No space left" in str(cause):  # as safetensors says it
+        if _number(cause) in _DISK or "No space left" in str(cause):
             return True
         cause = cause.__cause__
     return False
@@ -170,11 +251,36 @@ def _of_disk(error: OSError) -> str | None:
     where = f" {error.filename}" if error.filename else ""
     if is_disk_full(error):
         return f"the disk is full, writing{where} failed: make room, the same command goes on from here"
+    number = _number(error)
+    if number in _BROKEN:
+        return f"reading or writing{where} failed, {_BROKEN[number]}"
+    if number == errno.EROFS and not error.filename:
+        return f"{_one_line(str(error))}: give another output folder"
     # a missing file is a mistake of ours, unless it is the parent of a run folder that Hydra wants to make
     refused = error.errno in _REFUSED or (error.errno == errno.ENOENT and _raised_in_hydra(error))
     if refused and error.filename:
         return f"{error.filename} can't be used ({error.strerror}): give another output folder"
     return None
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the errno of an error, also where safetensors has put it into words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\(?os error (\d+)\)?", str(error))
+    return int(found[1]) if found else None
+
+
+def _of_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = "" if mark is None else f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: "
+    problem = getattr(error, "problem", None) or str(error)
+    return f"a YAML file can't be read ({place}{_one_line(problem)}): correct it, indentation takes no tabs"
+
+
+def _through_hydra(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("hydra.") for frame, _ in frames)
 
 
 def _raised_in_hydra(error: BaseException) -> bool:

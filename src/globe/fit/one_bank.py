@@ -22,6 +22,7 @@ from globe.bank.file import BankArtefact, write_artefact
 from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
 from globe.config.choices import WEIGHT_METHODS, Activation
+from globe.config.commands import is_out_of_memory
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
 from globe.files import parse_record, read_record, write_json
@@ -32,10 +33,13 @@ from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of, of_model
 from globe.fit.plan import BankPlan, precision_of
 from globe.fit.provenance import complete_artefact, fit_fingerprint, source_of
+from globe.fit.range_checks import require_finite, require_range
 from globe.fit.reading import ReadExperts, read_experts
 from globe.fit.rounded_weights import fit_rounded_weights
-from globe.fit.unfinished_fit import Fitting, read_state, remove_state, write_state
-from globe.numerics.device import bank_seed, peak_device_bytes, peak_host_bytes, trim_heap
+from globe.fit.unfinished_fit import Fitting, read_state, remove_state
+from globe.fit.watch import Watch
+from globe.numerics.chunks import halved_chunks
+from globe.numerics.device import bank_seed, trim_heap
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.processes.torchrun import Group
 from globe.runs.folder import BankStatus, RunFolder, State
@@ -44,6 +48,8 @@ from globe.runs.summary import BankReport, BankRuntime
 _log = logging.getLogger(__name__)
 _BROKEN = (FitError, torch.linalg.LinAlgError)
 """What another seed may cure."""
+_HALVINGS = 2
+"""How often the chunks of a fit are halved where memory runs out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +104,44 @@ def learn_bank(run: Run, bank: BankPlan) -> Learned | None:
     if begin is None:
         return taken
     try:
-        return _attempt(run, bank, begin)
+        return _in_memory(run, bank, begin)
+    except _TooLargeError:
+        raise
     except _BROKEN as error:
         if begin.fitting.attempt > 0 or type(run.group) is not Group:
             raise FitError(_sentence(error)) from error
         first = _sentence(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _too_large(run, bank) from error
     _log.warning("%s failed (%s): trying once more with another seed", bank.key, first)
     remove_state(run.folder.partial(bank.key))
     second = replace(begin.fitting, attempt=1, step=0)
     try:
-        return _attempt(run, bank, _Begin(begin.source, second, error=first))
+        return _in_memory(run, bank, _Begin(begin.source, second, error=first))
+    except _TooLargeError:
+        raise
     except _BROKEN as error:
         raise FitError(f"{_sentence(error)} (twice, with two seeds)") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _too_large(run, bank) from error
+
+
+class _TooLargeError(FitError):
+    """Memory ran out, which another seed does not cure."""
+
+
+def _in_memory(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
+    """Make one attempt; where memory runs out it goes on from its last checkpoint, in chunks of half the size."""
+    for halvings in range(_HALVINGS + 1):
+        try:
+            with halved_chunks(halvings):
+                return _attempt(run, bank, begin)
+        except Exception as error:
+            if isinstance(error, _TooLargeError) or not is_out_of_memory(error):
+                raise
+            if halvings == _HALVINGS or type(run.group) is not Group:
+                raise _too_large(run, bank) from error
+        _log.warning("%s: memory ran out, going on with smaller chunks", bank.key)
+        saved = read_state(run.folder.partial(bank.key), begin.fitting.fingerprint)
+        if saved is not None and saved[1].attempt == begin.fitting.attempt:
+            begin = replace(begin, state=saved[0], fitting=saved[1])
+    raise AssertionError
 
 
 def _found(run: Run, bank: BankPlan) -> tuple[Learned | None, _Begin | None]:
@@ -174,9 +202,17 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
         _log.info("%s: going on after step %d", key, fitting.step)
     trim_heap()  # of the bank before
     group = run.group.share(bank.sizes.n)
-    read = read_experts(config, run.checkpoint, bank.outline, run.device, group, calibration=run.calibration)
+    try:
+        read = read_experts(
+            config, run.checkpoint, bank.outline, run.device, group, calibration=run.calibration
+        )
+    except Exception as error:
+        if is_out_of_memory(error):  # no smaller chunk would help
+            raise _too_large(run, bank) from error
+        raise
     joined = read.joined
-    watch = _Watch(run, key, fitting)
+    require_range(config, joined)
+    watch = Watch(key, fitting, run.folder.partial(key) if run.group.leads else None, run.on_step)
     generator = torch.Generator().manual_seed(seed)
     activation = str(config.bank.activation)
     if bank.baseline is None:
@@ -214,8 +250,11 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
     figures |= figures_of_bytes(config, artefact)
     charts = bank_charts(spectra, joined, artefact)
     report = report_of(config, artefact, bank, result, done, fitting.attempt, figures, charts)
+    require_finite(report)
     artefact = replace(artefact, metrics=report.to_dict())
-    runtime = watch.runtime(result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read)
+    runtime = watch.runtime(
+        result, seconds=time.perf_counter() - clock, experts=bank.sizes.n, read=read, device=run.device
+    )
     write_json(run.folder.runtime(key), asdict(runtime))
     write_artefact(artefact, run.folder.bank(key))
     remove_state(run.folder.partial(key))
@@ -276,52 +315,15 @@ def fit_globe(
     return result, done
 
 
-class _Watch:
-    """Follows one fit: passes its steps on, writes its checkpoints, adds up its times."""
-
-    def __init__(self, run: Run, key: str, fitting: Fitting) -> None:
-        self.run, self.key, self.fitting = run, key, fitting
-        self.last: StepRecord | None = None
-        self.phases = {"coding": 0.0, "dictionary": 0.0, "refit": 0.0}
-
-    def step(self, record: StepRecord) -> None:
-        self.last = record
-        for phase in self.phases:
-            self.phases[phase] += getattr(record, f"seconds_{phase}")
-        self.run.on_step(self.key, record)
-
-    def checkpoint(self, state: FitState) -> None:
-        if not self.run.group.leads:
-            return
-        step = self.fitting.step if self.last is None else self.last.step
-        fitting = Fitting(self.fitting.fingerprint, self.fitting.attempt, step)
-        write_state(self.run.folder.partial(self.key), state, fitting)
-
-    def runtime(self, result: FitResult, *, seconds: float, experts: int, read: ReadExperts) -> BankRuntime:
-        """Phases are those of this process; `result.seconds` counts what came before a resumption too."""
-        return BankRuntime(
-            seconds=result.seconds,
-            seconds_total=seconds,
-            seconds_coding=self.phases["coding"],
-            seconds_dictionary=self.phases["dictionary"],
-            seconds_refit=self.phases["refit"],
-            steps_per_second=result.steps / max(result.seconds, 1e-9),
-            experts_per_second=experts / max(seconds, 1e-9),
-            read_bytes_per_second=read.bytes / max(read.seconds, 1e-9),
-            peak_host_bytes=peak_host_bytes(),
-            peak_device_bytes=peak_device_bytes(self.run.device),
-        )
-
-
 def _sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _too_large(run: Run, bank: BankPlan) -> FitError:
+def _too_large(run: Run, bank: BankPlan) -> _TooLargeError:
     n, p, d = bank.sizes.n, bank.sizes.p, bank.sizes.d
     remedy = "lower model.max_experts, bank.m or bank.r, or use another device"
     if type(run.group) is not Group:
         remedy = "start more processes"
-    return FitError(
+    return _TooLargeError(
         f"{bank.key} ({n} x {p} x {d}) does not fit into the memory of device={run.device.type}: {remedy}"
     )

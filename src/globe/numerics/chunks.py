@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 CHUNK_NUMBERS = 512 * 1024
 """Numbers of one r x d temporary per chunk: 2 MB in float32. On 60 x 88 x 256 the products of a
 conjugate-gradient iteration ran 1.3 times as fast in chunks of 20 experts as all at once, on one thread."""
+_halvings = 0
+
+
+@contextmanager
+def halved_chunks(times: int) -> Iterator[None]:
+    """Make all chunks of this process smaller, halved so many times, for a fit that memory was too small for."""
+    global _halvings
+    before, _halvings = _halvings, times
+    try:
+        yield
+    finally:
+        _halvings = before
 
 
 def chunk_size(n: int, r: int, d: int, *, least: int = 4, times: int = 1) -> int:
@@ -14,7 +27,7 @@ def chunk_size(n: int, r: int, d: int, *, least: int = 4, times: int = 1) -> int
 
     Batched products want a few; a last chunk of an odd few makes low-precision products four times as slow.
     """
-    most = max(least, times * CHUNK_NUMBERS // (r * d))
+    most = max(1, max(least, times * CHUNK_NUMBERS // (r * d)) >> _halvings)
     return max(1, -(-n // max(1, -(-n // most))))
 
 

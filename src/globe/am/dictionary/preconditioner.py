@@ -168,7 +168,8 @@ def _low_rank_blocks(
         return left, _inverse(inner, absolute=_SMALL * inner_typical), scales
     size = weights.diagonal(dim1=1, dim2=2).mean(dim=1)
     shared = tangent.group.sum((tangent.coordinates * size[:, None]).T @ tangent.coordinates)
-    shared = shared / tangent.group.average(size.mean())
+    # all of them are zero where the experts are, after centring
+    shared = shared / tangent.group.average(size.mean()).clamp_min(torch.finfo(size.dtype).tiny)
     shared = shared.repeat_interleave(k, dim=0).repeat_interleave(k, dim=1)
     mean = tangent.group.average(weights.mean(dim=0, keepdim=True))
     rows = V.flatten(0, 1)
