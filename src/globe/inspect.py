@@ -14,13 +14,14 @@ json=false         true prints one JSON object instead of tables
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
-from globe.errors import ArtefactError, ConfigError
+from globe.errors import ArtefactError, ConfigError, printable
 from globe.inspection.banks import inspect_banks, is_banks
 from globe.inspection.models import inspect_model
 from globe.inspection.show import show_banks, show_model
@@ -65,8 +66,9 @@ def _inspect_and_show(options: InspectOptions) -> None:
     else:
         show_banks(found)
     if damaged:
-        reasons = "; ".join(damaged.values())
-        raise ArtefactError(f"{len(damaged)} of the files of {options.path} can't be trusted: {reasons}")
+        for sentence in damaged.values():
+            print(printable(sentence), file=sys.stderr)
+        raise ArtefactError(f"{len(damaged)} of the files of {options.path} can't be trusted")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_figures_of_a_checkpoint_agree_with_its_tensors(tmp_path: Path) -> None:
     assert [(groups[f]["n"], groups[f]["p"], groups[f]["d"]) for f in ("gate", "up", "down")] == [
         (6, 20, 24),
         (6, 20, 24),
-        (6, 24, 20),
+        (6, 20, 24),  # as banks see it: rows are those of the stored matrix's columns
     ]
     assert found["shared"] == {"p": 20, "d": 24, "layers": [1]}
     assert json.loads(json.dumps(found)) == found
@@ -284,8 +284,9 @@ def test_the_damaged_file_is_named_and_the_exit_code_tells(
     shown = capsys.readouterr()
     damaged = json.loads(shown.out)["damaged"]
     assert list(damaged) == [str(made / name)]
-    assert shown.err.count("\n") == 1
-    assert str(made / name) in shown.err
+    first, last = shown.err.splitlines()
+    assert str(made / name) in first
+    assert last == f"1 of the files of {made} can't be trusted"
     assert run_command(str(made)) == 1
     assert "run: " in capsys.readouterr().out
 
@@ -353,3 +354,54 @@ def test_bytes_in_a_unit_that_fits() -> None:
         "15.0 GB",
         "1000.0 TB",
     ]
+
+
+def test_a_hostile_run_is_told_in_plain_letters(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipes are not waited for, codes of the terminal are shown, nothing is looked up in the environment."""
+    import os
+
+    monkeypatch.setenv("SECRET", "hunter2")
+    (made / "metrics.jsonl").unlink()
+    os.mkfifo(made / "metrics.jsonl")
+    (made / "config.yaml").write_text("a: &a [${oc.env:SECRET}]\nb: *a\n")
+    status = load(made / "status.json")
+    (made / "status.json").write_text(json.dumps(status | {"error": "\x1b[2J[red]${oc.env:SECRET}"}))
+    assert run_command(str(made)) == 1
+    shown = capsys.readouterr()
+    assert "\\x1b[2J[red]${oc.env:SECRET}" in shown.out
+    assert "\x1b[2J" not in shown.out + shown.err
+    assert "hunter2" not in shown.out + shown.err
+    assert "metrics.jsonl holds lines that are not JSON" in shown.err
+    assert "config.yaml is missing or can't be read" in shown.err
+
+
+def test_a_patch_record_of_somebody_else_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    from globe.inspection.show import show_model
+
+    found = {
+        "kind": "compact", "source": {"id": "x", "revision": None}, "model_type": "globe_x", "dtypes": {}, "files": 1,
+        "parameters": 1, "bytes": 1,
+    }  # fmt: skip
+    for record in ({}, {"parameters": []}, {"parameters": {"kept_of_families": "all"}, "banks": 3}):
+        show_model(found | {"patched": record})
+        assert "is not what globe.patch writes" in capsys.readouterr().out
+
+
+def test_the_rank_of_atoms_is_explained_where_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from globe.inspection.show import show_banks
+
+    bank = {
+        "key": "a",
+        "intact": True,
+        "figures": {"relfrob": "x"},
+        "source": {"id": ["y"]},
+        "dtype": "float32",
+    }
+    bank |= dict.fromkeys(("n", "p", "d", "m", "r"), 3) | {"kept": 0.5, "bytes": 7, "activation": "silu"}
+    bank |= {"lam": 1.0, "seed": 1, "members": []}
+    show_banks({"kind": "bank", "banks": [bank | {"atom_rank": 2}]})
+    assert "k is the rank of atoms" in capsys.readouterr().out
+    show_banks({"kind": "bank", "banks": [bank | {"atom_rank": None}]})
+    assert "k is the rank" not in capsys.readouterr().out

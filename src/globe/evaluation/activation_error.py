@@ -108,5 +108,5 @@ def _parent(name: str) -> str:
 
 
 def _hidden(output: Any) -> Tensor:
-    """The hidden states of an output, which some blocks give together with their router's logits."""
+    """Return the hidden states of an output, which some blocks give together with their router's logits."""
     return output[0] if isinstance(output, tuple) else output

@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 def ratio_interval(
     numerator: Float[Tensor, " w"], denominator: Float[Tensor, " w"], *, seed: int
 ) -> Interval | None:
-    """Percentile interval of sum(numerator) / sum(denominator) over w windows of a text, None for fewer than 8.
+    """Return the percentile interval of sum(numerator) / sum(denominator) over w windows; None for fewer than 8.
 
     Circular block bootstrap (Politis and Romano 1992): neighbouring windows are of one kind of text, so
     blocks of ceil(w^(1/3)) windows are drawn instead of single ones. The same seed and w give the same

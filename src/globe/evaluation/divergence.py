@@ -28,7 +28,7 @@ class Divergence:
 def divergence(
     kl: Float[Tensor, " w"], agreement: Float[Tensor, " w"], tokens: Float[Tensor, " w"], *, seed: int
 ) -> Divergence:
-    """From the sums of the windows (`globe.evaluation.perplexity.WindowSums`)."""
+    """Return the means from the sums of the windows (`globe.evaluation.perplexity.WindowSums`)."""
     return Divergence(
         kl=float(kl.sum() / tokens.sum()),
         kl_interval=ratio_interval(kl, tokens, seed=seed),

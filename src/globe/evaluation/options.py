@@ -22,7 +22,7 @@ class Arithmetic(StrEnum):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None keeps the dtype of the files."""
+        """The dtype; None keeps that of the files."""
         return None if self is Arithmetic.auto else getattr(torch, self)
 
 
@@ -76,7 +76,7 @@ class EvaluateOptions:
 
 
 def output_file(options: EvaluateOptions) -> Path | None:
-    """Where the figures go; None for a model without a folder of one's own, unless `out` is given."""
+    """Return where the figures go; None for a model without a folder of one's own, unless `out` is given."""
     if options.out is not None:
         return Path(options.out)
     folder = Path(options.one_model())

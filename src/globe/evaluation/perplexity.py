@@ -58,7 +58,7 @@ class Perplexity:
 
 
 def negative_log_likelihood(logits: Float[Tensor, "t v"], targets: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
-    """-log softmax(logits)[target] of each token in nats, in float32."""
+    """Return -log softmax(logits)[target] of each token in nats, in float32."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -103,7 +103,7 @@ def score(
 def window_logits(
     model: Any, tokens: Tokens, group: Sequence[Window], device: torch.device
 ) -> Float[Tensor, "b k v"]:
-    """Logits that predict the last k tokens of windows of one length, k the most that one of them counts."""
+    """Return the logits that predict the last k tokens of windows of one length, k the most that one of them counts."""
     ids = torch.stack([tokens.ids[window.start : window.stop] for window in group]).to(device)
     keep = max(window.scored for window in group) + 1
     # the output layer is the largest product of a small model: it need not see the tokens of the context
@@ -113,7 +113,7 @@ def window_logits(
 
 
 def _sums(logits: Sequence[Float[Tensor, "t v"]], targets: Int[Tensor, " t"]) -> list[float]:
-    """One row of `WindowSums`, from the logits of the model, or of the model and the original."""
+    """Return one row of `WindowSums`, from the logits of the model, or of the model and the original."""
     rows = max(1, AT_ONCE // logits[0].shape[1])
     totals = torch.zeros(1 if len(logits) == 1 else 4, dtype=torch.float64)
     for first in range(0, targets.shape[0], rows):
@@ -130,7 +130,7 @@ def _sums(logits: Sequence[Float[Tensor, "t v"]], targets: Int[Tensor, " t"]) ->
 
 
 def perplexity(nll: Float[Tensor, " w"], sums: WindowSums, *, seed: int) -> Perplexity:
-    """From the sums of the windows; `nll` are those of the model or of the original."""
+    """Return the perplexity from the sums of the windows; `nll` are those of the model or of the original."""
     mean = float(nll.sum() / sums.tokens.sum())
     per_byte = float(nll.sum() / sums.bytes.sum())
     around = ratio_interval(nll, sums.tokens, seed=seed)
@@ -158,7 +158,7 @@ class Rise:
 
 
 def rise(sums: WindowSums, *, seed: int) -> Rise:
-    """From the sums of the windows, which must have been taken beside an original."""
+    """Return the rise from the sums of the windows, which must have been taken beside an original."""
     assert sums.nll_original is not None
     before, after = (float(nll.sum() / sums.tokens.sum()) for nll in (sums.nll_original, sums.nll))
     paired = ratio_interval(sums.nll - sums.nll_original, sums.tokens, seed=seed)
@@ -166,7 +166,7 @@ def rise(sums: WindowSums, *, seed: int) -> Rise:
 
 
 def _exp(nats: float) -> float:
-    """exp, or infinity where a float can't hold it: a broken model is a result as well."""
+    """Return exp, or infinity where a float can't hold it: a broken model is a result as well."""
     return math.exp(nats) if nats < 700 else math.inf
 
 

@@ -24,7 +24,7 @@ TaskScores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What is there only beside an original is None without one."""
+    """The figures of one model; those that need an original beside it are None without one."""
 
     model: str
     original: str | None
@@ -59,7 +59,7 @@ class Evaluation:
         return self.parity is None or self.parity <= self.parity_tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; a figure that is not finite is null. Equal runs differ in `seconds` alone."""
+        """Return plain JSON; a figure that is not finite is null. Equal runs differ in `seconds` alone."""
         record = plain(asdict(self))
         sizes = record["sizes"]
         for name in ("family_parameters", "model_parameters", "family_bytes", "model_bytes"):
@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
 
 
 def print_evaluation(result: Evaluation, file: Path | None, console: Console | None = None) -> None:
-    """The table, and where the figures are kept. Without a terminal, lines are 120 columns."""
+    """Print the table, what it means, and where the figures are kept. Without a terminal, lines have 120 columns."""
     console = wide_console(console)
     console.print(table(result))
     for line in advice(result):
@@ -115,7 +115,7 @@ def advice(result: Evaluation) -> list[str]:
 
 
 def table(result: Evaluation) -> Table:
-    """One row a figure: the original, the model, the difference."""
+    """Return one row for each figure: the original, the model, the difference."""
     settings = result.settings
     title = f"{result.model} on {settings['text']} ({settings['counted_tokens']:,} tokens)"
     headings = ("original", "model", "difference")

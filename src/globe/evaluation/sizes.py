@@ -50,7 +50,7 @@ class ModelSizes:
 def measure_sizes(
     subject: Subject, original: Subject | None, model: nn.Module, dense: nn.Module | None
 ) -> ModelSizes:
-    """The sizes of a model in memory and of its files, and of the original (`dense`) and its files."""
+    """Return the sizes of a model in memory and of its files, and of the original (`dense`) and its files."""
     stored = _bytes(subject.reader)
     total = subject.checkpoint.total_parameters if subject.checkpoint else _numbers(subject.reader)
     before = None if original is None or original.checkpoint is None else original.checkpoint
@@ -79,7 +79,7 @@ def measure_sizes(
 
 
 def compressed_places(subject: Subject) -> tuple[tuple[int, str], ...]:
-    """Layer and family of everything that banks stand for in the model, as far as it says so."""
+    """Return layer and family of everything that banks stand for in the model, as far as it says so."""
     if subject.entries:
         named = [(member.layer, member.family) for entry in subject.entries for member in entry.members]
     else:
@@ -90,7 +90,7 @@ def compressed_places(subject: Subject) -> tuple[tuple[int, str], ...]:
 
 
 def _compressed(subject: Subject) -> tuple[tuple[tuple[int, str], ...], int, int]:
-    """The compressed places, their parameters, and those of the factors."""
+    """Return the compressed places, their parameters, and those of the factors."""
     if subject.entries:
         families = sum(entry.family_parameters for entry in subject.entries)
         kept = sum(entry.kept_parameters for entry in subject.entries)
@@ -110,16 +110,16 @@ def _bytes(reader: ShardReader, names: Iterable[str] | None = None) -> int:
 
 
 def _factors(reader: ShardReader) -> list[str]:
-    """The tensors of a compact checkpoint that stand for the compressed matrices."""
+    """Return the tensors of a compact checkpoint that stand for the compressed matrices."""
     own = [name for name in reader.names if ".globe_" in name or name.startswith(SHARED_BANKS)]
     return [name for name in own if not name.endswith(".dense")]
 
 
 def _width(checkpoint: Checkpoint, places: tuple[tuple[int, str], ...]) -> int:
-    """Bytes of a number of the families, as the checkpoint stores them."""
+    """Return the bytes of a number of the families, as the checkpoint stores them."""
     return checkpoint.reader.dtype(checkpoint.locate(*places[0], 0).tensor).itemsize
 
 
 def _bank_bytes(artefact: BankArtefact) -> int:
-    """Bytes of what an engine needs of a bank; its scale is a note of how it was made."""
+    """Return the bytes of what an engine needs of a bank; its scale is a note of how it was made."""
     return sum(tensor.nbytes for name, tensor in artefact.tensors().items() if name != "scale")

@@ -1,5 +1,5 @@
-"""A look at single experts, drawn at random: what compression did to their spectra, and whether the model
-that is in memory really multiplies by the matrix that its files stand for."""
+"""Single experts, drawn at random: what compression did to their spectra, and whether the model in memory really
+multiplies by the matrix that its files stand for."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Pair(NamedTuple):
 
 
 def draw_places(pair: Pair, count: int, *, seed: int) -> list[Place]:
-    """`count` different experts, or all if there are fewer, drawn from those that are compressed.
+    """Draw `count` different experts, or all if there are fewer, from those that are compressed.
 
     A model that does not say what is compressed has them drawn from gate and up of all its layers.
     """
@@ -121,7 +121,7 @@ def _parity(pair: Pair, place: Place, x: Float[Tensor, "t d"]) -> float | None:
 def compare(
     place: Place, W: Float[Tensor, "p d"], rebuilt: Float[Tensor, "p d"], *, top_k: int, parity: float | None
 ) -> SpotCheck:
-    """Distances and angles between two matrices, in float64. `top_k` is at most min(p, d)."""
+    """Return distances and angles between two matrices, in float64. `top_k` is at most min(p, d)."""
     k = min(top_k, *W.shape)
     left, values, right = torch.linalg.svd(to_float64(W), full_matrices=False)
     left2, values2, right2 = torch.linalg.svd(to_float64(rebuilt), full_matrices=False)
@@ -138,14 +138,14 @@ def compare(
 
 
 def stored_matrix(checkpoint: Checkpoint, place: Place) -> Float[Tensor, "p d"]:
-    """One matrix of a dense checkpoint in float64; only its own bytes are read."""
+    """Read one matrix of a dense checkpoint in float64; only its own bytes are read."""
     where = checkpoint.locate(*place)
     part = checkpoint.reader.read(where.tensor, where.index)
     return to_float64(part.T if where.transposed else part)
 
 
 def rebuilt_matrix(pair: Pair, place: Place) -> Float[Tensor, "p d"]:
-    """What the files say the expert is now: a dense tensor, a row of a run's bank, or the product of factors."""
+    """Return what the files say the expert is now: a dense tensor, a row of a run's bank, or the product of factors."""
     for entry in pair.subject.entries:
         for member in entry.members:
             if (member.layer, member.family) == place[:2] and place.expert in member.experts:
@@ -162,7 +162,7 @@ def rebuilt_matrix(pair: Pair, place: Place) -> Float[Tensor, "p d"]:
 
 
 def product_of_factors(projection: Projection, expert: int) -> Float[Tensor, "p d"]:
-    """W' = A phi(sum_j alpha_j B_j) + mean of one expert in float64, from the factors as they are stored."""
+    """Return W' = A phi(sum_j alpha_j B_j) + mean of one expert in float64, from the factors as they are stored."""
     if expert in projection.dense_row:
         return to_float64(projection.dense[projection.dense_row[expert]]).cpu()
     layout, bank, row = projection.layout, projection.bank_here(), projection.row[expert]
@@ -188,7 +188,7 @@ def parity_error(
     matrices: Mapping[str, Float[Tensor, "p d"]],
     x: Float[Tensor, "t d"],
 ) -> float:
-    """||y - z||_F / ||z||_F: y is what an experts module makes of x for one expert, z the same from matrices.
+    """Return ||y - z||_F / ||z||_F, y being what a module makes of x for one expert, z the same from matrices.
 
     z = down^T (act(gate x) * up x) in float64, with the gating of `dense`, the original's module; `matrices` are
     those of the expert by family.
@@ -205,12 +205,12 @@ def parity_error(
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of parity, for a model computed in `dtype`."""
+    """Return the largest error of parity that rounding explains in a model computed in `dtype`."""
     return TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def _distance(one: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> float:
-    """||one - other|| / ||one||; 0 for two zeros."""
+    """Return ||one - other|| / ||one||; 0 for two zeros."""
     first, second = to_float64(one).cpu(), to_float64(other).cpu()
     error, norm = float((first - second).norm()), float(first.norm())
     return error / norm if norm else 0.0 if error == 0 else math.inf

@@ -49,14 +49,14 @@ class Subject:
 
     @property
     def sources(self) -> tuple[dict[str, Any], ...]:
-        """What the banks say they were learned from, id and revision; nothing for an ordinary checkpoint."""
+        """Sources that the banks say they were learned from, id and revision; nothing for an ordinary checkpoint."""
         if self.entries:
             return tuple(entry.source for entry in self.entries)
         return () if self.record is None else (self.record["source"],)
 
     @property
     def calibration_passages(self) -> frozenset[int] | None:
-        """Passages of the text that it was calibrated on; None where none is recorded."""
+        """Passages of the text that the model was calibrated on; None where none is recorded."""
         return recorded_passages(self.folder if self.run is None else run_of(self.run))
 
     @property
@@ -70,7 +70,7 @@ class Subject:
         return {entry.key: sha256(entry.folder / RECORD_FILE) for entry in self.entries}
 
     def load(self, *, dtype: torch.dtype | None, device: torch.device, S_cache: int | str | None) -> Any:
-        """The language model in evaluation mode on `device`; `dtype` None keeps that of the files."""
+        """Return the language model in evaluation mode on `device`; `dtype` None keeps that of the files."""
         kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if self.run is None:
             return load(self.folder, S_cache=S_cache, **kwargs).to(device)
@@ -79,7 +79,7 @@ class Subject:
 
 
 def open_subject(model: str, against: str) -> tuple[Subject, Subject | None]:
-    """The model and the original it is compared with, None for `against=none`.
+    """Return the model and the original it is compared with, None for `against=none`.
 
     `model` is a checkpoint folder, a hub id, `embedded`, or the folder of a run, which is patched into the
     original. `against` is a checkpoint likewise, `none`, or `auto`: what the model was made from if that is
@@ -137,7 +137,7 @@ def _open_checkpoint(key: str, path: str, *, revision: str | None = None) -> Sub
 
 
 def load_tokenizer(subject: Subject, original: Subject | None, given: str | None) -> Any:
-    """The tokenizer in the folder `given`, or else that of the original, or else that of the model.
+    """Return the tokenizer in the folder `given`, or else that of the original, or else that of the model.
 
     Raises ConfigError if there is none, if it can't be loaded, or if the two differ in their vocabularies.
     """
@@ -158,7 +158,7 @@ def load_tokenizer(subject: Subject, original: Subject | None, given: str | None
 
 
 def check_model(model: Any, highest: int, window: int, *, original: Any | None) -> None:
-    """Can the models be given these tokens? Raises ConfigError.
+    """Check that the models can be given these tokens. Raises ConfigError.
 
     `highest` is the largest token number of the text.
     """
@@ -181,7 +181,7 @@ def check_model(model: Any, highest: int, window: int, *, original: Any | None) 
 
 
 def same_skeleton(model: nn.Module, original: nn.Module) -> bool:
-    """Do the two differ at most in their routed experts? Only then can layers be compared one by one."""
+    """Return whether the two differ at most in their routed experts: only then layers can be compared one by one."""
     return _skeleton(model) == _skeleton(original)
 
 

@@ -20,7 +20,7 @@ def run_tasks(
     batch: int = 8,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, as lm-eval names them (`acc,none`); standard errors among them.
+    """Return task -> metric -> value, as lm-eval names them (`acc,none`); standard errors among them.
 
     `include_path` is a folder of task files of one's own, with which nothing has to be downloaded; `limit`
     is a number of examples per task. Raises ConfigError if lm-eval is not installed, or does not know a task.
@@ -55,7 +55,7 @@ def run_tasks(
 
 
 def check_tasks(tasks: Sequence[str], include_path: str | None) -> None:
-    """Raises ConfigError early, before anything is measured, if there is no lm-eval to run the tasks."""
+    """Raise ConfigError early, before anything is measured, if there is no lm-eval to run the tasks."""
     if not tasks:
         if include_path is not None:
             raise ConfigError(f"include_path={include_path!r} is for tasks: give tasks=[...] as well")

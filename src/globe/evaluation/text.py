@@ -22,7 +22,7 @@ class Window(NamedTuple):
 
 
 def read_text(text: str) -> Text:
-    """The text of a file, or (`embedded`) the held-out one that comes with the package.
+    """Return the text of a file, or (`embedded`) the held-out one that comes with the package.
 
     Raises ConfigError naming `text` if the file is missing, is not UTF-8, or is empty.
     """
@@ -30,7 +30,7 @@ def read_text(text: str) -> Text:
 
 
 def sliding_windows(tokens: int, *, window: int, stride: int) -> tuple[Window, ...]:
-    """Windows that begin every `stride` tokens and count each token once, with as much context as fits.
+    """Return windows that begin every `stride` tokens and count each token once, with as much context as fits.
 
     A token is predicted from at least `window - stride` tokens before it, apart from those of the first
     window. With `stride = window` the windows do not overlap and the first token of each, which has no
@@ -60,7 +60,7 @@ def sliding_windows(tokens: int, *, window: int, stride: int) -> tuple[Window, .
 
 
 def batches(windows: Sequence[Window], batch: int) -> list[tuple[Window, ...]]:
-    """Neighbouring windows of one length, at most `batch` together, in order."""
+    """Return neighbouring windows of one length, at most `batch` together, in order."""
     parts = []
     for _, group in itertools.groupby(windows, key=lambda one: one.stop - one.start):
         same = tuple(group)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from globe.bank.file import RECORD_FILE, TENSORS_FILE, BankArtefact, read_artefact
+from globe.config.plain_yaml import read_yaml
 from globe.errors import ArtefactError
 from globe.runs.folder import RunFolder, State
+from globe.runs.metric_lines import metric_lines
 from globe.runs.summary import RunSummary, read_summary
 
 _RUN_MARKS = ("status.json", "summary.json")
@@ -28,7 +25,7 @@ def is_banks(root: Path) -> bool:
 
 
 def inspect_banks(root: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Everything as plain JSON (kind `bank` or `run`), and what is damaged: file -> sentence.
+    """Return everything as plain JSON (kind `bank` or `run`), and what is damaged: file -> sentence.
 
     Every tensor is read and checked, and its file's hash compared. Never raises for a damaged file.
     """
@@ -105,14 +102,14 @@ def _bank(folder: Path, artefact: BankArtefact | None) -> dict[str, Any]:
         "parameters": artefact.family_parameters,
         "kept_parameters": artefact.kept_parameters,
         "kept": artefact.kept_parameters / artefact.family_parameters,
-        "source": artefact.source or {},
+        "source": artefact.source if isinstance(artefact.source, dict) else {},
         "figures": scalars | (figures if isinstance(figures, dict) else {}),
         "options": artefact.config or {},
     }
 
 
 def _check_files(folder: RunFolder, summary: RunSummary | None, damaged: dict[str, str]) -> None:
-    """The files of a run that are no banks: are they what they should be?"""
+    """Note which files of a run, besides its banks, are not what they should be."""
     again = "the same command of globe.train writes it anew"
     finished = folder.status is not None and folder.status.state is State.finished
     if folder.status is None:
@@ -120,8 +117,8 @@ def _check_files(folder: RunFolder, summary: RunSummary | None, damaged: dict[st
     if summary is None and (finished or folder.summary_file.exists()):
         damaged[str(folder.summary_file)] = f"{folder.summary_file} is missing or can't be read: {again}"
     try:
-        OmegaConf.load(folder.config_file)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        read_yaml(folder.config_file)
+    except (OSError, ValueError):
         damaged[str(folder.config_file)] = f"{folder.config_file} is missing or can't be read: {again}"
     if finished and not _is_jsonl(folder.metrics_file):
         damaged[str(folder.metrics_file)] = (
@@ -131,11 +128,9 @@ def _check_files(folder: RunFolder, summary: RunSummary | None, damaged: dict[st
 
 def _is_jsonl(file: Path) -> bool:
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            json.loads(line)
+        return all(record is not None for record in metric_lines(file))
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _check_summary(
@@ -144,7 +139,7 @@ def _check_summary(
     banks: dict[str, BankArtefact | None],
     damaged: dict[str, str],
 ) -> None:
-    """The banks that summary.json reports have to be there, with the same error."""
+    """Note banks that summary.json reports and that are not there, or have another error."""
     for report in () if summary is None else summary.banks:
         path = folder.bank(report.key)
         artefact = banks.get(report.key)

@@ -33,7 +33,7 @@ _PER_TOKEN = (
 
 
 def inspect_model(path: str, revision: str | None, *, ms: Sequence[str], rs: Sequence[str]) -> dict[str, Any]:
-    """Everything, as plain JSON; kind is `checkpoint`, or `compact` for factors instead of matrices.
+    """Return everything, as plain JSON; kind is `checkpoint`, or `compact` for factors instead of matrices.
 
     Reads no weight. Raises CheckpointError if it can't be opened, ConfigError for a size that is not understood.
     """
@@ -68,7 +68,7 @@ def _checkpoint(checkpoint: Checkpoint, ms: Sequence[str], rs: Sequence[str]) ->
 
 
 def expert_groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The routed experts, layers of one shape and dtype together: `n` matrices of p x d in each of `layers`."""
+    """Return the routed experts, layers of one shape and dtype together: `n` matrices of p x d in each of `layers`."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for family in FAMILIES:
         for layer in checkpoint.moe_layers:
@@ -101,7 +101,7 @@ def expert_groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def shared_expert(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Size of the up matrix of the expert that every token uses, and the layers that have one; None if none has."""
+    """Return the size of the up matrix of the expert that every token uses, and the layers with one; None for none."""
     found: dict[str, Any] | None = None
     for layer in checkpoint.moe_layers:
         try:
@@ -117,7 +117,7 @@ def shared_expert(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def predictions(checkpoint: Checkpoint, ms: Sequence[str], rs: Sequence[str]) -> list[dict[str, Any]]:
-    """What banks of every (m, r) would keep if up and gate of all layers got one each, with the default centring.
+    """Return what banks of every (m, r) would keep if up and gate of all layers got one each, centred as by default.
 
     `kept` is of the compressed families and `kept_model` of the whole model. A size that does not come out whole is
     rounded; `sizes` lists what it came to, once for every shape of experts.
@@ -156,7 +156,7 @@ def predictions(checkpoint: Checkpoint, ms: Sequence[str], rs: Sequence[str]) ->
 
 
 def _nearest(key: str, text: str, symbols: dict[str, int], most: int) -> tuple[int, bool]:
-    """The size a text stands for, rounded to one that is possible, and whether it was one."""
+    """Return the size a text stands for, rounded to one that is possible, and whether it was one."""
     exact = exact_size(key, text, symbols)
     size = min(max(1, int(exact + 1 / 2)), most)
     return size, exact == size
@@ -195,7 +195,7 @@ def _bytes(reader: ShardReader) -> int:
 
 
 def _dtypes(reader: ShardReader) -> dict[str, int]:
-    """Numbers stored in each dtype."""
+    """Return how many numbers are stored in each dtype."""
     counts = Counter[str]()
     for name in reader.names:
         entry = reader.entry(name)

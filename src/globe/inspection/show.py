@@ -25,7 +25,7 @@ _FIGURES = (
 
 
 def show_model(found: dict[str, Any], console: Console | None = None) -> None:
-    """What `inspect_model` found."""
+    """Print what `inspect_model` found."""
     console = wide_console(console, _WIDTH)
     source = found["source"]
     revision = f" at {source['revision']}" if source["revision"] else ""
@@ -93,18 +93,20 @@ def _predictions(console: Console, found: dict[str, Any]) -> None:
 
 
 def _patched(console: Console, record: dict[str, Any]) -> None:
-    numbers, source = record.get("parameters", {}), record.get("source", {})
-    count = len(record.get("banks", {}))
-    say(
-        console,
-        f"written by globe.patch ({record.get('format')}) from {source.get('id')}: {count} banks, "
-        f"{numbers.get('kept_of_families', 0):.1%} of their families and {numbers.get('kept_of_model', 0):.1%} of the "
-        "model kept, counted as factors",
-    )
+    try:
+        numbers = record["parameters"]
+        line = (
+            f"written by globe.patch ({record['format']}) from {record['source']['id']}: {len(record['banks'])} banks, "
+            f"{numbers['kept_of_families']:.1%} of their families and {numbers['kept_of_model']:.1%} of the model kept "
+            "when counted as factors"
+        )
+    except (LookupError, TypeError, ValueError):
+        line = "globe_patch.json is not what globe.patch writes: how this was made is not known"
+    say(console, line)
 
 
 def show_banks(found: dict[str, Any], console: Console | None = None) -> None:
-    """What `inspect_banks` found."""
+    """Print what `inspect_banks` found."""
     console = wide_console(console, _WIDTH)
     banks = found["banks"]
     if found["kind"] == "run":
@@ -117,6 +119,8 @@ def show_banks(found: dict[str, Any], console: Console | None = None) -> None:
         add_row(table, _bank_row(bank, low_rank=low_rank), None if bank["intact"] else "red")
     if banks:
         console.print(table)
+    if low_rank:
+        say(console, "k is the rank of atoms that are stored as products of two factors, - is none")
     if len(banks) == 1 and banks[0]["intact"]:
         _details(console, banks[0])
     _provenance(console, [bank for bank in banks if bank["intact"]])
@@ -154,10 +158,14 @@ def _bank_row(bank: dict[str, Any], *, low_rank: bool) -> list[str]:
         f"{bank['kept']:.1%}",
         bank["dtype"],
         size(bank["bytes"]),
-        f"{figures['relfrob']:.4f}" if "relfrob" in figures else "-",
-        f"{figures['support_median']:g}" if "support_median" in figures else "-",
+        _figure(figures.get("relfrob"), ".4f"),
+        _figure(figures.get("support_median"), "g"),
         "whole",
     ]
+
+
+def _figure(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
 
 
 def _details(console: Console, bank: dict[str, Any]) -> None:
@@ -175,19 +183,18 @@ def _details(console: Console, bank: dict[str, Any]) -> None:
 
 
 def _provenance(console: Console, banks: Sequence[dict[str, Any]]) -> None:
-    """Where the weights came from; one line per source."""
-    named = dict.fromkeys((bank["source"].get("id"), bank["source"].get("revision")) for bank in banks)
+    """Say where the weights came from, in one line per source."""
+    sources = [bank["source"] for bank in banks]
+    named = dict.fromkeys((str(one.get("id")), str(one.get("revision") or "")) for one in sources)
     for source, revision in named:
         at = f" at {revision}" if revision else ""
-        hashes = [
-            str(bank["source"].get("sha256"))[:12] for bank in banks if bank["source"].get("id") == source
-        ]
+        hashes = [str(one.get("sha256"))[:12] for one in sources if str(one.get("id")) == source]
         which = f"tensors {hashes[0]}..." if len(hashes) == 1 else f"{len(hashes)} hashes of tensors"
         say(console, f"learned from {source}{at}, {which}")
 
 
 def size(count: int) -> str:
-    """Bytes in a unit that fits: 692.1 MB; powers of 1000."""
+    """Return bytes in a unit that fits, by powers of 1000: 692.1 MB."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value /= 1000

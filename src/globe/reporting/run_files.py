@@ -5,28 +5,22 @@ A folder may come from anywhere, so nothing that its files say is looked up in t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from globe.config.identity import numerics
+from globe.config.plain_yaml import read_yaml
 from globe.errors import printable
-from globe.files import open_regular, read_bytes, read_record
+from globe.files import read_record
 from globe.runs.chart_data import BankCharts
+from globe.runs.metric_lines import metric_lines
 from globe.runs.summary import BankReport, RunSummary
 
 _EVALUATION_VERSION = 1
-_LARGEST_CONFIG = 1 << 20
-_LONGEST_LINE = 1 << 16
-"""Bytes that config.yaml and a line of metrics.jsonl may have."""
-_MOST_LINES = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +57,18 @@ class Quality:
     """what was read, and how"""
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a small file could stand for a huge one."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
-
-
 def read_options(file: Path) -> dict[str, Any]:
     """Return the options that change numbers, flat (`bank.m`); nothing for a file that can't be read.
 
     `${...}` stays what it is.
     """
     try:
-        config = yaml.load(read_bytes(file, _LARGEST_CONFIG), Loader=_PlainLoader)  # a SafeLoader
-        if not isinstance(config, dict):
-            return {}
-        plain = {str(key): value for key, value in config.items()}
+        config = read_yaml(file)
+        plain = {str(key): value for key, value in config.items() if key != "S_cache"}
         with suppress(KeyError, TypeError, AttributeError):  # the options of another version
             plain = numerics(plain)
         return dict(_flat(plain))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -109,22 +92,12 @@ def read_traces(file: Path) -> dict[str, Trace]:
     """Return the curves of every bank by its key; a line that was cut by a kill is passed over."""
     names = [one.name for one in fields(Trace)]
     columns: dict[str, dict[str, list[float | None]]] = {}
-    for record in _lines(file):
-        own = columns.setdefault(printable(str(record["bank"])), {name: [] for name in names})
-        for name in names:
-            own[name].append(_number(record.get(name)))
+    with suppress(OSError, ValueError):
+        for record in filter(None, metric_lines(file)):
+            own = columns.setdefault(printable(str(record["bank"])), {name: [] for name in names})
+            for name in names:
+                own[name].append(_number(record.get(name)))
     return {bank: Trace(**{name: tuple(own[name]) for name in names}) for bank, own in columns.items()}
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    with suppress(OSError, ValueError), BufferedReader(open_regular(file)) as lines:
-        for _ in range(_MOST_LINES):
-            if not (line := lines.readline(_LONGEST_LINE)):
-                return
-            with suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict) and "bank" in record:
-                    yield record
 
 
 def read_quality(file: Path) -> Quality | None:

@@ -153,9 +153,8 @@ def _size(measured: Sequence[ReportRun]) -> Section | None:
     ]
     if not any(methods_of(run) in sweep_plots.REFERENCES for run in measured):
         said.append(
-            "Runs of method=svd and method=shared_basis in the same folder become reference lines: python -m "
-            "globe.train -m method=svd,shared_basis bank.kept=0.2,0.4,0.6,0.8 hydra.sweep.dir=FOLDER, with the model "
-            "and the layer of these runs."
+            "Runs of method=svd and method=shared_basis in the same folder become lines of reference: python -m "
+            "globe.train experiment=references sweep=NAME, with the model, layer and family of these runs."
         )
     return Section("Error against size", tuple(said), None, (sweep_plots.error_front(measured),))
 
