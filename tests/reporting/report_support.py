@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import globe.fit.one_bank
-from globe.errors import ConfigError
+from globe.errors import FitError, GlobeError
 from globe.evaluation.bootstrap import Interval
 from globe.evaluation.divergence import Divergence
 from globe.evaluation.perplexity import Perplexity, Rise
@@ -30,7 +30,7 @@ def train(root: Path, *overrides: str, trouble: Callable[[int, int], None] | Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(globe.fit.one_bank, "fit_bank", FakeFit(trouble or (lambda fit, step: None)))
         before = set(root.glob("*"))
-        with suppress(ConfigError, KeyboardInterrupt):
+        with suppress(GlobeError, KeyboardInterrupt):
             run_in(root, *OPTIONS, *overrides)
     (folder,) = set(root.glob("*")) - before
     shutil.rmtree(folder / "banks", ignore_errors=True)
@@ -42,12 +42,16 @@ def interrupt(fit: int, step: int) -> None:
         raise KeyboardInterrupt
 
 
+def fail(fit: int, step: int) -> None:
+    raise FitError("this fit broke")
+
+
 def make_sweep(root: Path) -> Path:
     """Three finished runs of two sizes, one failed, one interrupted, one that a kill left behind."""
     root.mkdir()
     for sizes in (("bank.m=2",), ("bank.m=3",), ("bank.m=3", "codes.target_support=2")):
         evaluate(train(root, *sizes), perplexity=9.0 - len(sizes))
-    train(root, "bank.m=n/5")
+    train(root, "bank.m=4", trouble=fail)
     train(root, "bank.m=1", trouble=interrupt)
     killed = RunFolder(root / "deeper" / "killed")
     killed.path.mkdir(parents=True)

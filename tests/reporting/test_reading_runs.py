@@ -30,8 +30,8 @@ def test_runs_of_every_state_are_found_the_smallest_first(runs: tuple[ReportRun,
     assert "running, or killed" in str(rest["deeper/killed"].error)
     states = sorted(run.state for name, run in rest.items() if name.startswith("embedded"))
     assert states == ["failed", "interrupted"]
-    (failed,) = [run for run in rest.values() if run.error and "n/5" in run.error]
-    assert failed.options["bank.m"] == "n/5"
+    (failed,) = [run for run in rest.values() if run.error and "this fit broke" in run.error]
+    assert failed.options["bank.m"] == 4
     assert rest["a|b <i>"].options == {"seed": 4}
     assert not any(run.measured for run in rest.values())
 
