@@ -27,7 +27,6 @@ from globe.bank.file import is_intact
 from globe.calibration.run import RECORD, Calibration, calibrate
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config import commands as entry
-from globe.config.choices import Method
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
 from globe.config.identity import identity
 from globe.config.schema import Config
@@ -36,7 +35,7 @@ from globe.errors import CheckpointError, FitError
 from globe.files import write_json
 from globe.fit.ledger import Ledger
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.plan import BankPlan, Outline, outline, plan
+from globe.fit.plan import BankPlan, Outline, is_search, outline, plan
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun, watch
@@ -126,7 +125,7 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
         )
         outlines = outline(config, checkpoint)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
-        searched = config.method is Method.globe and config.bank.kept is not None
+        searched = is_search(config)
         banks = () if searched else plan(config, checkpoint)
         with _begun(task, config, group) as folder:
             calibration = _calibrate(config, checkpoint, outlines, folder, device, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from globe.bank.rounding import NOISE
@@ -32,10 +33,13 @@ class Precision:
         noise = NOISE[low] ** (1 - share) * NOISE[min(low + 1, len(NOISE) - 1)] ** share
         return _FEEDBACK * noise
 
+    def row_bits(self, r: int) -> int:
+        """Bits of the integers of an adapter's row, to be shared out over its r columns."""
+        return math.floor(self.adapters * r + 1e-6)
+
     def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
         """Bits that factors of these sizes take in a file: rows of whole bytes, scales and codes of 16 bits."""
-        columns = int(self.adapters * r)
-        adapters = n * p * (8 * -(-columns // 8) + 16 * -(-r // (self.group_adapters or r))) + 16 * r
+        adapters = n * p * (8 * -(-self.row_bits(r) // 8) + 16 * -(-r // (self.group_adapters or r))) + 16 * r
         if k is None:
             atoms = m * r * _row_bits(d, self.atoms, self.group_atoms)
         else:

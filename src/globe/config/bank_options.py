@@ -67,6 +67,9 @@ class BankConfig:
     kept: float | None = None
     """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank, those of a GloBE
     bank by short fits (see `budget`); null takes the sizes above."""
+    size: float | None = None
+    """Share of the experts' bytes in bfloat16 that the bank may take, 0 to 1, and never exceeds: chooses m, r and the
+    bits of adapters and atoms by short fits that are rounded, for method=globe. Null takes what is given."""
     bits: float | None = None
     """Bits of the factors' numbers, which are then packed as integers with scales: the average over the columns of the
     adapters, 1 to 8, shared out by what these matter. Atoms are few and have 3 bits more, 8 at most. Null leaves the
@@ -90,6 +93,12 @@ class BankConfig:
             value = getattr(self, key)
             check(not isinstance(value, int) or value >= 1, f"bank.{key}", value, "an integer of at least 1")
         _check_bits(self)
+        size = self.size
+        check(size is None or 0 < size <= 1, "bank.size", size, "a share above 0 and at most 1, or null")
+        for key in ("kept", "m", "r", "atom_rank", "bits", "bits_A", "bits_B"):
+            value = getattr(self, key)
+            if size is not None and value is not None:
+                raise ConfigError(f"bank.size={size} chooses sizes and bits: leave out bank.{key}={value}")
         kept = self.kept
         check(kept is None or 0 < kept <= 1, "bank.kept", kept, "a share above 0 and at most 1, or null")
         given = [f"bank.{key}" for key in ("m", "r", "atom_rank") if getattr(self, key) is not None]

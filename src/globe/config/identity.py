@@ -52,7 +52,7 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
 
 def _with_default_sizes(bank: dict[str, Any]) -> dict[str, Any]:
     """The same options with the default sizes written out, so that typing them makes no other run."""
-    if bank["kept"] is not None:
+    if bank["kept"] is not None or bank["size"] is not None:
         return dict(bank)
     return bank | {key: size for key, size in DEFAULT_SIZES.items() if bank[key] is None}
 
@@ -109,6 +109,10 @@ def run_name(config: dict[str, Any], swept: Sequence[str] = ()) -> str:
         parts.append(f"per-{bank['scope']}")
     if bank["kept"] is not None:
         parts.append(f"kept{bank['kept']}")
+    if bank["size"] is not None:
+        parts.append(f"size{bank['size']}")
+    if bank["bits"] is not None:
+        parts.append(f"{bank['bits']:g}bits")
     parts += [f"{letter}{bank[key]}" for letter, key in _SIZES if bank[key] is not None]
     if config["codes"]["target_support"] is not None:
         parts.append(f"s{config['codes']['target_support']}")

@@ -153,6 +153,11 @@ def _check_method(config: Config) -> None:
         raise ConfigError(
             f"bank.atom_rank is not possible with method={method}, whose atoms are dense: leave it out"
         )
+    if bank.size is not None:
+        check(method is Method.globe, "bank.size", bank.size, f"null with method={method}")
+        support = config.codes.target_support
+        check(support is None, "codes.target_support", support, "null with bank.size, or sizes instead")
+        check(not config.dry_run, "dry_run", True, "false with bank.size, whose choice takes fits")
     if method is Method.globe:
         dense_only = config.train.dictionary is Dictionary.mod and bank.atom_rank is not None
         check(not dense_only, "train.dictionary", "mod", "gauss_newton, or dense atoms (bank.atom_rank=null)")

@@ -31,7 +31,7 @@ from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of, of_model
-from globe.fit.plan import BankPlan, precision_of
+from globe.fit.plan import BankPlan
 from globe.fit.provenance import complete_artefact, fit_fingerprint, source_of
 from globe.fit.range_checks import require_finite, require_range
 from globe.fit.reading import ReadExperts, read_experts
@@ -275,7 +275,7 @@ def fit_globe(
 ) -> tuple[FitResult, Finalised]:
     """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
-    precision = precision_of(config)
+    precision = bank.precision
     if precision is not None:  # a fit that is to be rounded takes the ridge that rounding wants
         train = config.train
         config = replace(config, train=replace(train, lambda_A=max(train.lambda_A, precision.ridge)))

@@ -59,17 +59,24 @@ class Matrices(NamedTuple):
 
 
 class BankSize(NamedTuple):
-    """What `bank.kept` chooses."""
+    """What `bank.kept` or `bank.size` chooses."""
 
     m: int
     r: int
     atom_rank: int | None
+    bits_A: float | None = None
+    """average bits of the adapters, and"""
+    bits_B: int | None = None
+    """bits of the atoms, where the budget is one of bytes"""
 
     @property
     def text(self) -> str:
         """The sizes as a sentence has them."""
         rank = "" if self.atom_rank is None else f", k={self.atom_rank} (rank of an atom)"
-        return f"m={self.m}, r={self.r}{rank}"
+        bits = (
+            "" if self.bits_A is None else f", {self.bits_A:.2f} and {self.bits_B} bits of adapters and atoms"
+        )
+        return f"m={self.m}, r={self.r}{rank}{bits}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,8 @@ class BankPlan:
     """the same sizes, counted as the method counts; None is method=globe"""
     mean_parameters: int
     """numbers of the stored means"""
+    precision: Precision | None = None
+    """bits of the factors; None leaves them in the export dtype"""
 
     @property
     def key(self) -> str:
@@ -198,10 +207,10 @@ def plan_bank(config: Config, bank: Outline, chosen: BankSize | None = None) -> 
     """One bank with the sizes it is given, or that its method makes of the budget."""
     means = mean_parameters(config, bank)
     if config.method is Method.globe:
-        return BankPlan(bank, resolve_sizes(config, bank, chosen), None, means)
+        return BankPlan(bank, resolve_sizes(config, bank, chosen), None, means, precision_of(config, chosen))
     own = _baseline_sizes(config, bank)
     sizes = Sizes(*bank.shape, m=own.m, r=own.r, atom_rank=own.atom_rank)
-    return BankPlan(bank, sizes, own, means)
+    return BankPlan(bank, sizes, own, means, precision_of(config))
 
 
 def mean_parameters(config: Config, bank: Outline) -> int:
@@ -247,9 +256,17 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
     return Sizes(n, p, d, chosen.m, chosen.r, target_support=support, atom_rank=chosen.atom_rank)
 
 
-def precision_of(config: Config) -> Precision | None:
-    """Return the bits that the configuration gives to factors; None leaves them in the export dtype."""
+def is_search(config: Config) -> bool:
+    """Return whether the sizes are to be chosen by short fits."""
+    budget = config.bank.kept is not None or config.bank.size is not None
+    return config.method is Method.globe and budget
+
+
+def precision_of(config: Config, chosen: BankSize | None = None) -> Precision | None:
+    """Return the bits that the configuration, or a search, gives to factors; None leaves them in the export dtype."""
     bank = config.bank
+    if chosen is not None and chosen.bits_A is not None and chosen.bits_B is not None:
+        return Precision(chosen.bits_A, chosen.bits_B, bank.group_A, bank.group_B)
     adapters = bank.bits if bank.bits_A is None else bank.bits_A
     if adapters is None:
         return None

@@ -181,7 +181,7 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
         weights += M.square().sum(dim=(0, 2))
     squares = A.square().mean(dim=(0, 1))
     weights /= n
-    bits = allocate_bits((squares * weights).tolist(), int(task.precision.adapters * r))
+    bits = allocate_bits((squares * weights).tolist(), task.precision.row_bits(r))
     columns = column_factors(squares, weights, bits)
     grid = Grid.of(bits, r, task.precision.group_adapters or r)
     words, exported = [], task.X.new_empty(n, p, r, dtype=task.dtype)

@@ -285,6 +285,11 @@ def _footer(summary: RunSummary, folder: Path) -> list[str]:
         f"{sum(bank.parameters for bank in summary.banks):,} parameters kept; "
         f"model: {summary.total_parameters:,} parameters before",
     ]
+    sized = [bank for bank in summary.banks if bank.metrics.get("bytes")]
+    if sized:
+        held = sum(bank.metrics["bytes"] or 0 for bank in sized)
+        bits = 8 * held / sum(bank.parameters for bank in sized)
+        lines.append(f"bytes: {held:,.0f} for the family, {bits:.2f} bits a weight")
     peaks = [("host", "peak_host_bytes"), ("device", "peak_device_bytes")]
     memory = []
     for label, name in peaks:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
+from globe.config.choices import Centre
 from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
@@ -27,6 +28,9 @@ from globe.fit.provenance import bank_options, source_of
 from globe.fit.reading import read_experts
 from globe.numerics.device import bank_seed
 from globe.sizes.budget import Room, candidates, too_small
+from globe.sizes.byte_room import ByteRoom
+from globe.sizes.byte_room import too_small as bytes_too_small
+from globe.sizes.byte_search import search_bytes
 from globe.sizes.search import RATIO, Frontier, Probe, search
 
 _log = logging.getLogger(__name__)
@@ -61,6 +65,19 @@ def room_of(config: Config, bank: Outline) -> Room:
     return room
 
 
+def byte_room_of(config: Config, bank: Outline) -> ByteRoom:
+    """What `bank.size` leaves for adapters, atoms and codes. Raises ConfigError where nothing fits."""
+    assert config.bank.size is not None
+    n, p, d = bank.shape
+    # a scalar mean is stored in the dtype of the fit
+    means = mean_parameters(config, bank) * (32 if config.normalise.centre is Centre.scalar else 16)
+    bits = math.floor(config.bank.size * 16 * n * p * d) - means
+    room = ByteRoom(n, p, d, bits, config.bank.group_A, config.bank.group_B)
+    if room.filled(1, 1.0) is None:
+        raise bytes_too_small(config.bank.size, room)
+    return room
+
+
 def allows(config: Config, m: int) -> bool:
     """Whether `codes.target_support` comes out for m atoms."""
     try:
@@ -89,7 +106,8 @@ def choose_sizes(
     by_shape: dict[Shape, list[Outline]] = {}
     for bank in banks:
         by_shape.setdefault(bank.shape, []).append(bank)
-    rooms = {shape: room_of(config, alike[0]) for shape, alike in by_shape.items()}
+    find_room = room_of if config.bank.size is None else byte_room_of
+    rooms = {shape: find_room(config, alike[0]) for shape, alike in by_shape.items()}
     known, chosen = _read(file), {}
     for shape, alike in by_shape.items():
         probed = alike[len(alike) // 2]
@@ -110,13 +128,15 @@ def _search(
     config: Config,
     checkpoint: Checkpoint,
     probed: Outline,
-    room: Room,
+    room: Room | ByteRoom,
     device: torch.device,
     calibration: Calibration | None,
 ) -> Frontier:
     read = read_experts(config, checkpoint, probed, device, calibration=calibration)
     experts, metric = read.joined.experts, metric_of(config, read)
     seed = bank_seed(config.seed, f"sizes of {_name(probed.shape)}")
+    if isinstance(room, ByteRoom):
+        return search_bytes(experts, room, config, metric=metric, seed=seed)
     return search(experts, room, config, metric=metric, seed=seed, allows=lambda m: allows(config, m))
 
 
@@ -124,7 +144,7 @@ def _fingerprint(
     config: Config,
     checkpoint: Checkpoint,
     probed: Outline,
-    room: Room,
+    room: Room | ByteRoom,
     device: torch.device,
     calibration: Calibration | None,
 ) -> str:
@@ -184,7 +204,7 @@ def _read(file: Path) -> dict[Shape, Searched]:
 def _of_record(record: dict[str, Any]) -> Searched:
     probes = tuple(
         Probe(
-            BankSize(row["m"], row["r"], row["atom_rank"]),
+            BankSize(row["m"], row["r"], row["atom_rank"], row.get("bits_A"), row.get("bits_B")),
             row["parameters"],
             {int(steps): math.inf if error is None else error for steps, error in row["relfrob"].items()},
         )
@@ -218,13 +238,16 @@ def frontier_table(searched: Searched) -> Table:
         title += f", probed in blocks of {block.p} x {block.d}: m={frontier.chosen.m}, r={frontier.chosen.r}"
         title += f", k={frontier.chosen.atom_rank}" if frontier.chosen.atom_rank else ""
     steps = sorted(set(frontier.steps))
-    table = new_table(title, ("m", "r", "k", "kept", *(f"RelFrob\n{count} steps" for count in steps)))
+    few = frontier.chosen.bits_A is not None
+    bits = ("bits of A", "bits of B") if few else ()
+    table = new_table(title, ("m", "r", "k", *bits, "kept", *(f"RelFrob\n{count} steps" for count in steps)))
     for probe in sorted(frontier.probes, key=lambda one: (one.size.atom_rank or 0, one.size.m)):
         size = probe.size
         cells = (
             str(size.m),
             str(size.r),
             "-" if size.atom_rank is None else str(size.atom_rank),
+            *((f"{size.bits_A:.2f}", str(size.bits_B)) if few else ()),
             f"{probe.parameters / (block.n * block.p * block.d):.2%}",
             *(f"{probe.errors[count]:.4f}" if count in probe.errors else "" for count in steps),
         )

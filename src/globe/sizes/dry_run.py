@@ -21,7 +21,7 @@ from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config.choices import ExportDtype, Method, Scale, Store
 from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.schema import Config
-from globe.fit.plan import BankPlan, Outline, outline, plan_bank
+from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
 from globe.sizes.budget import enlarged
@@ -70,11 +70,6 @@ class Totals:
     """of the checkpoint as it is"""
     patched_bytes: tuple[int, int]
     """of a checkpoint with factors, `globe.patch format=globe`"""
-
-
-def is_search(config: Config) -> bool:
-    """Whether the sizes are still to be chosen by short fits."""
-    return config.method is Method.globe and config.bank.kept is not None
 
 
 def predict(config: Config, checkpoint: Checkpoint, device: torch.device) -> tuple[Prediction, ...]:

@@ -15,7 +15,7 @@ from globe.am.records import StepRecord
 from globe.bank.learned import Bank, load_bank
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.in_memory import ExpertsInMemory
-from globe.config.choices import Method, Scope
+from globe.config.choices import Scope
 from globe.config.commands import explain
 from globe.config.composition import config_dict
 from globe.config.keywords import configure
@@ -23,7 +23,7 @@ from globe.config.schema import Config
 from globe.errors import CheckpointError, ConfigError
 from globe.fit.calibrated import calibration_for
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.plan import outline, plan
+from globe.fit.plan import is_search, outline, plan
 from globe.numerics.device import arithmetic, limit_threads
 from globe.runs.folder import RunFolder
 from globe.runs.progress import Progress
@@ -163,7 +163,7 @@ def learn_banks(
         outlines = outline(config, checkpoint)
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outlines))
         calibration, chosen = calibration_for(config, checkpoint, outlines, device), None
-        if config.method is Method.globe and config.bank.kept is not None:
+        if is_search(config):
             show = print_frontier if progress else lambda searched: None
             chosen = choose_sizes(
                 config,

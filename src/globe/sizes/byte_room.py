@@ -1,0 +1,76 @@
+"""Which sizes and bits fill a budget of bytes: (m, r, k) and the bits of adapters and atoms. Integers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from globe.bank.precision import Precision
+from globe.errors import ConfigError
+from globe.fit.plan import BankSize
+
+FILLED = 0.995
+"""Share of the budget that sizes have to fill, where any do."""
+AVERAGES = (3.0, 2.25, 4.0, 1.6, 5.5)
+"""Average bits of the adapters that are tried, the first one for every number of atoms."""
+ATOM_BITS = (8, 7, 6, 5)
+_LEAST, _MOST = 1.0, 8.0
+
+
+class ByteRoom(NamedTuple):
+    """What a bank may be: experts of n x p x d, and bits of its adapters, atoms and codes in a file."""
+
+    n: int
+    p: int
+    d: int
+    bits: int
+    group_adapters: int | None = None
+    group_atoms: int = 64
+
+    def precision(self, size: BankSize) -> Precision:
+        assert size.bits_A is not None
+        assert size.bits_B is not None
+        return Precision(size.bits_A, size.bits_B, self.group_adapters, self.group_atoms)
+
+    def count(self, size: BankSize) -> int:
+        """Bits that factors of this size take in a file."""
+        return self.precision(size).bits(self.n, self.p, self.d, size.m, size.r, size.atom_rank)
+
+    def filled(self, m: int, average: float, k: int | None = None) -> BankSize | None:
+        """Sizes near an average of bits that leave less than half a percent, or else the least; None if nothing fits.
+
+        Bytes of a row of the adapters are whole, which is coarse; rows of the atoms are fine. So every number of rows
+        gets the bits that are left, and among those that fill the room the average nearest to the one asked for wins.
+        """
+        found = [one for one in self._all(m, k) if self.count(one) <= self.bits]
+        if not found:
+            return None
+        full = [one for one in found if self.count(one) >= FILLED * self.bits]
+        if full:
+            return min(full, key=lambda one: abs(math.log((one.bits_A or 1) / average)))
+        return max(found, key=self.count)
+
+    def _all(self, m: int, k: int | None) -> Iterator[BankSize]:
+        """Every number of rows, with the most bits for the adapters that there is room for."""
+        for atoms in ATOM_BITS:
+            for r in range(1 if k is None else k + 1, min(self.p, self.d) + 1):
+                rest = self.count(BankSize(m, r, k, _LEAST, atoms)) - self.n * self.p * 8 * -(-r // 8)
+                row_bytes = (self.bits - rest) // (8 * self.n * self.p)
+                average = min(_MOST, 8 * row_bytes / r)
+                if average >= _LEAST:
+                    yield BankSize(m, r, k, average, atoms)
+
+
+def least_share(room: ByteRoom) -> float:
+    """Share of the experts' bfloat16 bytes that the smallest bank takes."""
+    smallest = room.count(BankSize(1, 1, None, _LEAST, min(ATOM_BITS)))
+    return smallest / (16 * room.n * room.p * room.d)
+
+
+def too_small(share: float, room: ByteRoom) -> ConfigError:
+    """The sentence for a share of bytes in which nothing fits."""
+    least = math.ceil(1000 * least_share(room)) / 1000
+    return ConfigError(
+        f"bank.size={share} is too small for {room.n} experts of {room.p} x {room.d}: give a share from {least:g}"
+    )
