@@ -54,7 +54,7 @@ def sinks() -> Iterator[type]:
             yield one
 
 
-@pytest.mark.parametrize("sink", sinks())
+@pytest.mark.parametrize("sink", list(sinks()))
 def test_every_tracker_is_a_sink_that_runs_open(sink: type) -> None:
     assert isinstance(sink.__new__(sink), tracking.Sink)
     assert f"{sink.__name__}(" in inspect.getsource(tracking.open_sinks)
