@@ -39,7 +39,7 @@ from globe.errors import ConfigError, SweepError
 from globe.evaluation.measure import evaluate
 from globe.evaluation.options import EvaluateOptions, output_file
 from globe.evaluation.report import print_evaluation
-from globe.evaluation.sweep import evaluate_sweep, sweep_table
+from globe.evaluation.sweep import evaluate_sweep, shared_with_calibration, sweep_table
 from globe.files import write_json
 from globe.hf.loading import quiet
 
@@ -65,16 +65,20 @@ def _evaluate_and_show(options: EvaluateOptions) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result.to_dict())
     print_evaluation(result, file)
-    if shared := result.settings["calibration_overlap"]:
-        print(
-            f"{100 * shared:.1f} % of the text stands in the calibration text of the model as well, so the figures "
-            "flatter: evaluate on another text",
-            file=sys.stderr,
-        )
+    _warn_of_overlap(result.settings["calibration_overlap"])
     if not result.parity_holds:
         print(
             f"what the model computes is {result.parity:.1e} from what its files stand for, more than "
             f"{options.dtype} explains: evaluate with dtype=float32, and if that stays, patch again",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_overlap(shared: float | None) -> None:
+    if shared:
+        print(
+            f"{100 * shared:.1f} % of the text stands in the calibration text of the model as well, so the figures "
+            "flatter: evaluate on another text",
             file=sys.stderr,
         )
 
@@ -90,6 +94,7 @@ def _evaluate_sweep_and_show(options: EvaluateOptions, folder: str) -> None:
     if result.records:
         console.print(sweep_table(result))
         say(console, f"next: python -m globe.report sweep={folder} shows them beside their errors")
+    _warn_of_overlap(max((shared_with_calibration(one) for one in result.records.values()), default=None))
     if result.failed:
         name, reason = next(iter(result.failed.items()))
         count = len(result.failed)

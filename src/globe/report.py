@@ -20,13 +20,13 @@ from pathlib import Path
 from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
 from globe.errors import ConfigError, printable
+from globe.reporting.digits import digits
 from globe.reporting.documents import table_csv, to_csv, to_html, to_latex, to_markdown
 from globe.reporting.labels import varied_options
 from globe.reporting.plot import require_matplotlib
 from globe.reporting.publish import publish
 from globe.reporting.runs import ReportRun, read_runs
 from globe.reporting.sections import Report, build
-from globe.reporting.tables import digits
 
 
 @dataclass

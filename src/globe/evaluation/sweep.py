@@ -136,6 +136,11 @@ def figures(record: dict[str, Any]) -> str:
         return ""
 
 
+def shared_with_calibration(record: dict[str, Any]) -> float:
+    """Return the share of the text that stands in the calibration text of the model as well."""
+    return record["settings"].get("calibration_overlap") or 0.0
+
+
 def sweep_table(result: SweepResult) -> Table:
     """Return one row per run that has figures, the smallest model first; the least perplexity is bold."""
     headings = ("kept of\nfamily", "kept of\nmodel", "perplexity", "rise", "KL\n(nats)", "same\nnext token")
