@@ -95,6 +95,10 @@ bench-fit: $(STAMP)  ## Error by time of GloBE and of every baseline on four tra
 	@mkdir -p outputs
 	$(ENV) $(PY) experiments/bench/fit.py --json outputs/bench-fit.json $(ARGS)
 
+.PHONY: leaderboard
+leaderboard: $(STAMP)  ## Perplexity and KL against bytes of GloBE and its rivals, resumable (ARGS=CHECKPOINT ...)
+	$(ENV) $(PY) experiments/leaderboard/board.py $(ARGS)
+
 .PHONY: bench-scale
 bench-scale: $(STAMP)  ## Seconds and memory against every size, and the share of the machine's peak at real shapes
 	$(ENV) $(PY) experiments/bench/scale.py --threads $(or $(OMP_NUM_THREADS),1) $(ARGS)

@@ -51,15 +51,25 @@ class Row:
 
 def rows() -> list[Row]:
     """Return what is measured, those methods first that the table is about."""
+    one_atom = ("bank.m=1", "bank.r=p", "train.steps=1", LINEAR, NO_TEXT)
     found = [
-        Row("GloBE, linear", f"size {size}", (f"bank.size={size}", LINEAR, NO_TEXT))
-        for size in (0.1375, 0.106, 0.19375)
+        Row("GloBE, one linear atom", f"r=p, {bits}", (f"bank.bits={bits}", *one_atom))
+        for bits in (2.85, 2.15, 4.15)
     ]
-    found += [Row("RTN", f"{bits} bit", ("method=rtn", f"bank.bits={bits}")) for bits in (2, 3, 4)]
-    found += [Row("GPTQ", f"{bits} bit", ("method=gptq", f"bank.bits={bits}", NO_TEXT)) for bits in (2, 3, 4)]
+    for bits in (2, 3, 4):
+        few = f"bank.bits={bits}"
+        found += [
+            Row("RTN", f"{bits} bit", ("method=rtn", few)),
+            Row("GPTQ", f"{bits} bit", ("method=gptq", few, NO_TEXT)),
+            Row("GPTQ, rotated", f"{bits} bit", ("method=gptq_rotated", few, NO_TEXT)),
+        ]
     found += [
-        Row("GPTQ, rotated", f"{bits} bit", ("method=gptq_rotated", f"bank.bits={bits}", NO_TEXT))
-        for bits in (2, 3, 4)
+        Row(
+            "GloBE, linear, sizes searched",
+            f"size {size}",
+            (f"bank.size={size}", "train.steps=12", LINEAR, NO_TEXT),
+        )
+        for size in (0.1375, 0.106, 0.19375)
     ]
     found += [
         Row(

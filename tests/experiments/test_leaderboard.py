@@ -1,0 +1,74 @@
+"""The leaderboard: which rows there are, which are on the front, what is measured again, and the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from globe.config.composition import to_config
+from run_support import composed
+
+FILE = Path(__file__).parents[2] / "experiments" / "leaderboard" / "board.py"
+
+
+@pytest.fixture(scope="module")
+def board() -> Any:
+    spec = importlib.util.spec_from_file_location("leaderboard", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["leaderboard"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def point(size: int, kl: float, **more: Any) -> dict[str, Any]:
+    figures = {"perplexity": 50.0, "perplexity_original": 49.0, "top1": 0.9, "relfrob": 0.3, "seconds": 1.0}
+    figures |= {
+        "memory_mib": 300.0,
+        "kl_low": kl / 2,
+        "kl_high": 2 * kl,
+        "share": size / 100,
+        "bits": 16 * size / 100,
+    }
+    own = {"model": "m", "method": f"at {size}", "size": "s", "options": ["a=1"], "tokens": 10, "text": "t"}
+    return own | figures | {"bytes": size, "kl": kl} | more
+
+
+def test_every_row_is_a_run_that_composes_and_none_is_there_twice(board: Any) -> None:
+    rows = board.rows()
+    assert len({(row.method, row.size) for row in rows}) == len(rows) > 12
+    for row in rows:
+        to_config(composed("family=both", "layer=all", *row.options))
+
+
+def test_front_is_what_nothing_smaller_equals(board: Any) -> None:
+    points = [point(5, 0.4), point(3, 0.6), point(4, 0.7), point(9, 0.1), point(5, 0.5), point(9, 0.1)]
+    assert [(one["bytes"], one["kl"]) for one in board.front(points)] == [(3, 0.6), (5, 0.4), (9, 0.1)]
+
+
+def test_a_row_is_measured_again_when_its_options_or_text_change(board: Any) -> None:
+    row = board.Row("at 3", "s", ("a=1",))
+    setting = {"tokens": 10, "text": "t"}
+    assert board.measured([point(3, 0.5)], "m", row, setting)
+    assert not board.measured([point(3, 0.5)], "other", row, setting)
+    assert not board.measured([point(3, 0.5, options=["a=2"])], "m", row, setting)
+    assert not board.measured([point(3, 0.5)], "m", row, {"tokens": 20, "text": "t"})
+
+
+def test_table_and_picture_show_every_row(
+    board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [point(5, 0.4), point(3, 0.6), point(6, 0.7), point(3, 0.2, model="n")]
+    text = board.table(results)
+    assert text.index("## m") < text.index("## n")
+    assert text.index("at 3") < text.index("at 5") < text.index("at 6")
+    assert "**at 5**" in text
+    assert "**at 6**" not in text
+    monkeypatch.setattr(board, "PICTURE", tmp_path / "front.svg")
+    board.draw(results)
+    assert "<svg" in (tmp_path / "front.svg").read_text()
