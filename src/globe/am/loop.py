@@ -48,21 +48,26 @@ def fit_bank(
 ) -> FitResult:
     """Learn bank, codes and adapters for normalised experts X (n, p, d).
 
-    min sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2 by alternating minimisation (`am_step`), from seeded atoms
-    or from `resume`. The validation error is taken after pruning, with bank and codes rounded to `export_dtype`.
-    `on_checkpoint` gets a state every `train.checkpoint_every` seconds, from which a fit continues bit for bit on the
-    same machine (a time limit apart). Draws from `generator` (on the CPU) only before the first step. `clock` counts
-    the seconds of limits and records; `time.process_time` serves benchmarks on a shared machine.
+    Minimises sum_i ||X_i - A_i phi_lam(sum_j alpha_ij B_j)||_F^2, with the ridge of `objective`, by alternating
+    minimisation (`am_step`). With several processes, X are the experts of this one and `sizes` those of the whole bank;
+    all processes call this with equal arguments otherwise. Every conjugate-gradient iteration then sums the move of the
+    atoms over the processes, m r d numbers or m k (r + d) with low-rank atoms, and two scalars. k-means seeding, MOD
+    and beta < 1 need experts that other processes hold.
 
-    With a metric the experts are X_i L_i, the objective is sum_i ||X_i L_i - A_i phi_lam(Y_i) L_i||_F^2, and so are all
-    errors here; bank, codes and adapters are those of X_i.
+    Parameters
+    ----------
+    generator      draws the start, on the CPU; nothing is drawn from it after the first step
+    metric         L_i of experts given as X_i L_i; errors are then those of X_i L_i, the factors those of X_i
+    export_dtype   dtype to which bank and codes are rounded for the validation error; None leaves them
+    resume         state of `on_checkpoint` to continue from, bit for bit on the same machine (a time limit apart)
+    on_step        gets the record of every step
+    on_checkpoint  gets a state every `train.checkpoint_every` seconds
+    clock          counts the seconds of limits and records
+    group          the processes that hold the other experts
 
-    With several processes, X are this one's experts and `sizes` those of the whole bank; all processes call this
-    with equal
-    arguments otherwise. Codes and adapters of the result are this process's, records and states those of all experts.
-    Every conjugate-gradient iteration adds up the move of the atoms over the processes, m r d numbers or m k (r +
-    d) with
-    low-rank atoms, and two scalars. k-means seeding, MOD and beta < 1 need experts that other processes hold.
+    Returns
+    -------
+    The factors, with codes and adapters of the experts here, and how the fit went.
 
     Raises FitError when numbers are no longer finite.
     """
@@ -144,7 +149,7 @@ def _begin(
 
 
 def _control(problem: Problem, running: Running, controls: Controls) -> Running:
-    """Temperature control in its phase; the cut to the target support when the frozen phase begins."""
+    """Control the temperature in its phase, and cut the support to its target when the frozen phase begins."""
     codes, progress = problem.config.codes, running.progress
     target = problem.sizes.target_support
     if target is None or controls.phase is Phase.dense or progress.frozen:
@@ -202,7 +207,7 @@ def _count(progress: Progress, figures: StepFigures, seconds: float) -> Progress
 
 
 def _validate(problem: Problem, running: Running) -> tuple[Running, float | None]:
-    """Every so many steps, the error of what would be exported now, and whether that was any better."""
+    """Return, every `train.evaluate_every` steps, the error of what would be exported now."""
     progress, train = running.progress, problem.config.train
     if progress.step % train.evaluate_every:
         return running, None
@@ -257,7 +262,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
 
 
 def _state_of_best(problem: Problem, running: Running) -> AMState:
-    """The best state with its point, made in the memory of the present one where they differ."""
+    """Return the best state with its point, made in the memory of the present one where they differ."""
     state, best = running.state, running.best
     if best.atoms is state.atoms:
         return state
