@@ -20,14 +20,14 @@ _DAMPING = 1e-3
 
 
 def contributions(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n m"]:
-    """alpha_ij ||B_j||_F: what an atom adds to an expert, whatever the gauge."""
+    """Return alpha_ij ||B_j||_F: what an atom adds to an expert, whatever the gauge."""
     return codes * torch.linalg.vector_norm(bank, dim=(1, 2))
 
 
 def entmax_support(
     codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], *, temperature: float, code_map: str
 ) -> Bool[Tensor, "n m"]:
-    """Support of map(z_i / T), with z the exact pre-image of the present contributions at T = 1.
+    """Return the support of map(z_i / T), with z the exact pre-image of the present contributions at T = 1.
 
     T = 1 keeps the present support, a lower T drops the smallest contributions, a higher one lets atoms back in.
     Never empty.
@@ -39,7 +39,7 @@ def entmax_support(
 def support_of_median(
     codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], *, median: int, code_map: str
 ) -> Bool[Tensor, "n m"]:
-    """The entmax support at the highest temperature whose median support is at most `median`.
+    """Return the entmax support at the highest temperature whose median support is at most `median`.
 
     Bisection on T, in which the median support is monotone; where equal contributions make it jump over the target
     the result stands below it, and where they are an expert's largest they are parted by their order. Supports that
@@ -65,14 +65,14 @@ def support_of_median(
 
 
 def _median(support: Bool[Tensor, "n m"]) -> float:
-    """Of the support sizes; between the middle two where n is even, as it is reported."""
+    """Return the median of the support sizes: the mean of the middle two where n is even, as it is reported."""
     return float(support.sum(dim=1).double().cpu().quantile(0.5))
 
 
 def code_system(
     bank: Float[Tensor, "m r d"], point: Point
 ) -> tuple[Float[Tensor, "n m m"], Float[Tensor, "n m"]]:
-    """Normal equations of a change of codes: K_i[j, l] = <P B_ij, G_i P B_il>, h_i[j] = <B_j, force_i>.
+    """Return the normal equations of a change of codes: K_i[j, l] = <P B_ij, G_i P B_il>, h_i[j] = <B_j, force_i>.
 
     B_ij = (J_i * B_j) L_i, P removes the row space of M_i. Costs as much as m conjugate-gradient iterations.
     """
@@ -92,7 +92,7 @@ def code_system(
 
 
 def _rounding(bank: Float[Tensor, "m r d"], point: Point) -> Float[Tensor, " n"]:
-    """A size below which K is rounding: what a single atom leaves, whose every change the adapters absorb."""
+    """Return a size below which K is rounding: what a single atom leaves, whose every change the adapters absorb."""
     atom = torch.linalg.vector_norm(bank) ** 2 / len(bank)
     size = point.gram.diagonal(dim1=1, dim2=2).mean(dim=1) * atom
     return (300 * torch.finfo(bank.dtype).eps * size).clamp_min(torch.finfo(bank.dtype).tiny)
@@ -101,7 +101,7 @@ def _rounding(bank: Float[Tensor, "m r d"], point: Point) -> Float[Tensor, " n"]
 def _price(
     diagonal: Float[Tensor, "n m"], codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]
 ) -> Float[Tensor, "n m"]:
-    """Slope at the present codes of sum_j u_j while sum_j u_j^2 stays, u_j = alpha_j ||B_j||, in the units of K.
+    """Return the slope of sum_j u_j, u_j = alpha_j ||B_j||, while sum_j u_j^2 stays, in the units of K.
 
     The adapters leave the scale of an expert's codes free, so a price on the sum alone would only shrink them all.
     This one takes from small contributions and gives to large ones.
@@ -122,7 +122,7 @@ def propose_codes(
     l1: float = 0.0,
     simplex: bool = False,
 ) -> Float[Tensor, "n m"]:
-    """argmin over alpha_i >= 0 on the support of the linearised objective around the present codes.
+    """Minimise the objective, linearised around the present codes, over alpha_i >= 0 on the support.
 
     1/2 (a - alpha)^T (K + damping) (a - alpha) - h^T (a - alpha) + l1 price^T a (see `_price`). A proposal: the
     caller measures the true objective. An expert whose proposal is all zero keeps its present codes.

@@ -40,7 +40,7 @@ class Controls:
 
 
 def share_of_fit(train: TrainConfig, step: int, seconds: float) -> float:
-    """How far a fit is, 0 to 1: by steps, or by time where the limit is nearer. The last step stands at 1."""
+    """Return how far a fit is, 0 to 1: by steps, or by time where that limit is nearer. The last step stands at 1."""
     share = step / (train.steps - 1) if train.steps > 1 else 1.0
     if train.time_limit is not None:
         share = max(share, seconds / train.time_limit)
@@ -48,7 +48,7 @@ def share_of_fit(train: TrainConfig, step: int, seconds: float) -> float:
 
 
 def controls_at(schedule: ScheduleConfig, sizes: Sizes, share: float) -> Controls:
-    """Schedules and phase at a share of the fit."""
+    """Return the scheduled values and the phase at a share of the fit."""
     curves = (schedule.lam, schedule.beta, schedule.temperature)
     lam, beta, temperature = (_value(curve, share) for curve in curves)
     phase = Phase.dense
@@ -64,5 +64,5 @@ def _value(curve: CurveConfig, share: float) -> float:
 
 
 def median_support(codes: Float[Tensor, "n m"]) -> float:
-    """Median over experts of the atoms in use; the mean of the middle two for an even number of experts."""
+    """Return the median over experts of the atoms in use: the mean of the middle two for an even number of experts."""
     return float((codes > 0).sum(dim=1).double().cpu().quantile(0.5))

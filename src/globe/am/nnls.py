@@ -19,7 +19,7 @@ _SIMPLEX_WEIGHT = 1e4
 def logits_from_codes(
     codes: Float[Tensor, "n m"], *, code_map: str, temperature: float = 1.0, margin: float = 1e-4
 ) -> tuple[Float[Tensor, "n m"], Float[Tensor, " n"]]:
-    """Logits z and gains s with s_i * map(z_i / T) = codes_i: the exact inverse of the code map.
+    """Return logits z and gains s with s_i * map(z_i / T) = codes_i: the exact inverse of the code map.
 
     s_i = sum_j codes_ij and, for p = codes / s, z = 2 T sqrt(p) for entmax15 and z = T p for sparsemax
     (Peters, Niculae, Martins 2019, threshold zero). Zero codes stand `margin` T below the threshold, so
@@ -44,7 +44,7 @@ def nnls_codes(
     simplex: bool = False,
     support: Bool[Tensor, "n m"] | None = None,
 ) -> Float[Tensor, "n m"]:
-    """argmin over alpha_i >= 0 of 1/2 alpha_i^T G alpha_i - H_i^T alpha_i, per expert.
+    """Minimise 1/2 alpha_i^T G alpha_i - H_i^T alpha_i over alpha_i >= 0, per expert.
 
     G is the Gram matrix of the atoms, one for all experts (m, m) or one each (n, m, m); H_ij = <atom_j,
     target_i>. `simplex` adds sum_j alpha_ij = 1; `support` allows only some atoms of each expert.

@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
 
 def mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
-    """Mixed bases Y_i = sum_j codes_ij bank_j, as one matrix product."""
+    """Return the mixed bases Y_i = sum_j codes_ij bank_j, by one matrix product."""
     return (codes @ bank.flatten(1)).unflatten(1, bank.shape[1:])
 
 
@@ -128,7 +128,7 @@ def error_at(
     metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> float:
-    """The error of `evaluate` alone, which needs no memory beyond a chunk's."""
+    """Return the error of `evaluate` alone, which needs no memory beyond a chunk's."""
     refits = _refits(X, bank, codes, lam, activation, lambda_A, metric)
     errors = torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits])
     return group.total(_sum(errors))
@@ -144,7 +144,7 @@ def adapters_at(
     lambda_A: float = 0.0,
     metric: Metric | None = None,
 ) -> Float[Tensor, "n p r"]:
-    """The adapters of `evaluate` alone, with the same bits."""
+    """Return the adapters of `evaluate` alone, with the same bits."""
     adapters = X.new_empty(*X.shape[:2], bank.shape[1])
     for part, fit, *_ in _refits(X, bank, codes, lam, activation, lambda_A, metric):
         adapters[part] = fit.adapters

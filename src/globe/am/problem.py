@@ -45,7 +45,7 @@ class Problem:
         return (error / self.total) ** 0.5 if self.total > 0 else 0.0
 
     def at(self, controls: Controls, *, temperature_factor: float = 1.0, coding: bool = False) -> StepOptions:
-        """The options of one step: those of the whole fit with the scheduled values."""
+        """Return the options of one step: those of the whole fit with the scheduled values."""
         return replace(
             self.options,
             lam=controls.lam,
@@ -57,7 +57,7 @@ class Problem:
 
 
 def step_options(config: Config, X: Float[Tensor, "n p d"]) -> StepOptions:
-    """What a configuration says of every step; the only place where a step's scalars leave the configuration."""
+    """Return what a configuration says of every step; a step's scalars leave the configuration nowhere else."""
     train, codes = config.train, config.codes
     return StepOptions(
         activation=config.bank.activation,
@@ -76,7 +76,7 @@ def step_options(config: Config, X: Float[Tensor, "n p d"]) -> StepOptions:
 
 
 def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
-    """Codes on an entmax support whose median meets the target, refit by least squares on it; spends `state`."""
+    """Cut the codes to an entmax support whose median meets the target and refit them on it; spends `state`."""
     assert problem.sizes.target_support is not None
     support = support_of_median(
         problem.group.gather(state.atoms.codes),
@@ -90,7 +90,7 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
 
 
 def validation_relfrob(problem: Problem, state: AMState) -> float:
-    """RelFrob with codes pruned, bank and codes rounded to the export dtype, adapters refit."""
+    """Return RelFrob with codes pruned, bank and codes rounded to the export dtype, and adapters refit."""
     codes = prune(state.atoms.codes, problem.config.codes.prune)
     bank = state.atoms.bank
     if problem.export_dtype is not None:
@@ -118,7 +118,7 @@ def step_record(
     figures: StepFigures,
     validation: float | None,
 ) -> StepRecord:
-    """The record of the step that led to `running`; supports are those of all processes' experts."""
+    """Return the record of the step that led to `running`; supports are those of the experts of all processes."""
     state, progress = running.state, running.progress
     support = problem.group.gather(support_sizes(state.atoms.codes)).double()
     return StepRecord(

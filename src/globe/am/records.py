@@ -116,7 +116,8 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One line of `metrics.jsonl`. Times in seconds; objective is the sum of squared residuals, normalised."""
+    """One line of `metrics.jsonl`. Times are in seconds; the objective is the sum of squared residuals of the
+    normalised experts, and the price of the ridge."""
 
     step: int
     seconds: float

@@ -63,7 +63,7 @@ class Running(NamedTuple):
 
 
 def snapshot(running: Running, group: ProcessGroup = ALONE) -> FitState:
-    """Everything `restore` needs to continue, with the codes of all processes."""
+    """Return everything `restore` needs to continue, with the codes of all processes."""
     state = running.state
     tensors = _pack("now", state.atoms, group) | _pack("anchor", state.anchor, group)
     if running.best.atoms is not state.atoms:
@@ -87,7 +87,7 @@ def restore(
     metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> Running:
-    """The fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine.
+    """Return the fit that `snapshot` saved; adapters are refit, which gives the same bits on the same machine.
 
     The state is that of all experts, so that it may go on with another number of processes, up to rounding.
     """
@@ -137,7 +137,7 @@ def _unpack(name: str, tensors: dict[str, Tensor]) -> Atoms:
 
 
 def _own(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy in memory of our own: products of tensors at other alignments can differ in the last bit."""
+    """Return a copy in memory of our own: products of tensors at other alignments can differ in the last bit."""
     if tensor.is_floating_point():
         return tensor.to(device=like.device, dtype=like.dtype, copy=True)
     return tensor.to(device=like.device, copy=True)

@@ -1,6 +1,4 @@
-"""Schedules of lam, beta and T: pure functions of the step, evaluated outside it and passed in as plain
-numbers.
-"""
+"""Schedules of lam, beta and T: pure functions of the step, evaluated outside it."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ def curve_value(
     warmup: float = 0.0,
     hold: float = 0.0,
 ) -> float:
-    """Value of a curve at `step` = 0 .. steps - 1 of a fit of `steps` steps.
+    """Return the value of a curve at `step` = 0 .. steps - 1 of a fit of `steps` steps.
 
     With x = step / (steps - 1), the curve stays at `start` up to x = `warmup`, is at `end` from x = 1 -
     `hold` on, and between them goes the way t = 0 .. 1 as
@@ -53,7 +51,7 @@ def curve_value(
 
 
 def _progress(step: int | float, steps: int, warmup: float, hold: float) -> float:
-    """How far along the way, 0 to 1. A hold wins over the end of the warm-up at the same step."""
+    """Return how far along the way a step is, 0 to 1. A hold wins over the end of the warm-up at the same step."""
     x = 1.0 if steps <= 1 else min(max(step / (steps - 1), 0.0), 1.0)
     if hold > 0 and x >= 1 - hold:
         return 1.0

@@ -34,7 +34,7 @@ def seed_bank(
     warm_start: WarmStart | None = None,
     group: ProcessGroup = ALONE,
 ) -> tuple[Float[Tensor, "m r d"], Int[Tensor, " all"]]:
-    """First atoms (orthonormal rows) and the group of every expert, for any 1 <= m <= n.
+    """Return the first atoms (orthonormal rows) and the group of every expert, for any 1 <= m <= n.
 
     random      right singular basis of one randomly picked expert per group
     group_svd   right singular basis of the stacked experts of each group, the minimiser over B of
@@ -82,7 +82,7 @@ def seed_bank(
 def _bases_of(
     X: Float[Tensor, "n p d"], picks: list[int], r: int, warm_start: WarmStart | None, group: ProcessGroup
 ) -> Float[Tensor, "m r d"]:
-    """The right singular bases of the picked experts, each made by the rank that holds it."""
+    """Return the right singular bases of the picked experts, each made by the rank that holds it."""
     first = group.rows.start or 0
     bank = X.new_zeros(len(picks), r, X.shape[2])
     for at, pick in enumerate(picks):
@@ -95,7 +95,7 @@ def _bases_of(
 def group_basis(
     X: Float[Tensor, "n rows d"], chosen: Tensor, r: int, group: ProcessGroup = ALONE
 ) -> Float[Tensor, "r d"]:
-    """Top-r right singular basis of the chosen experts stacked below each other.
+    """Return the top-r right singular basis of the chosen experts stacked below each other.
 
     Needs at most one d x d matrix in float64 beside an expert: the Gram matrix summed over the experts, or
     the stack itself while it has fewer rows than columns.
@@ -118,7 +118,7 @@ def group_basis(
 
 
 def kmeans_groups(rows: Float[Tensor, "n k d"], m: int, *, generator: torch.Generator) -> Int[Tensor, " n"]:
-    """k-means of the experts by the directions they read: m groups, none empty.
+    """Group the experts by the directions they read, with k-means: m groups, none empty.
 
     Experts are compared by C_i = rows_i^T rows_i / ||.||_F, which no rotation of an expert's rows changes,
     through <C_i, C_j> = ||rows_i rows_j^T||_F^2 alone (kernel k-means, Dhillon, Guan, Kulis 2004), so no d
@@ -168,7 +168,7 @@ def _second_moment_kernel(rows: Float[Tensor, "n k d"]) -> Float[Tensor, "n n"]:
 
 
 def _without_empty(groups: Int[Tensor, " n"], distance: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
-    """The same groups, each empty one given the farthest expert of a group that can spare it."""
+    """Return the same groups, each empty one given the farthest expert of a group that can spare it."""
     m = distance.shape[1]
     groups = groups.clone()
     for empty in (torch.bincount(groups, minlength=m) == 0).nonzero().squeeze(1).tolist():
@@ -188,7 +188,7 @@ def first_codes(
     concentration: float = 2.0,
     bases: Float[Tensor, "n r d"] | None = None,
 ) -> Float[Tensor, "n m"]:
-    """First codes, in the dtype and on the device of the bank.
+    """Return the first codes, in the dtype and on the device of the bank.
 
     mixed     one_hot e_g(i) + (1 - one_hot) Dirichlet(concentration): dense, so that every atom sees every
     expert.

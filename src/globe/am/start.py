@@ -27,7 +27,7 @@ def first_atoms(
     metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> Atoms:
-    """Seeded bank and first codes, scaled so that the entries of the mixed bases have the deviation `init.scale`.
+    """Return a seeded bank and first codes, with mixed bases whose entries have the deviation `init.scale`.
 
     Low-rank atoms are their seeds projected to k random directions of the r rows, B_j = Q_j Q_j^T S_j. One projection
     on both sides keeps the seeds' common gauge: with two, atoms of aligned seeds cancel in mixtures, and fits end 1 %
@@ -68,6 +68,6 @@ def first_atoms(
 
 
 def spread(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"], group: ProcessGroup = ALONE) -> float:
-    """Root mean square of the entries of the mixed bases."""
+    """Return the root mean square of the entries of the mixed bases."""
     rows = [float(mix(one[None], bank).square().mean()) for one in codes]
     return (group.total(sum(rows)) / group.count(len(rows))) ** 0.5

@@ -23,7 +23,7 @@ class Constraint(NamedTuple):
     """codes of an expert sum to one"""
 
     def feasible(self, codes: Float[Tensor, "n m"], before: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """`codes` clamped and masked; an expert left with none keeps those it had `before`."""
+        """Return `codes` clamped and masked; an expert left with none keeps those it had `before`."""
         codes = codes.clamp_min(0)
         if self.support is not None:
             codes = codes * self.support
@@ -44,7 +44,7 @@ class Atoms(NamedTuple):
         return self._replace(codes=codes)
 
     def moved(self, step: Move, constraint: Constraint, *, joint: bool) -> Atoms:
-        """After a Gauss-Newton step: (bank or left and right) plus the step, then the codes if they move."""
+        """Return the atoms after a step of the bank, or left and right, and of the codes if they move."""
         codes = self.codes
         if joint:
             codes = constraint.feasible(codes + step[-1], codes)
@@ -53,7 +53,7 @@ class Atoms(NamedTuple):
         return low_rank_atoms(self.left + step[0], self.right + step[1], codes)
 
     def beyond(self, origin: Atoms, weight: float, constraint: Constraint) -> Atoms:
-        """Extrapolation self + weight (self - origin)."""
+        """Return the extrapolation self + weight (self - origin)."""
         codes = constraint.feasible(torch.lerp(origin.codes, self.codes, 1 + weight), self.codes)
         if self.left is None or self.right is None:
             return Atoms(torch.lerp(origin.bank, self.bank, 1 + weight), codes)
@@ -66,7 +66,7 @@ class Atoms(NamedTuple):
 def low_rank_atoms(
     left: Float[Tensor, "m r k"], right: Float[Tensor, "m k d"], codes: Float[Tensor, "n m"]
 ) -> Atoms:
-    """Atoms B_j = U_j V_j, with the dense product kept beside its factors.
+    """Return atoms B_j = U_j V_j, with the dense product kept beside its factors.
 
     Contiguous, as they are after a restart: another layout rounds products differently.
     """
@@ -75,7 +75,7 @@ def low_rank_atoms(
 
 
 class AMState(NamedTuple):
-    """Between two steps."""
+    """A fit between two steps."""
 
     atoms: Atoms
     point: Point
@@ -108,7 +108,7 @@ def start_state(
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> AMState:
-    """A state at rest with the adapters refit to `atoms`; `metric` and `into` as in `evaluate`."""
+    """Return a state at rest with the adapters refit to `atoms`; `metric` and `into` as in `evaluate`."""
     point = evaluate(
         X,
         atoms.bank,
@@ -132,7 +132,7 @@ def point_at(
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> Point:
-    """The point of `evaluate` at `atoms` under the step's lam, activation and ridge."""
+    """Return the point of `evaluate` at `atoms` under the step's lam, activation and ridge."""
     return evaluate(
         X,
         atoms.bank,
@@ -147,7 +147,7 @@ def point_at(
 
 
 def adapters_of(X: Float[Tensor, "n p d"], state: AMState, options: StepOptions) -> Float[Tensor, "n p r"]:
-    """The adapters of the state's point, made anew where the point goes without."""
+    """Return the adapters of the state's point, made anew where the point goes without."""
     if state.point.adapters is not None:
         return state.point.adapters
     bank, codes = state.atoms.bank, state.atoms.codes

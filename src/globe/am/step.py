@@ -101,7 +101,7 @@ def coding_step(
     group: ProcessGroup = ALONE,
     spend: bool = False,
 ) -> AMState:
-    """New codes by least squares on `support` (None: where they may be now), expert by expert.
+    """Find new codes by least squares on `support` (None: where they may be now), expert by expert.
 
     With the bank fixed the objective is a sum over experts, so each keeps whichever codes leave it the smaller error:
     the proposal, or its present ones cut to the support. Without a new support no expert's error rises. With an L1

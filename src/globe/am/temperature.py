@@ -16,7 +16,7 @@ LOWEST, HIGHEST = 1e-6, 1e6
 
 
 def next_temperature(T: float, median: float, target: float, *, eta: float, clamp: float = 0.1) -> float:
-    """One step of the support control: T exp(-c) with c = eta (median / target - 1) within [-clamp, clamp].
+    """Take one step of the support control: T exp(-c) with c = eta (median / target - 1) within [-clamp, clamp].
 
     With alpha = map(z / T) a higher T makes denser codes, so a median support above its target must lower
     T: hence the minus. (With the sign the other way round the loop drives the support away from the
@@ -50,7 +50,7 @@ def simplex_weights(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> Floa
 
 
 def support_from_logits(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> Bool[Tensor, "n m"]:
-    """The atoms that map(z_i / T) gives a positive weight; never empty, since the largest logit is always in.
+    """Return the atoms that map(z_i / T) gives a positive weight; never empty, since the largest logit is always in.
 
     Entmax chooses the support, least squares then chooses the values on it (`nnls_codes(support=...)`).
     """
@@ -59,7 +59,7 @@ def support_from_logits(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> 
 
 
 def prune(codes: Float[Tensor, "n m"], eps: float) -> Float[Tensor, "n m"]:
-    """Codes below `eps` times the expert's largest set to zero, 0 <= eps < 1.
+    """Set codes below `eps` times the expert's largest to zero, 0 <= eps < 1.
 
     The largest code itself always stays, so no expert with a code is left without; a row of zeros stays one.
     """

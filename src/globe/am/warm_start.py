@@ -28,7 +28,7 @@ class WarmStart(NamedTuple):
 
 
 def truncated_svd(X: Float[Tensor, "n p d"], r: int) -> WarmStart:
-    """A0_i = U_r S_r and B0_i = V_r^T of every expert, the minimiser of ||X_i - A0_i B0_i||_F at rank r.
+    """Return A0_i = U_r S_r and B0_i = V_r^T of every expert, the minimiser of ||X_i - A0_i B0_i||_F at rank r.
 
     B0_i has orthonormal rows, whatever the rank of X_i. Works expert by expert (`right_basis`), so nothing
     of the size of all experts is made but the result. Raises ValueError unless 1 <= r <= min(p, d).
@@ -38,15 +38,13 @@ def truncated_svd(X: Float[Tensor, "n p d"], r: int) -> WarmStart:
 
 
 def right_basis(X: Float[Tensor, "rows d"], r: int) -> Float[Tensor, "r d"]:
-    """The r leading right singular vectors of X as orthonormal rows, strongest first.
+    """Return the r leading right singular vectors of X as orthonormal rows, strongest first.
 
-    By the eigenvectors of the smaller Gram matrix in float64: on 60 trained experts of 176 x 256 that took
-    0.32 s on one thread against 0.54 s for the batched SVD in float32 and 0.68 s in float64, and on one of
-    1408 x 2048 1.3 s against 2.2 s; the projector was as exact as the float64 SVD's (3e-7; float32 SVD
-    9e-5). The Gram matrix squares the condition number, so directions below 1e-8 of the strongest are
-    rounding: a QR factorisation keeps the rows orthonormal there too, and completes the basis when X has
-    rank below r. Signs are fixed by making each row's largest entry positive, since an activation tells a
-    basis from its negative.
+    They are the eigenvectors of the smaller Gram matrix in float64, which is faster than an SVD and gives a projector
+    as exact as the SVD in float64. The Gram matrix squares the condition number, so directions below 1e-8 of the
+    strongest are rounding: a QR factorisation keeps the rows orthonormal there too, and completes the basis when X has
+    rank below r. Signs are fixed by making each row's largest entry positive, since an activation tells a basis from
+    its negative.
 
     Raises ValueError unless 1 <= r <= min(rows, d).
     """
@@ -62,7 +60,7 @@ def right_basis(X: Float[Tensor, "rows d"], r: int) -> Float[Tensor, "r d"]:
 
 
 def leading_eigenvectors(gram: Float[Tensor, "d d"], r: int) -> Float[Tensor, "r d"]:
-    """The r leading eigenvectors of a symmetric matrix as orthonormal rows, strongest first, signs fixed."""
+    """Return the r leading eigenvectors of a symmetric matrix as orthonormal rows, strongest first, signs fixed."""
     return _fix_signs(torch.linalg.eigh(gram).eigenvectors[:, -r:].flip(1).mT)
 
 
@@ -72,7 +70,7 @@ def _fix_signs(basis: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
 
 
 def procrustes(bases: Float[Tensor, "n r d"], target: Float[Tensor, "n r d"]) -> Float[Tensor, "n r r"]:
-    """The orthogonal Q_i that minimises ||Q_i B_i - T_i||_F, per expert: Q = U V^T of T_i B_i^T = U S V^T.
+    """Return the orthogonal Q_i that minimises ||Q_i B_i - T_i||_F, per expert: Q = U V^T of T_i B_i^T = U S V^T.
 
     Where T_i B_i^T is singular the minimiser is not unique and one of them is returned. Schoenemann 1966.
     """
@@ -81,5 +79,5 @@ def procrustes(bases: Float[Tensor, "n r d"], target: Float[Tensor, "n r d"]) ->
 
 
 def align(bases: Float[Tensor, "n r d"], target: Float[Tensor, "n r d"]) -> Float[Tensor, "n r d"]:
-    """Q_i B_i for the rotation of `procrustes`: the same row spaces in the gauge of `target`."""
+    """Return Q_i B_i for the rotation of `procrustes`: the same row spaces in the gauge of `target`."""
     return procrustes(bases, target) @ bases

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def phi(Y: Float[Tensor, "*shape"], *, lam: float, activation: str) -> Float[Tensor, "*shape"]:
-    """phi_lam(Y). `activation` is identity, silu, tanh or gelu (exact, not the tanh approximation)."""
+    """Return phi_lam(Y). `activation` is identity, silu, tanh or gelu (exact, not the tanh approximation)."""
     if lam == 0.0 or activation == "identity":
         return Y
     match activation:
@@ -33,7 +33,7 @@ def phi_prime(
     activation: str,
     image: Float[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"] | None:
-    """d phi_lam / dY, entrywise; None stands for all ones (linear), which callers use to skip the product.
+    """Return d phi_lam / dY, entrywise; None stands for all ones (linear), which callers use to skip the product.
 
     `image` is phi_lam(Y) where it is at hand, which saves a second tanh.
     """

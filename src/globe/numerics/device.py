@@ -17,7 +17,7 @@ from globe.errors import ConfigError
 
 
 def pick_device(device: Device, dtype: FitDtype = FitDtype.float32) -> torch.device:
-    """The device asked for; `auto` is CUDA where there is one and otherwise the CPU.
+    """Return the device asked for; `auto` is CUDA where there is one and otherwise the CPU.
 
     `auto` never picks MPS: it has no float64, which the solves fall back on. Raises ConfigError with the
     remedy when the device is not there or can't do the dtype.
@@ -38,7 +38,7 @@ def pick_device(device: Device, dtype: FitDtype = FitDtype.float32) -> torch.dev
 
 @contextmanager
 def arithmetic(config: Config) -> Iterator[torch.device]:
-    """The device of a run, with its threads and determinism set; both are put back at the end.
+    """Yield the device of a run, with its threads and determinism set; both are put back at the end.
 
     They are global to the process, and the runs of a sweep share one.
     """
@@ -69,7 +69,7 @@ nothing on idle cores, and on busy ones the threads wait for each other (a fit o
 
 
 def limit_threads(config: Config, largest: int) -> None:
-    """One thread for a run whose largest bank has `largest` numbers, if that is small and `threads` is not given.
+    """Use one thread for a run whose largest bank has `largest` numbers, if that is small and `threads` is not given.
 
     Inside `arithmetic`, which puts the number of threads back.
     """
@@ -78,7 +78,7 @@ def limit_threads(config: Config, largest: int) -> None:
 
 
 def bank_seed(seed: int, key: str, attempt: int = 0) -> int:
-    """The seed of one bank's generator, below 2**63.
+    """Return the seed of one bank's generator, below 2**63.
 
     Depends on nothing but the run's seed, the bank's key and the attempt, so that neither the order of the
     banks nor skipping some changes a number.
@@ -88,7 +88,7 @@ def bank_seed(seed: int, key: str, attempt: int = 0) -> int:
 
 
 def return_large_blocks() -> None:
-    """Have the allocator (glibc) return large blocks when they are freed: 0.5 GB less at the peak of a large fit.
+    """Have the allocator (glibc) return large blocks when they are freed, which lowers the peak of a large fit.
 
     For the life of the process. glibc would take the largest block that was ever freed, up to 32 MB, as one to keep;
     here a block of 4 MB, such as a chunk's temporaries of a large fit, gets pages of its own, and no more than that
@@ -102,7 +102,7 @@ def return_large_blocks() -> None:
 
 
 def trim_heap() -> None:
-    """Return freed host memory to the system, where the allocator (glibc) would keep it: 0.3 GB after a large bank."""
+    """Return freed host memory to the system, where the allocator (glibc) would keep it."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -110,7 +110,7 @@ def trim_heap() -> None:
 
 
 def peak_host_bytes() -> int | None:
-    """Largest resident memory of the process so far; None where the system does not say (Windows)."""
+    """Return the largest resident memory of the process so far; None where the system does not say (Windows)."""
     try:
         import resource
     except ImportError:
@@ -120,5 +120,5 @@ def peak_host_bytes() -> int | None:
 
 
 def peak_device_bytes(device: torch.device) -> int | None:
-    """Largest memory allocated on a CUDA device since the run began; None elsewhere."""
+    """Return the largest memory allocated on a CUDA device since the run began; None elsewhere."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -31,47 +31,47 @@ class ProcessGroup:
     """which of a bank's experts are here"""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, on all of them; the given tensor may be overwritten by it."""
+        """Return the sum over processes, on all of them; the given tensor may be overwritten by it."""
         return tensor
 
     def total(self, value: float) -> float:
-        """The sum of one number over processes."""
+        """Return the sum of one number over processes."""
         return value
 
     def average(self, mean: Tensor) -> Tensor:
-        """Mean over all experts, of the means over the experts of each process."""
+        """Return the mean over all experts, from the means over the experts of each process."""
         return mean
 
     def any(self, own: bool) -> bool:
-        """Whether it holds on some process."""
+        """Say whether it holds on some process."""
         return own
 
     def count(self, own: int) -> int:
-        """Number of experts of all processes."""
+        """Return the number of experts of all processes."""
         return own
 
     def same(self, tensor: Tensor) -> Tensor:
-        """Process 0's tensor, on all processes; the given one may be overwritten by it."""
+        """Return process 0's tensor, on all processes; the given one may be overwritten by it."""
         return tensor
 
     def agreed(self, value: float) -> float:
-        """Process 0's number."""
+        """Return process 0's number."""
         return value
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Every expert's row, from the rows of each process; for what is small."""
+        """Return every expert's row, from the rows of each process; for what is small."""
         return rows
 
     def collect(self, rows: Tensor) -> Tensor:
-        """The same on process 0 alone; other processes get their own rows back."""
+        """Do the same on process 0 alone; other processes get their own rows back."""
         return rows
 
     def own(self, rows: Tensor) -> Tensor:
-        """This rank's part of every expert's rows."""
+        """Return this process's part of every expert's rows."""
         return rows
 
     def within(self, start: int, stop: int) -> ProcessGroup:
-        """The same processes for the experts `start` to `stop` of these, one member of a bank."""
+        """Return the same processes for the experts `start` to `stop` of these, one member of a bank."""
         return self
 
 
@@ -166,7 +166,7 @@ def _summable(dtype: torch.dtype) -> torch.dtype:
 
 
 def connected(call: Callable[[], _T]) -> _T:
-    """What an exchange gives. Raises FitError when another process is gone or late."""
+    """Yield around an exchange. Raises FitError when another process is gone or late."""
     try:
         return call()
     except RuntimeError as error:

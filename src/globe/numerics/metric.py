@@ -30,21 +30,21 @@ class Metric(NamedTuple):
     """whether the experts of all processes share one root"""
 
     def of(self, part: slice) -> Float[Tensor, "*c d d"]:
-        """L of some experts, or the one that all share."""
+        """Return L of some experts, or the one that all share."""
         if self.common:
             return self.roots[0]
         return self.roots[part] if self.which is None else self.roots[self.which[part]]
 
     def times(self, M: Float[Tensor, "c rows d"], part: slice) -> Float[Tensor, "c rows d"]:
-        """M_i L_i for the experts of `part`."""
+        """Return M_i L_i for the experts of `part`."""
         return M @ self.of(part)
 
     def adjoint(self, F: Float[Tensor, "c rows d"], part: slice) -> Float[Tensor, "c rows d"]:
-        """F_i L_i^T for the experts of `part`: a gradient in M_i L_i as one in M_i."""
+        """Return F_i L_i^T for the experts of `part`: a gradient in M_i L_i as one in M_i."""
         return F @ self.of(part).mT
 
     def solved(self, T: Float[Tensor, "c rows d"], part: slice) -> Float[Tensor, "c rows d"]:
-        """T_i L_i^-1 for the experts of `part`, which undoes `times` up to rounding."""
+        """Return T_i L_i^-1 for the experts of `part`, which undoes `times` up to rounding."""
         return times_inverse(T, self.of(part))
 
     def in_mean(self, X: Float[Tensor, "n p d"]) -> Float[Tensor, "n p d"]:
@@ -65,7 +65,7 @@ def metric_of_roots(
     common: bool = False,
     group: ProcessGroup = ALONE,
 ) -> Metric | None:
-    """The metric with these roots; None where all of them are the identity, which is the plain metric."""
+    """Return the metric with these roots; None where all of them are the identity, which is the plain metric."""
     d = roots.shape[1]
     eye = torch.eye(d, dtype=roots.dtype, device=roots.device)
     if not group.any(not all(torch.equal(root, eye) for root in roots)):
@@ -79,10 +79,10 @@ def metric_of_roots(
 
 
 def root_of(C: Float[Tensor, "*k d d"]) -> Float[Tensor, "*k d d"]:
-    """Lower triangular L with L L^T = C for positive definite C, made in float64, in the dtype of C."""
+    """Return the lower triangular L with L L^T = C for positive definite C, made in float64, in the dtype of C."""
     return torch.linalg.cholesky(to_float64(C)).to(C)
 
 
 def times_inverse(T: Float[Tensor, "*c rows d"], root: Float[Tensor, "*k d d"]) -> Float[Tensor, "*c rows d"]:
-    """T root^-1 for a lower triangular root of all, or one of each."""
+    """Return T root^-1 for a lower triangular root of all, or one of each."""
     return torch.linalg.solve_triangular(root, T, upper=False, left=False)

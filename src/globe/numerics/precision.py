@@ -10,6 +10,6 @@ _WITHOUT_FLOAT64 = ("mps",)
 
 
 def to_float64(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The same numbers in float64; on the CPU where the tensor's device (MPS) has no float64."""
+    """Return the same numbers in float64; on the CPU where the tensor's device (MPS) has no float64."""
     device = torch.device("cpu") if tensor.device.type in _WITHOUT_FLOAT64 else tensor.device
     return tensor.to(device=device, dtype=torch.float64)

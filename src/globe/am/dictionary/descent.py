@@ -25,12 +25,10 @@ _DOWN, _UP = 2.5, 5.0
 _LEAST, _MOST = 1e-6, 1e5
 _OF_ERROR = 0.1
 """The damping goes down to this share of the relative objective, so that it vanishes with the error (Fan and Yuan 2005)
-and exact problems are solved exactly. At an error of 0.34, floors of 1e-3, 1e-2, 3e-2 and 0.1 gave 0.3451, 0.3436,
-0.3446 and worse with low-rank atoms in the same time; with dense ones the first two did alike."""
+and exact problems are solved exactly."""
 _OF_ERROR_IN_METRIC = 0.5
 """The same share in a metric, where the adapters take up nearly all the energy and the curvature left is small beside
-the damping's unit: 0.1 and 0.5 gave 0.0218 and 0.0212 in 20 steps, the first with five refused steps and the second
-with none."""
+the damping's unit."""
 _FINE = 3e-4
 """A step that promises less than this share of the objective is the last in low precision, which would stall the fit if
 it were kept to the end."""
@@ -140,7 +138,7 @@ def _refused(state: AMState, promised: float) -> AMState:
 
 
 def _bases(state: AMState, options: StepOptions) -> Float[Tensor, "n r d"]:
-    """M_i = phi_lam(Y_i) L_i of all experts; only the steps off the fast path need it."""
+    """Return M_i = phi_lam(Y_i) L_i of all experts; only the steps off the fast path need it."""
     return _in_metric(state, _activated(state.atoms, options, slice(None)), slice(None))
 
 
@@ -149,7 +147,7 @@ def _activated(atoms: Atoms, options: StepOptions, part: slice) -> Float[Tensor,
 
 
 def _in_metric(state: AMState, M: Float[Tensor, "c r d"], part: slice) -> Float[Tensor, "c r d"]:
-    """M_i L_i with the metric of the state's point."""
+    """Return M_i L_i with the metric of the state's point."""
     return M if state.point.metric is None else state.point.metric.times(M, part)
 
 
@@ -191,7 +189,7 @@ def mod_dictionary_step(
     warm: Float[Tensor, "n r d"] | None = None,
     group: ProcessGroup = ALONE,
 ) -> AMState:
-    """Plain MOD on blended targets, atoms brought to equal norms, then the refit; always taken, may ascend.
+    """Take a step of plain MOD on blended targets, bring the atoms to equal norms, and refit; the objective may rise.
 
     In a metric the targets are those of M_i L_i, brought back by L_i^-1: like A_i^T A_i, the metric itself is dropped.
     """

@@ -44,7 +44,7 @@ def gauss_newton_direction(
     curvature_dtype: torch.dtype | None = None,
     spend: bool = False,
 ) -> Direction:
-    """The move that at most `cg_iterations` of conjugate gradients give, in plain atoms (and codes).
+    """Return the move that at most `cg_iterations` of conjugate gradients give, in plain atoms (and codes).
 
     cg_tolerance     the truncation test of Nash and Sofer (1990): end after iteration j if the quadratic model fell by
                      no more than cg_tolerance / j of its whole fall so far; 0 makes all iterations

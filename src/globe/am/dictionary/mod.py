@@ -44,7 +44,7 @@ def linearised_targets(
     *,
     floor: float = 0.1,
 ) -> Float[Tensor, "n r d"]:
-    """Targets for Y from targets T for M = phi(Y): Y + J (T - M) / (J^2 + floor^2), entrywise.
+    """Return targets for Y from targets T for M = phi(Y): Y + J (T - M) / (J^2 + floor^2), entrywise.
 
     The damped inverse keeps entries where phi is flat (J near 0) from running away; T itself when phi is linear.
     """
@@ -54,7 +54,7 @@ def linearised_targets(
 
 
 def rescale_gauge(bank: Float[Tensor, "m r d"], codes: Float[Tensor, "n m"]) -> Gauge:
-    """Atoms at the root mean square norm of the bank, the codes taking up the rest: Y_i is unchanged.
+    """Bring all atoms to the root mean square norm of the bank; the codes take up the rest, so that Y_i is unchanged.
 
     Zero atoms stay zero.
     """

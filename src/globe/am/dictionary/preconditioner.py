@@ -89,7 +89,7 @@ def precondition(
     dtype: torch.dtype | None = None,
     kept: Remainder | None = None,
 ) -> Preconditioner:
-    """Blocks at one point; `damping` is relative to each block's mean diagonal.
+    """Return the blocks at one point; `damping` is relative to each block's mean diagonal.
 
     Bank: P_j (x) C with P_j = sum_i c_ij^2 mean(J_i^2) A_i^T A_i over an atom's rows and C = mean_i (I - Q_i^T Q_i)
     over its columns, multiplied in `dtype`; C saves a fifth of the steps. In a metric C is the mean of
@@ -140,7 +140,7 @@ def _low_rank_blocks(
     metric: Float[Tensor, "d d"],
     damping: float,
 ) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[float, float]]:
-    """Inverses for U and for V, and their dampings.
+    """Return the inverses for U and for V, and their dampings.
 
     Atoms that many experts share pull on each other: atom by atom, P_j (x) V_j C V_j^T and U_j^T P_j U_j (x) C, the
     system keeps a condition number of 70 for U and 900 for V (60 trained experts, k = 17). So the blocks are coupled
@@ -191,7 +191,7 @@ def _inverse_coupled(K: Float[Tensor, "s s"]) -> Float[Tensor, "s s"]:
 def _column_metric(
     rows: Float[Tensor, "n r d"], group: ProcessGroup, dtype: torch.dtype | None
 ) -> Float[Tensor, "d d"]:
-    """(1 + flat) I - mean_i Q_i^T Q_i: the share of each input direction that the adapters cannot absorb."""
+    """Return (1 + flat) I - mean_i Q_i^T Q_i: the share of each input direction that the adapters cannot absorb."""
     flat = rows.flatten(0, 1).to(dtype)
     metric = group.sum((flat.T @ flat).to(rows.dtype)) / -group.count(len(rows))
     metric.diagonal().add_(1 + _FLAT)

@@ -21,7 +21,7 @@ class Remainder(NamedTuple):
 
 
 def remainder(point: Point, group: ProcessGroup, *, dtype: torch.dtype) -> Remainder:
-    """K_i as a matrix, in `dtype`; the mean in the dtype of the point.
+    """Return K_i as a matrix, in `dtype`, and their mean in the dtype of the point.
 
     Once made, a product with it costs r d^2 multiply-adds, less than two with L_i and the projection between them. It
     is made in the dtype of the fit and rounded once: the difference cancels most where the metric is largest.

@@ -41,31 +41,30 @@ class Tangent(NamedTuple):
     processes"""
 
     def gather(self, atoms: Float[Tensor, "m r d"], codes: Float[Tensor, "n m"]) -> Move:
-        """The adjoint of dY as a move, from its inner products with the atoms (`coordinates`^T dY) and the codes."""
+        """Return the adjoint of dY as a move, from its products with the atoms (`coordinates`^T dY) and the codes."""
         return self.summed(self.pulled(atoms), codes)
 
     def pulled(self, atoms: Float[Tensor, "m r d"]) -> Move:
-        """The inner products with the atoms as those with what moves: the bank, or its factors."""
+        """Turn inner products with the atoms into those with what moves: the bank, or its factors."""
         if self.left is None or self.right is None:
             return (atoms,)
         return atoms @ self.right.mT, self.left.mT @ atoms
 
     def summed(self, atoms: Move, codes: Float[Tensor, "n m"]) -> Move:
-        """A move of such products by the experts here: its part in the atoms is a sum over all processes."""
+        """Return a move from such products of the experts here: its part in the atoms is summed over all processes."""
         move = tuple(self.group.sum(part) for part in atoms)
         if not self.joint:
             return move
         return (*move, codes if self.free is None else codes * self.free)
 
     def counted(self, move: Move) -> Move:
-        """The parts of a move that this process contributes to an inner product: the atoms' count on process 0
-        alone."""
+        """Return the parts of a move that this process adds to an inner product: the atoms count on process 0 alone."""
         if self.group.rank == 0:
             return move
         return move[-1:] if self.joint else ()
 
     def leave_coordinates(self, move: Move) -> Move:
-        """A move with the bank's part back in the plain atoms, R dB = solved, and equal on all processes."""
+        """Return a move with the bank's part back in the plain atoms, R dB = solved, and equal on all processes."""
         if self.triangle is not None:
             solved = torch.linalg.solve_triangular(self.triangle, move[0].flatten(1), upper=True)
             move = (solved.unflatten(1, self.bank.shape[1:]), *move[1:])
@@ -83,7 +82,7 @@ def tangent(
     joint: bool = True,
     group: ProcessGroup = ALONE,
 ) -> Tangent:
-    """The tangent at (bank, codes). Orthonormal coordinates need dense atoms and independent codes."""
+    """Return the tangent at (bank, codes). Orthonormal coordinates need dense atoms and independent codes."""
     coordinates, triangle = codes, None
     if left is None and group.count(codes.shape[0]) >= codes.shape[1]:
         C, R = (group.same(part) for part in torch.linalg.qr(group.gather(codes)))

@@ -22,7 +22,7 @@ def weight_aware_targets(
 
 
 def aligned_warm_start(warm: Float[Tensor, "n r d"], M: Float[Tensor, "n r d"]) -> Float[Tensor, "n r d"]:
-    """The warm-start bases V_i^T in the gauge and at the size of the present M_i.
+    """Return the warm-start bases V_i^T in the gauge and at the size of the present M_i.
 
     The singular vectors of different experts are rotated against each other arbitrarily, so each is first turned
     by the orthogonal matrix that brings it closest to M_i, then scaled to ||M_i||_F.
@@ -34,7 +34,7 @@ def aligned_warm_start(warm: Float[Tensor, "n r d"], M: Float[Tensor, "n r d"]) 
 def blend(
     beta: float, weight_aware: Float[Tensor, "n r d"], warm: Float[Tensor, "n r d"] | None
 ) -> Float[Tensor, "n r d"]:
-    """(1 - beta) warm + beta weight_aware; `warm` may be None when beta is 1."""
+    """Return (1 - beta) warm + beta weight_aware; `warm` may be None when beta is 1."""
     if beta == 1.0:
         return weight_aware
     assert warm is not None
