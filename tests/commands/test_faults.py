@@ -152,6 +152,7 @@ def test_a_disk_that_fails_is_a_sentence(number: int) -> None:
         OSError(number, os.strerror(number), "banks/state.json"),
         OSError(number, os.strerror(number)),
         OSError(f"banks can't be written: I/O error: {os.strerror(number)} (os error {number})"),
+        OSError(f"banks can't be written: {OSError(number, os.strerror(number), 'a file')}"),
     ):
         sentence = explain(error)
         assert sentence is not None, error

@@ -254,7 +254,7 @@ def _of_disk(error: OSError) -> str | None:
     number = _number(error)
     if number in _BROKEN:
         return f"reading or writing{where} failed, {_BROKEN[number]}"
-    if number == errno.EROFS and not error.filename:
+    if number in _REFUSED and not error.filename:
         return f"{_one_line(str(error))}: give another output folder"
     # a missing file is a mistake of ours, unless it is the parent of a run folder that Hydra wants to make
     refused = error.errno in _REFUSED or (error.errno == errno.ENOENT and _raised_in_hydra(error))
@@ -267,8 +267,8 @@ def _number(error: BaseException) -> int | None:
     """Return the errno of an error, also where safetensors has put it into words."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\(?os error (\d+)\)?", str(error))
-    return int(found[1]) if found else None
+    found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 def _of_yaml(error: yaml.YAMLError) -> str:
