@@ -9,10 +9,8 @@ Meanings are the strings under the fields of `src/globe/config/`, so an option i
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import inspect
-import itertools
 import json
 import sys
 import types
@@ -27,6 +25,7 @@ from omegaconf import OmegaConf
 
 from globe.config import schema as config
 from globe.config.composition import conf_dir
+from globe.config.help import meanings
 from globe.config.schema import Config, CurveConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -53,18 +52,6 @@ class Option(NamedTuple):
     values: str
     default: str
     meaning: str
-
-
-def meanings(kind: type) -> dict[str, str]:
-    """Field name -> the string that stands under it in the source."""
-    tree = ast.parse(inspect.cleandoc(inspect.getsource(kind)))
-    body = typing.cast(ast.ClassDef, tree.body[0]).body
-    found = {}
-    for one, after in itertools.pairwise(body):
-        named = isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
-        if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[one.target.id] = " ".join(str(after.value.value).split())
-    return found
 
 
 def values(name: str, kind: Any) -> str:

@@ -28,6 +28,7 @@ from globe.calibration.run import RECORD, Calibration, calibrate
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config import commands as entry
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
+from globe.config.help import train_help
 from globe.config.identity import identity
 from globe.config.schema import Config
 from globe.config.typed import as_typed
@@ -305,6 +306,9 @@ def _share(node: Container, path: Path) -> None:
 
 def main() -> None:
     """`python -m globe.train`, without the command line's program name."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        entry.start(lambda: print(train_help()))
+        return
     if not torchrun.leads():
         sys.argv += torchrun.SILENT
 

@@ -78,6 +78,9 @@ def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
     except KeyboardInterrupt as stop:
         say(f"interrupted: {stop or 'the same command goes on from here'}")
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except Exception as error:
         sentence = explain(error)
         if sentence is None or wants_traceback:
