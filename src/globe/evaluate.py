@@ -88,7 +88,7 @@ def _evaluate_sweep_and_show(options: EvaluateOptions, folder: str) -> None:
         raise ConfigError(
             "out is not possible with sweep, whose runs get an evaluation.json each: leave it out"
         )
-    _quiet()
+    quiet()
     console = wide_console()
     result = evaluate_sweep(options, lambda line: say(console, line))
     if result.records:
