@@ -11,13 +11,18 @@ r and, for low-rank atoms, their rank. Its form can be chosen with --globe, all 
 globe.train:
 
     python experiments/bench/perplexity.py --globe bank.activation=tanh --globe-sizes 0.47=60,88,17 0.35=12,64
+
+A method may name the metric that its errors count in: svd+inputs, globe+experts. The metric of inputs takes
+--calibrate, another text than the one that is evaluated. --prune drops whole experts by REAP's score on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
+import math
 import re
 import sys
 import time
@@ -34,6 +39,7 @@ from omegaconf import DictConfig
 import globe.fit.baseline
 import globe.fit.one_bank
 import globe.train
+from globe.calibration.run import calibrate
 from globe.checkpoint import open_checkpoint
 from globe.config.commands import explain
 from globe.config.composition import conf_dir, plain, to_config
@@ -46,6 +52,7 @@ from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, to
 from globe.files import read_record, write_json
 from globe.fit.plan import plan
 from globe.hf import patch_model
+from globe.hf.structure import experts_modules
 from globe.runs.summary import read_summary
 
 _DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -71,7 +78,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of conf/method")
+    parser.add_argument("--calibrate", help="text that methods with +inputs are calibrated on")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), help="of conf/method, or METHOD+METRIC"
+    )
+    parser.add_argument(
+        "--prune", nargs="*", type=float, default=[], help="shares of the experts that are dropped, as 0.25"
+    )
     parser.add_argument("--kept", nargs="+", type=float, default=list(KEPT))
     parser.add_argument("--layers", default="all", help="as layer= of globe.train")
     parser.add_argument("--families", default="both", choices=("both", "up", "gate"))
@@ -95,6 +108,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-perplexity"))
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     options = parser.parse_args()
+    if options.calibrate is None and (
+        options.prune or any(one.endswith("+inputs") for one in options.methods)
+    ):
+        parser.error("--prune and methods in the metric of inputs need --calibrate")
     for given in options.globe_sizes:
         if not re.fullmatch(SIZES, given):
             parser.error(
@@ -160,8 +177,9 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfi
     limit = [f"train.steps={options.steps}"]
     if options.steps is None:
         limit = ["train.steps=1000000", f"train.time_limit={options.seconds:g}"]
+    name, _, metric = method.partition("+")
     overrides = [
-        f"method={method}",
+        f"method={name}",
         f"model.path={Path(options.checkpoint).resolve()}",
         f"layer={options.layers}",
         f"family={options.families}",
@@ -169,16 +187,24 @@ def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfi
         f"threads={options.threads}",
         "train.patience=0",
         *limit,
+        *(calibration(options) if metric == "inputs" else []),
+        *([f"normalise.metric={metric}"] if metric else []),
         *options.set,
-        *(options.globe if method == "globe" else []),
+        *(options.globe if name == "globe" else []),
     ]
-    if method == "globe" and (given := globe_sizes(options, kept)) is not None:
+    if name == "globe" and (given := globe_sizes(options, kept)) is not None:
         named = zip(("m", "r", "atom_rank"), given, strict=False)
         overrides += [f"bank.{name}={size}" for name, size in named]
     else:
         overrides.append(f"bank.kept={kept:g}")
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         return compose("config", overrides=overrides)
+
+
+def calibration(options: argparse.Namespace) -> list[str]:
+    text = options.calibrate
+    path = text if text == "embedded" else Path(text).resolve()
+    return [f"calibrate.text={path}", f"calibrate.out={options.out / 'calibration'}"]
 
 
 def globe_sizes(options: argparse.Namespace, kept: float) -> tuple[int, ...] | None:
@@ -208,7 +234,7 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     settings = bench.settings | {"run": mark}
     if (cell := finished(options, method, kept, settings)) is not None:
         return cell
-    searched = method == "globe" and globe_sizes(options, kept) is None
+    searched = method.partition("+")[0] == "globe" and globe_sizes(options, kept) is None
     for bank in () if searched else plan(to_config(node), open_checkpoint(options.checkpoint)):
         if bank.kept > kept:
             raise ConfigError(
@@ -216,8 +242,10 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
                 "smaller --globe-sizes"
             )
     folder = options.out / "runs" / f"{method}-{kept:g}-{mark}"
+    started = time.process_time()
     with redirect_stdout(sys.stderr):  # only the tables go to where a file may be
         globe.train.run(node, folder)
+    spent = time.process_time() - started
     summary = read_summary(folder / "summary.json")
     assert summary is not None
     bench.copy.load_state_dict(bench.original.state_dict())
@@ -236,6 +264,7 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
         "relfrob": summary.relfrob,
         "sizes": {bank.key: [bank.m, bank.r] for bank in summary.banks},
         "seconds": {key: one.seconds for key, one in summary.runtimes.items()},
+        "processor_seconds": spent,
         "seconds_evaluation": time.perf_counter() - clock,
         "original": asdict(perplexity(sums.nll_original, sums, seed=options.seed)),
         "perplexity": asdict(perplexity(sums.nll, sums, seed=options.seed)),
@@ -246,6 +275,37 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, json.loads(json.dumps(cell)))
     return cell
+
+
+def pruned(bench: Bench, share: float) -> str:
+    """What is left of a model without the share of its experts, layer by layer, whose mean of REAP is the least.
+
+    REAP (arXiv 2510.13999): the mean over an expert's tokens of its gate value times the norm of its output. The router
+    goes without them too.
+    """
+    options = bench.options
+    checkpoint = open_checkpoint(options.checkpoint)
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = to_config(compose("config", overrides=calibration(options)))
+    found = calibrate(checkpoint, config.calibrate)
+    model = copy.deepcopy(bench.original)
+    for layer, name in experts_modules(model).items():
+        s = found.layer(layer)
+        score_of = s.reap / s.counts.clamp_min(1)
+        left = score_of.argsort(descending=True)[: round(len(score_of) * (1 - share))].sort().values
+        experts, router = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]).gate
+        for module, weights in ((experts, ("gate_up_proj", "down_proj")), (router, ("weight",))):
+            for weight in weights:
+                setattr(module, weight, torch.nn.Parameter(getattr(module, weight).detach()[left]))
+            module.num_experts = len(left)
+    sums = score(model, bench.tokens, bench.windows, original=bench.original, batch=options.batch)
+    assert sums.kl is not None
+    assert sums.agreement is not None
+    far = divergence(sums.kl, sums.agreement, sums.tokens, seed=options.seed)
+    return (
+        f"- {share:.0%} of the experts pruned by REAP's score: perplexity "
+        f"{perplexity(sums.nll, sums, seed=options.seed).perplexity:.2f}, KL {far.kl:.5f}"
+    )
 
 
 @contextmanager
@@ -263,7 +323,7 @@ def processor_seconds() -> Iterator[None]:
 
 
 def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str:
-    """Three tables, a row a method and a column a share: perplexity, KL, RelFrob; the best of a column in bold."""
+    """Tables with a row a method and a column a share: perplexity, KL, RelFrob, processor seconds, the best in bold."""
     lines = []
     if cells:
         one = next(iter(cells.values()))
@@ -274,8 +334,9 @@ def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str
         )
     for title, figure, form in (
         ("perplexity", lambda cell: cell["perplexity"]["perplexity"], "{:.2f}"),
-        ("KL(original to compressed), nats", lambda cell: cell["divergence"]["kl"], "{:.4f}"),
+        ("KL(original to compressed), nats", lambda cell: cell["divergence"]["kl"], "{:.5f}"),
         ("RelFrob", lambda cell: cell["relfrob"], "{:.4f}"),
+        ("processor seconds", lambda cell: cell.get("processor_seconds", math.nan), "{:.0f}"),
     ):
         lines += ["", f"| {title}; kept: | " + " | ".join(f"{share:g}" for share in kept) + " |"]
         lines.append("|---" * (1 + len(kept)) + "|")
@@ -311,6 +372,8 @@ def main() -> None:
                 cells[method, kept] = do_cell(bench, method, kept)
                 print(f"{method} {kept:g}: {summary_line(cells[method, kept])}", file=sys.stderr, flush=True)
     print(markdown(cells, options.methods, options.kept))
+    for share in () if options.table else options.prune:
+        print(pruned(bench, share))
 
 
 def summary_line(cell: dict[str, Any]) -> str:
