@@ -27,7 +27,7 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.preconditioner import precondition
 from globe.am.dictionary.remainder import remainder
 from globe.am.objective import adapters_at, error_at, evaluate
-from globe.am.records import FitState, StepOptions
+from globe.am.records import FitState, Sizes, StepOptions
 from globe.am.start import first_atoms, spread
 from globe.am.state import Atoms, Constraint, start_state
 from globe.am.step import am_step
@@ -388,3 +388,19 @@ def test_bfloat16_products_point_the_same_way() -> None:
         for inner in (torch.float32, torch.bfloat16)
     ]
     assert float(torch.cosine_similarity(*moves, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4])
+def test_a_linear_fit_of_low_rank_atoms_in_sharp_metrics_stays_finite(condition: float) -> None:
+    """In float32, with the sizes and steps at which a first version of the method broke down."""
+    n, p, d = 32, 96, 160
+    C = metrics(n, d, seed=50, condition=condition)
+    C = (C + 1e-2 * torch.eye(d, dtype=C.dtype)) / 1.01
+    X = (normal(n, p, d, seed=51) + normal(1, p, d, seed=52)) @ root_of(C.mean(dim=0)).T
+    X, metric = (X / X.std()).float(), metric_for(C.float())
+    options = {"lambda_A": 1e-4, "cg_iterations": 40, "cg_tolerance": 0.5, "momentum": 0.95, "damping": 1e-2}
+    config = configured(steps=60, init=InitConfig(), **options)
+    result, records = fitted(seen(X, metric), Sizes(n, p, d, 32, 60, atom_rank=6), config, metric=metric)
+    assert len(records) == 60
+    assert result.rejected < 10
+    assert result.relfrob < 0.6 * result.relfrob_start

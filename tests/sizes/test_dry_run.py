@@ -25,12 +25,13 @@ from globe.checkpoint.in_memory import ExpertsInMemory
 from globe.config.composition import to_config
 from globe.config.schema import Config
 from globe.errors import ConfigError
-from globe.fit.plan import outline
+from globe.fit.plan import outline, plan
 from globe.hf.globe_checkpoint import write_globe
 from globe.hf.run_banks import open_run
 from globe.runs.folder import RunFolder, State
 from globe.sizes.chosen import choose_sizes
 from globe.sizes.costs import average_work, chunk_of, fit_bytes, reference_seconds, step_work
+from globe.sizes.dry_run import bytes_of, metric_numbers
 from run_support import composed, run_in
 
 SIZES = Sizes(12, 20, 28, 5, 9)
@@ -317,3 +318,29 @@ def test_the_bench_runs_and_memory_is_near() -> None:
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("| 12 x")]
     assert 0.75 < float(row.split("|")[4]) < 1.25, json.dumps(row)
+
+
+def test_a_metric_is_counted(tmp_path: Path) -> None:
+    """Held: one d x d root of an expert for up and gate, and weights of the rows. A step has more to multiply."""
+    text = ("calibrate.text=embedded", f"calibrate.out={tmp_path}")
+    checkpoint = open_checkpoint(None)
+    common = ("layer=3", "bank.m=4", "bank.r=22", "bank.activation=tanh")
+
+    def predicted(*options: str) -> tuple[float, int, int]:
+        config = to_config(composed(*common, *options))
+        bank = plan(config, checkpoint)[0]
+        return (
+            average_work(config, bank.sizes),
+            metric_numbers(config, bank),
+            bytes_of(config, checkpoint, bank),
+        )
+
+    n, p, d = 16, 44, 64
+    plain, experts, inputs = predicted(), predicted("normalise.metric=experts"), predicted(*text)
+    assert (plain[1], experts[1], inputs[1]) == (0, 2 * d * d, n * d * d + n * p)
+    assert predicted("family=both", "bank.scope=families", *text)[1] == n * d * d + 2 * n * p
+    assert predicted("family=down", *text)[1] == n * p * p
+    assert plain[0] < inputs[0] < 3 * plain[0]
+    assert experts[0] == inputs[0]
+    assert predicted("normalise.metric=experts", "bank.activation=identity")[0] == plain[0]
+    assert inputs[2] >= plain[2] + 4 * n * d * d

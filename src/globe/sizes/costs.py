@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from globe.am.records import Sizes
-from globe.config.schema import Config, TrainConfig
+from globe.config.choices import Family, Metric
+from globe.config.schema import Config, TrainConfig, chosen_metric, is_linear
 from globe.numerics.chunks import chunk_size, product_chunk_size
 
 REFERENCE_RATE = 2e10
@@ -25,14 +26,23 @@ def step_work(
     joint: bool = True,
     coding_every: int = 5,
     evaluate_every: int = 5,
+    in_metric: bool = False,
 ) -> float:
-    """Multiply-adds of an average projected Gauss-Newton step, with coding and validation every so many steps."""
+    """Multiply-adds of an average projected Gauss-Newton step, with coding and validation every so many steps.
+
+    In a metric bases and forces are multiplied by L_i, and products by the matrix K_i that is made once a step.
+    """
     n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
     evaluate = n * (m * r * d + 2 * r * r * d + 3 * p * r * d + 2 * p * r * r + r**3)
     product = 3 * n * r * r * d + (4 if joint else 2) * n * m * r * d + _of_atoms(sizes)
     prepare = n * r * (2 * m * d + m * r + d * d) + n * m * r * _SKETCH * (d + r + m) + m * r**3 + d**3
     coding = n * m * r * d * (3 * r + m + 1)
     coded = 1 / coding_every if coding_every else 0.0
+    if in_metric:
+        evaluate += 2 * n * r * d * d
+        product += n * r * d * (d - 2 * r)
+        prepare += n * d * d * (r + d)
+        coding += n * m * r * d * d
     return (
         (EVALUATIONS + 1 / evaluate_every + 2 * coded) * evaluate
         + cg_iterations * product
@@ -62,7 +72,19 @@ def average_work(config: Config, sizes: Sizes) -> float:
         joint=config.codes.joint,
         coding_every=config.codes.every,
         evaluate_every=config.train.evaluate_every,
+        in_metric=in_metric(config),
     )
+
+
+def in_metric(config: Config) -> bool:
+    """Whether the kernels of a fit multiply by a metric of the columns."""
+    match chosen_metric(config):
+        case Metric.inputs:
+            return config.family is not Family.down
+        case Metric.experts:
+            return not is_linear(config)
+        case _:
+            return False
 
 
 def chunk_of(sizes: Sizes, *, itemsize: int) -> int:
@@ -84,6 +106,8 @@ def fit_bytes(
     joint: bool = True,
     members: int = 1,
     stored: bool = False,
+    metric: int = 0,
+    projected: bool = False,
 ) -> int:
     """The most that reading, fitting and exporting one bank hold at once, beside the program itself.
 
@@ -92,6 +116,8 @@ def fit_bytes(
     and the orthonormal rows, slopes and forces of every expert; the bank as it is and as it was; at the first point the
     adapters too, at later ones two candidates of the bank, and a chunk's temporaries. In the conjugate gradients: the
     same without the forces, the moves, the inverses. Counted in the dtype of the fit: gradients in bfloat16 take less.
+    In a metric: its `metric` numbers throughout, and with `projected`, in the conjugate gradients, a d x d matrix of
+    every expert in the place of its orthonormal rows.
     """
     n, p, d, m, r = sizes.n, sizes.p, sizes.d, sizes.m, sizes.r
     k = sizes.atom_rank
@@ -109,5 +135,8 @@ def fit_bytes(
     solver = 3 * m * r * r + (n * r * r if curved else 0) + 3 * d * d
     banks = 2 * bank + (0 if k is None else 2 * move)
     refits = chunk_size(n, max(r, p), d) * (4 * r * d + 2 * p * d + 3 * r * r)
+    held += metric * itemsize
+    if projected:
+        products += n * d * (d - r)
     step = point + banks + max(products + solver - n * r * d, 2 * move + refits, n * p * r + refits)
     return max(reading + 3 * p * d * 8, held + step * itemsize)

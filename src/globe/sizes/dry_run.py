@@ -18,15 +18,15 @@ from rich.table import Table
 
 from globe.am.records import Sizes
 from globe.checkpoint import Checkpoint, open_checkpoint
-from globe.config.choices import ExportDtype, Method, Scale, Store
+from globe.config.choices import ExportDtype, Method, Metric, Scale, Store
 from globe.config.console import add_row, new_table, say, wide_console
-from globe.config.schema import Config
+from globe.config.schema import Config, chosen_metric
 from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
 from globe.sizes.budget import enlarged
 from globe.sizes.chosen import allows, room_of
-from globe.sizes.costs import fit_bytes
+from globe.sizes.costs import fit_bytes, in_metric
 from globe.sizes.search import plan_search
 from globe.sizes.timing import is_curved, seconds_of_steps
 
@@ -176,6 +176,21 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def metric_numbers(config: Config, bank: BankPlan) -> int:
+    """Numbers of the roots and row weights that a metric holds: one root of an expert, for up and gate alike."""
+    n, p, d = bank.outline.shape
+    match chosen_metric(config):
+        case Metric.experts:
+            return 2 * d * d
+        case Metric.inputs:
+            counts = zip(bank.members, bank.outline.counts, strict=True)
+            of_layers = {member.layer: count for member, count in counts if member.family != "down"}
+            down = any(member.family == "down" for member in bank.members)
+            return sum(of_layers.values()) * d * d + n * p * (p if down else 1)
+        case _:
+            return 0
+
+
 def bytes_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
     """Bytes that a fit of the bank holds at most, beside the program."""
     return fit_bytes(
@@ -186,6 +201,8 @@ def bytes_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
         joint=config.codes.joint,
         members=len(bank.members),
         stored=config.normalise.store is Store.checkpoint,
+        metric=metric_numbers(config, bank),
+        projected=in_metric(config),
     )
 
 
