@@ -145,6 +145,26 @@ def one(**changes: Any) -> dict[str, Any]:
 
 
 DAMAGED = {
+    "deep": encoded(b'{"a":' * 10**5),
+    "infinite": encoded(b'{"x":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}', b"8" * 8),
+    "a tensor twice": encoded(
+        json.dumps(one())[:-1].encode() + b", " + json.dumps(one())[1:].encode(), b"8" * 8
+    ),
+    "a list for a dtype": encoded(one(dtype=["F32"]), b"8" * 8),
+    "a shape of floats": encoded(one(shape=[2.0]), b"8" * 8),
+    "a shape of truth": encoded(one(shape=[True, 2]), b"8" * 8),
+    "an extent that no stride reaches": encoded(one(shape=[2**62, 4, 0], data_offsets=[0, 0])),
+    "sixty axes": encoded(one(shape=[1] * 60 + [2]), b"8" * 8),
+    "negative offsets": encoded(one(data_offsets=[-8, 0])),
+    "a million empty tensors": encoded(
+        b"{"
+        + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % k for k in range(10**6))
+        + b"}"
+    ),
+    "a name that is no text": encoded(
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"8" * 8
+    ),
+    "metadata that is no text": encoded(one() | {"__metadata__": {"format": 3}}, b"8" * 8),
     "empty": b"",
     "seven bytes": b"1234567",
     "no header": struct.pack("<Q", 0),

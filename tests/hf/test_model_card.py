@@ -110,5 +110,5 @@ def test_an_export_that_is_not_what_the_banks_say_is_told(
     with pytest.raises(CheckpointError, match=r"layer 1 gate, expert 0 .* patch again"):
         look(out, open_run(run))
     (out / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="transformers can't run it"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
         look(out, open_run(run))

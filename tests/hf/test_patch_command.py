@@ -106,8 +106,9 @@ def test_an_unfinished_run_is_used_as_far_as_it_is_and_said_to_be_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = RunFolder(random_run(tiny("olmoe"), tmp_path / "run", ["up"]))
+    run = RunFolder(tmp_path / "run")
     run.begin({"seed": 0})
+    random_run(tiny("olmoe"), run.path, ["up"])
     run.report("layer000.up", BankStatus(State.finished))
     run.report("layer001.up", BankStatus(State.failed))
     (run.path / "banks" / "layer001.up").rename(tmp_path / "elsewhere")

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from torch import Tensor
 from globe.bank.packed_tensors import dequantised, flatten, gather, layouts
 from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, require, validate
 from globe.errors import ArtefactError
-from globe.files import fresh_folder, parse_record, plain_record, read_json, sha256, sync, write_text
+from globe.files import (
+    fresh_folder,
+    open_regular,
+    parse_json,
+    parse_record,
+    plain_record,
+    read_json,
+    sha256,
+    sync,
+    write_text,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,6 +48,8 @@ FORMAT_VERSION = 2
 _READ = (1, FORMAT_VERSION)
 TENSORS_FILE = "bank.safetensors"
 RECORD_FILE = "globe.json"
+_LONGEST_HEADER = 8 << 20
+"""Bytes; the members of a bank of 10,000 experts take a hundredth of it."""
 METADATA_KEY = "globe"
 """The only metadata key: two or more come out in random order, and equal runs would give unequal bytes."""
 
@@ -217,10 +230,20 @@ def _read_record(root: Path) -> dict[str, Any]:
     return record
 
 
+def _require_small_header(path: Path) -> None:
+    """Raises ValueError for what the library would not bear: a pipe, a device, a header of millions of tensors."""
+    with BufferedReader(open_regular(path)) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes where at most {_LONGEST_HEADER:,} are read")
+        parse_json(file.read(length))
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
+        _require_small_header(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+            header = parse_json((file.metadata() or {}).get(METADATA_KEY, "null").encode())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtefactError(

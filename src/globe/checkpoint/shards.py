@@ -175,7 +175,12 @@ class ShardReader:
 def _is_below(name: str) -> bool:
     """Does a file name of an index stay in the folder, or in one below it?"""
     path = PurePosixPath(name)
-    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    possible = (
+        0 < len(name) < 1000
+        and "\0" not in name
+        and all(len(part.encode("utf-8", "replace")) < 256 for part in path.parts)
+    )
+    return possible and not path.is_absolute() and ".." not in path.parts
 
 
 class ShardWriter:

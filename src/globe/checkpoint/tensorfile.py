@@ -132,6 +132,10 @@ class TensorFile:
 
     def _entries(self, record: dict[str, Any], size: int | None) -> dict[str, TensorEntry]:
         """Every tensor in the order of its bytes, which must follow each other up to `size`, where that is known."""
+        try:
+            "".join(record).encode()
+        except UnicodeEncodeError as error:  # half of a pair of JSON's escapes, which the library refuses too
+            raise self._broken("a name in it is no text") from error
         begin = position = len(self.header)
         found = {name: self._entry(name, one, begin) for name, one in record.items()}
         entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))

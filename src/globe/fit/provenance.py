@@ -94,13 +94,15 @@ def complete_artefact(
 
 
 def stamp(path: str | None) -> str:
-    """A cheap mark of a checkpoint folder's files (names, sizes, times); empty for what is not a folder.
+    """A cheap mark of a checkpoint folder's files (names, sizes, times, places); empty for what is not a folder.
 
-    If it is unchanged the experts are; if it has changed, only their hash can tell.
+    If it is unchanged the experts are; if it has changed, only their hash can tell. Among the times is the one of
+    the last change of the file itself, which nobody can set back, as a copy that keeps times does with the other.
     """
     folder = None if path is None else Path(path).expanduser()
     if folder is None or not folder.is_dir():
         return ""
     files = sorted(one for one in folder.iterdir() if one.suffix in (".safetensors", ".json"))
-    facts = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+    found = [(one.name, one.stat()) for one in files]
+    facts = [(name, one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for name, one in found]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
