@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from globe_vllm.packed import Packed
+
 COMPOSED_AT_ONCE = 8
 """Bases composed together in the bank form; bounds the memory of a call."""
 SPLIT_AXIS = {"dense": 1, "adapters": 1}
@@ -41,9 +43,14 @@ class Bank:
         shapes = {"atoms": (m, r, d)} if k is None else {"left": (m, r, k), "right": (m, k, d)}
         self.held = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         self.absent = set(self.held)
+        packed = layout.get("packed") or {}
+        files = {"bank": "atoms", "atoms_left": "left", "atoms_right": "right"}
+        self.packed = {files[name]: Packed(one) for name, one in packed.items() if name in files}
 
     def load(self, name: str, value: Tensor) -> None:
-        copy_into(self.held, self.absent, name, value)
+        name, value = unpacked(self.packed, name, value)
+        if value is not None:
+            copy_into(self.held, self.absent, name, value)
 
     def mix(self, codes: Tensor, several: bool) -> Tensor:
         """sum_j codes_hj B_j for codes (h, m): (h, r, d). `several`: form low-rank atoms once for many experts."""
@@ -94,11 +101,16 @@ class Factors:
                 shapes["mean"] = (1,) if layout["mean"] == "scalar" else (p, d)
         self.held = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         self.absent = set(self.held)
+        packed = (layout or {}).get("packed") or {}
+        self.packed = {name: Packed(one) for name, one in packed.items() if name == "adapters"}
 
     def load(self, name: str, value: Tensor) -> None:
         """Copy a tensor of the file, or this process's share of it. Raises ValueError if it does not fit."""
         if name.startswith("bank.") and self.bank is not None:
             self.bank.load(name.removeprefix("bank."), value)
+            return
+        name, value = unpacked(self.packed, name, value)
+        if value is None:
             return
         axis = SPLIT_AXIS.get(name, 0 if name == "mean" and value.dim() == 2 else None)
         if axis is not None and name in self.held:
@@ -160,6 +172,12 @@ class Factors:
         if mean.dim() == 1:
             return y + x.sum(-1, keepdim=True) * mean
         return y + (x @ mean if output else F.linear(x, mean))
+
+
+def unpacked(packed: Mapping[str, Packed], name: str, value: Tensor) -> tuple[str, Tensor | None]:
+    """Name and numbers of a factor; None while parts of a packed one are still to come."""
+    factor, _, part = name.partition(".")
+    return (factor, packed[factor].take(part, value)) if factor in packed else (name, value)
 
 
 def copy_into(held: dict[str, Tensor], absent: set[str], name: str, value: Tensor) -> None:

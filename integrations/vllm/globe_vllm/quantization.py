@@ -20,7 +20,7 @@ from globe_vllm.factors import Bank, Factors
 from globe_vllm.loading import PLACES, SHARED
 
 VERSION_KEY = "globe_version"
-READABLE_VERSIONS = (1,)
+READABLE_VERSIONS = (1, 2)
 FORMS = ("bank", "composed")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 

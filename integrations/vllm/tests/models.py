@@ -64,6 +64,16 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
             "model.max_experts=4",
         ],
     ),
+    "packed": (
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 80,
+            "shared_expert_intermediate_size": 48,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+        },
+        ["family=all", "bank.m=3", "bank.r=40", "bank.bits_A=3", "bank.bits_B=6"],
+    ),
     "olmoe": (
         "olmoe",
         {"intermediate_size": 80, "num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4},

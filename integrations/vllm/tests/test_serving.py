@@ -26,7 +26,7 @@ PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(
     not PYTHON, reason="VLLM_PYTHON names no Python with vLLM: use make test-vllm"
 )
-CASES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe")
+CASES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "packed")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")},
     "OMP_NUM_THREADS": "1",
