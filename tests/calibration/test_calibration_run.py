@@ -138,6 +138,17 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     same(calibrate(checkpoint, options), want, checkpoint.moe_layers)
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    checkpoint, options = make(tmp_path)
+    folder = Path(str(options.out))
+    folder.mkdir()
+    for name in (RECORD, "progress.json", "layer-001.safetensors"):
+        (folder / f".{name}.globe-0123abcd").write_text("half")
+    calibration = calibrate(checkpoint, options)
+    assert not list(folder.glob(".*.globe-*"))
+    assert calibration.layer(1).layer == 1
+
+
 def test_only_the_layers_wanted_and_later_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, options = make(tmp_path, num_hidden_layers=3)
     want = calibrate(checkpoint, options)

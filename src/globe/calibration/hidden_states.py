@@ -35,6 +35,11 @@ class HiddenStates:
         self._folder = folder
         self._record = folder / "progress.json"
 
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """The files that are written atomically."""
+        return (self._record,)
+
     def found(self) -> Progress | None:
         """How far an earlier pass came; None for no pass, or one whose file is not whole."""
         record = read_record(self._record)

@@ -38,7 +38,7 @@ from globe.checkpoint import Checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import ExportDtype
 from globe.errors import ConfigError
-from globe.files import lock, read_record, write_json
+from globe.files import clear_files, lock, read_record, write_json
 
 RECORD = "calibration.json"
 _log = logging.getLogger(__name__)
@@ -194,7 +194,14 @@ def _folder(checkpoint: Checkpoint, options: CalibrateConfig, output: str | Path
 
 
 def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
-    """The record of the folder, written if there is none. Raises ConfigError for a folder of something else."""
+    """The record of the folder, written if there is none; what a kill left half written is removed.
+
+    Raises ConfigError for a folder of something else.
+    """
+    files = [folder / RECORD, *HiddenStates(folder).records]
+    clear_files(
+        [*files, *(Calibration(folder, key, {}).file(layer) for layer in request.checkpoint.moe_layers)]
+    )
     record = read_record(folder / RECORD)
     if record is not None and record.get("key") == key:
         return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") 
     header = json.dumps(
         {"format_version": FORMAT_VERSION, "layer": statistics.layer, "key": key}, sort_keys=True
     )
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.globe-{secrets.token_hex(4)}")  # which `clear_files` knows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.touch()
