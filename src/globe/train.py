@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -50,6 +51,11 @@ from globe.sizes.dry_run import dry_run
 
 register()
 _log = logging.getLogger("globe.train")
+_AMBIENT = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
+)
+"""Variables of the environment that choose between kernels, and so change rounding."""
 _failure: Exception | None = None
 """Of the only job of a process that does a single run: `main` reports it, Hydra need not know."""
 
@@ -171,6 +177,8 @@ def _begun(task: _Task, config: Config, group: torchrun.Group) -> Iterator[RunFo
             group.record = folder.end
             folder.begin(plain(task.node))
             around.enter_context(task.folder.logged())
+            for name in filter(os.environ.get, _AMBIENT):
+                _log.info("of the environment, and part of the numbers: %s=%s", name, os.environ[name])
             if not config.overwrite:
                 adopt(folder, task.fit)
             yield folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
 import globe.fit.one_bank
 from globe.config.commands import explain, is_out_of_memory
+from globe.config.composition import conf_dir, register
 from globe.errors import FitError
 from globe.numerics import chunks
 from run_support import FakeFit, change_tensor, load, run_in, small_checkpoint
@@ -176,6 +179,28 @@ def test_a_signal_is_recorded_and_the_same_command_goes_on(tmp_path: Path, name:
     assert load(tmp_path / "run" / "status.json")["state"] == "interrupted"
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xef\xbb\xbf# @package _global_\nfamily: gate\n", "without a byte-order mark"),
+        (b"# @package _global_\ntrain:\n\tsteps: 3\n", "line 3, column 1"),
+        (b"\xff\xfefamily", "is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_experiment_of_the_user_is_a_sentence(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  of Hydra, of YAML, of Python
+        initialize_and_compose(tmp_path)
+    assert says in str(explain(caught.value))
+
+
+def initialize_and_compose(folder: Path) -> None:
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        compose("config", overrides=[f"hydra.searchpath=[file://{folder}]", "experiment=mine"])
+
+
 def test_a_yaml_file_with_a_tab_is_a_sentence() -> None:
     with pytest.raises(yaml.YAMLError) as caught:
         yaml.safe_load("train:\n\tsteps: 3\n")
@@ -183,3 +208,13 @@ def test_a_yaml_file_with_a_tab_is_a_sentence() -> None:
     assert sentence is not None
     assert "line 2, column 1" in sentence
     assert "tabs" in sentence
+
+
+def test_settings_of_the_environment_that_change_numbers_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeFit())
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    _, folder = run_in(tmp_path, "train.steps=1")
+    assert "part of the numbers: ATEN_CPU_CAPABILITY=avx2" in (folder / "train.log").read_text()

@@ -341,6 +341,17 @@ def test_wandb_gets_group_tags_config_metrics_and_histograms(tmp_path: Path, wan
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_runs_of_a_sweep_have_ids_of_their_own_whatever_the_environment_says(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "one-for-all")
+    for _ in range(2):
+        WandbSink(WandbConfig(mode=WandbMode.offline)).open(info(tmp_path))
+    ids = [init["id"] for init in wandb.inits]
+    assert len({*ids, "one-for-all"}) == 3
+    assert all(ids)
+
+
 def test_banks_are_logged_as_artefacts_when_asked_for(tmp_path: Path, wandb: FakeWandb) -> None:
     for asked in (False, True):
         sinks = open_sinks(

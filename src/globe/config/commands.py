@@ -210,6 +210,11 @@ def _of_hydra(error: CompactHydraException) -> str:
         group, _, option = missing[1].rpartition("/")
         known = f"give one of {', '.join(names)}" if names else "correct the name, see the folder conf/"
         return f"{group}={option} is not possible: {known}"
+    if foreign := re.search(r"In '([^']+)': ConfigKeyError.*?Key '([^']+)' not in", text, re.DOTALL):
+        return (
+            f"the file {foreign[1]}.yaml sets {foreign[2]}, which is not an option: an experiment begins with the line "
+            "'# @package _global_', without a byte-order mark before it"
+        )
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = ambiguous[1].partition("=")
         return f"{ambiguous[1]!r} is ambiguous: give {key}=[{value}] for a list, or -m for a sweep"

@@ -47,13 +47,13 @@ class Ledger:
                 metrics=jaccard_figures(self._codes),
             )
         )
-        figures = (report.relfrob_start, report.relfrob, 100 * report.kept)
-        seen = report.metrics.get("relfrob_metric")
-        also = "" if seen is None else f" ({seen:.4f} in the metric)"
+        start, seen = report.relfrob_start, report.metrics.get("relfrob_metric")
+        if seen is None:
+            error = f"{start:.4f} -> {report.relfrob:.4f}"
+        else:  # the start was measured in the metric of the fit, and is compared with the end there
+            error = f"{report.relfrob:.4f} ({start:.4f} -> {seen:.4f} in the metric of the fit)"
         what = f"{report.steps} steps, {report.stop}" if learned.fitted else "complete already"
-        _log.info(
-            "%s: RelFrob %.4f -> %.4f%s, %.1f %% kept; %s", bank.key, *figures[:2], also, figures[2], what
-        )
+        _log.info("%s: RelFrob %s, %.1f %% kept; %s", bank.key, error, 100 * report.kept, what)
 
     def fail(self, bank: BankPlan, error: Exception) -> None:
         _log.error("%s failed: %s", bank.key, error)

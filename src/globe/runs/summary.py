@@ -242,7 +242,7 @@ def summary_table(summary: RunSummary) -> Table:
             *(["-" if bank.atom_rank is None else str(bank.atom_rank)] if low_rank else []),
             f"{bank.kept:.1%}",
             f"{summary.kept_model([bank]):.1%}",
-            f"{bank.relfrob_start:.4f}",
+            _start(bank),
             f"{bank.relfrob:.4f}",
             f"{median(bank.supports):g}",
             str(bank.steps),
@@ -258,6 +258,11 @@ def summary_table(summary: RunSummary) -> Table:
     return table
 
 
+def _start(bank: BankReport) -> str:
+    """Return the error at the start, but for one in another metric, which the end is not to be compared with."""
+    return "-" if bank.metrics.get("relfrob_metric") is not None else f"{bank.relfrob_start:.4f}"
+
+
 def _total(summary: RunSummary) -> list[str]:
     banks = summary.banks
     supports = [size for bank in banks for size in bank.supports]
@@ -268,7 +273,7 @@ def _total(summary: RunSummary) -> list[str]:
         "",
         f"{summary.kept:.1%}",
         f"{summary.kept_model():.1%}",
-        f"{sum(bank.relfrob_start for bank in banks) / len(banks):.4f}",
+        "" if "-" in map(_start, banks) else f"{mean(bank.relfrob_start for bank in banks):.4f}",
         f"{summary.relfrob:.4f}",
         f"{median(supports):g}",
         str(sum(bank.steps for bank in banks)),
