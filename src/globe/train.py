@@ -37,7 +37,7 @@ from globe.errors import CheckpointError, FitError
 from globe.files import write_json
 from globe.fit.ledger import Ledger
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.plan import BankPlan, Outline, is_search, outline, plan
+from globe.fit.plan import BankPlan, Outline, outline, plan
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun, watch
@@ -46,7 +46,7 @@ from globe.runs.progress import Progress
 from globe.runs.shared_fit import adopt
 from globe.runs.summary import RunSummary, print_summary, read_summary
 from globe.runs.tracking import RunInfo, open_sinks
-from globe.sizes.chosen import choose_sizes
+from globe.sizes.banks import Sizing, is_chosen, sized_banks
 from globe.sizes.dry_run import dry_run
 
 register()
@@ -132,14 +132,11 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
         )
         outlines = outline(config, checkpoint)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
-        searched = is_search(config)
-        banks = () if searched else plan(config, checkpoint)
+        banks = () if is_chosen(config) else plan(config, checkpoint)
         with _begun(task, config, group) as folder:
             calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
-            if searched:
-                file = folder.frontier_file
-                chosen = choose_sizes(config, checkpoint, outlines, device, file, calibration=calibration)
-                banks = plan(config, checkpoint, chosen)
+            if is_chosen(config):
+                banks = sized_banks(config, outlines, Sizing(checkpoint, device, folder, calibration))
             ledger = Ledger(
                 folder,
                 name=task.folder.path.name,

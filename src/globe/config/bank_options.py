@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from globe.config.checks import check, positive
-from globe.config.choices import Activation, Centre, Metric, SampleMethod, Scale, Scope, Store
+from globe.config.choices import Activation, Centre, Metric, Over, SampleMethod, Scale, Scope, Store
 from globe.errors import ConfigError
 
 
@@ -123,11 +123,16 @@ def _check_bits(bank: BankConfig) -> None:
 
 @dataclass
 class BudgetConfig:
-    """The search for sizes that `bank.kept` asks for, once for each shape of bank."""
+    """What `bank.kept` asks for: a search for sizes, once for each shape of bank, and how the share is spread."""
 
     seconds: float = 10.0
     """Seconds that all short fits may take on one core of the reference machine (see `globe.sizes.costs`). They become
     a number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
+
+    over: Over = Over.bank
+    """Whose numbers `bank.kept` is a share of: those of each bank, or those of all banks of the run together. The
+    second spreads them over layers and families by what each loses and, with `calibrate.text`, by what the model feels
+    of it, before any fit; a bank that is best left as it is gets none."""
 
     def __post_init__(self) -> None:
         check(positive(self.seconds), "budget.seconds", self.seconds, "a positive number")

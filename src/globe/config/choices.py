@@ -61,6 +61,11 @@ class Scope(StrEnum):
     layers = "layers"
 
 
+class Over(StrEnum):
+    bank = "bank"
+    model = "model"
+
+
 class SampleMethod(StrEnum):
     first_n = "first_n"
     evenly_spaced = "evenly_spaced"

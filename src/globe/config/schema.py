@@ -27,6 +27,7 @@ from globe.config.choices import (
     FitDtype,
     Method,
     Metric,
+    Over,
     Scale,
     Scope,
     Store,
@@ -184,6 +185,9 @@ def _check_method(config: Config) -> None:
             "normalise.metric=inputs needs a text: give calibrate.text=FILE or calibrate.text=embedded, or take "
             "normalise.metric=experts, which needs none"
         )
+    if config.budget.over is Over.model:
+        check(bank.kept is not None, "budget.over", "model", "bank.kept with it, the share that is spread")
+        check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with budget.over=model")
     if bank.scope is Scope.families:
         check(
             config.family in FAMILIES_OF,

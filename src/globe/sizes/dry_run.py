@@ -8,8 +8,9 @@ keep and their files.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ from rich.table import Table
 
 from globe.am.records import Sizes
 from globe.checkpoint import Checkpoint, open_checkpoint
-from globe.config.choices import ExportDtype, Method, Metric, Scale, Store
+from globe.config.choices import ExportDtype, Method, Metric, Over, Scale, Store
 from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.schema import Config, chosen_metric
+from globe.fit.calibrated import calibration_for
 from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
@@ -29,6 +31,7 @@ from globe.sizes.chosen import allows, room_of
 from globe.sizes.costs import fit_bytes, in_metric
 from globe.sizes.search import plan_search
 from globe.sizes.timing import is_curved, seconds_of_steps
+from globe.sizes.whole_budget import FILE, spread_budget
 
 _LATER = 40 * 2**20
 """Bytes of what a fit loads only when it needs it, scipy's solvers above all."""
@@ -47,6 +50,8 @@ class Prediction:
     """peak, of the process on a CPU and of the device on another; None where it is not predicted"""
     seconds: float | None = None
     """per step"""
+    share: float | None = None
+    """what the bank may keep, where sizes follow from it"""
 
     def seconds_at_most(self, config: Config) -> float | None:
         """Seconds of the fit of one bank, if it takes all its steps."""
@@ -72,9 +77,16 @@ class Totals:
     """of a checkpoint with factors, `globe.patch format=globe`"""
 
 
-def predict(config: Config, checkpoint: Checkpoint, device: torch.device) -> tuple[Prediction, ...]:
-    """Predict every bank of a run. With `bank.kept` the sizes are still to be chosen: the candidates of each shape."""
-    rows = _rows(config, outline(config, checkpoint))
+def predict(
+    config: Config, checkpoint: Checkpoint, device: torch.device, shares: Mapping[str, float] | None = None
+) -> tuple[Prediction, ...]:
+    """Predict every bank of a run. With `bank.kept` the sizes are still to be chosen: the candidates of each shape.
+
+    `shares` are those of a budget for all banks, by key; a bank with a share of 1 is none.
+    """
+    banks = outline(config, checkpoint)
+    kept = {bank.key: config.bank.kept for bank in banks} if shares is None else dict(shares)
+    rows = _rows(config, [bank for bank in banks if shares is None or kept[bank.key] != 1], kept)
     seconds: dict[Sizes, float] = {}
     base = 0
     if config.method is Method.globe:
@@ -87,20 +99,26 @@ def predict(config: Config, checkpoint: Checkpoint, device: torch.device) -> tup
             file_bytes(config, checkpoint, bank),
             base + bytes_of(config, checkpoint, bank) if bank.sizes in seconds else None,
             seconds.get(bank.sizes),
+            kept[bank.key],
         )
         for bank, count in rows
     )
 
 
-def _rows(config: Config, banks: Sequence[Outline]) -> list[tuple[BankPlan, int]]:
-    """Every bank once; or where sizes are to be chosen, every candidate of a shape with its number of banks."""
-    if not is_search(config):
-        return [(plan_bank(config, one), 1) for one in banks]
+def _rows(
+    config: Config, banks: Sequence[Outline], kept: Mapping[str, float | None]
+) -> list[tuple[BankPlan, int]]:
+    """Every bank once; where sizes are to be chosen, every candidate of a shape and share, with its number of banks."""
     found = []
-    for shape in dict.fromkeys(one.shape for one in banks):
-        alike = [one for one in banks if one.shape == shape]
-        found += [(bank, len(alike)) for bank in candidate_plans(config, alike[0])]
-    return found
+    for shape, share in dict.fromkeys((one.shape, kept[one.key]) for one in banks):
+        alike = [one for one in banks if (one.shape, kept[one.key]) == (shape, share)]
+        own = replace(config, bank=replace(config.bank, kept=share))
+        if is_search(config):
+            found += [(bank, len(alike)) for bank in candidate_plans(own, alike[0])]
+        else:
+            found += [(plan_bank(own, one), 1) for one in alike]
+    order = {bank.key: at for at, bank in enumerate(banks)}
+    return sorted(found, key=lambda row: order[row[0].key])
 
 
 def candidate_plans(config: Config, bank: Outline) -> list[BankPlan]:
@@ -120,7 +138,8 @@ def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) 
     """Add up the banks: of every shape the least and the most that its candidates take."""
     groups: dict[object, list[Prediction]] = {}
     for one in found:
-        groups.setdefault(one.bank.outline.shape if is_search(config) else one.bank.key, []).append(one)
+        key = (one.bank.outline.shape, one.share) if is_search(config) else one.bank.key
+        groups.setdefault(key, []).append(one)
     alike = list(groups.values())
     sizes = [_span([one.count * one.file_bytes for one in rows]) for rows in alike]
     saved = [_span([one.count * _saved(config, checkpoint, one.bank) for one in rows]) for rows in alike]
@@ -214,7 +233,15 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outline(config, checkpoint)))
-        found = predict(config, checkpoint, device)
+        shares = None
+        if config.budget.over is Over.model:
+            with tempfile.TemporaryDirectory(prefix="globe-") as scratch:
+                banks = outline(config, checkpoint)
+                calibration = calibration_for(config, checkpoint, banks, device)
+                file = Path(scratch) / FILE
+                spread = spread_budget(config, checkpoint, banks, device, file, calibration=calibration)
+            shares = {one.key: one.kept for one in spread.shares}
+        found = predict(config, checkpoint, device, shares)
     console.print(_table(config, found, str(device)))
     for line in sentences(config, totals(config, checkpoint, found)):
         say(console, line)

@@ -23,12 +23,12 @@ from globe.config.schema import Config
 from globe.errors import CheckpointError, ConfigError
 from globe.fit.calibrated import calibration_for
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.plan import is_search, outline, plan
+from globe.fit.plan import outline
 from globe.numerics.device import arithmetic, limit_threads
 from globe.runs.folder import RunFolder
 from globe.runs.progress import Progress
 from globe.runs.tracking import Fanout
-from globe.sizes.chosen import choose_sizes, print_frontier
+from globe.sizes.banks import Sizing, sized_banks
 
 
 class FitOptions(TypedDict, total=False):
@@ -162,19 +162,10 @@ def learn_banks(
         folder.begin(config_dict(config))
         outlines = outline(config, checkpoint)
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outlines))
-        calibration, chosen = calibration_for(config, checkpoint, outlines, device), None
-        if is_search(config):
-            show = print_frontier if progress else lambda searched: None
-            chosen = choose_sizes(
-                config,
-                checkpoint,
-                outlines,
-                device,
-                folder.frontier_file,
-                show=show,
-                calibration=calibration,
-            )
-        banks = plan(config, checkpoint, chosen)
+        calibration = calibration_for(config, checkpoint, outlines, device)
+        banks = sized_banks(
+            config, outlines, Sizing(checkpoint, device, folder, calibration, quiet=not progress)
+        )
         with Progress(len(banks), config.train.steps, Fanout([])) if progress else nullcontext() as bar:
             on_step = _silent if bar is None else bar.step
             run = Run(config, checkpoint, folder, device, on_step, calibration=calibration)
