@@ -73,19 +73,17 @@ def write_checkpoint(folder: Path, n: int, p: int, d: int) -> None:
 
 def child(options: argparse.Namespace) -> None:
     """In a process of its own: predict, or fit; a line of JSON with the bytes and the seconds per step."""
-    from hydra import compose, initialize_config_dir
-
     import globe.am.loop
     import globe.sizes.dry_run
     import globe.sizes.timing
-    from globe.config.composition import conf_dir, to_config
-    from globe.processes.torchrun import Group
+    from globe.checkpoint import open_checkpoint
+    from globe.config.keywords import configure
+    from globe.numerics.device import peak_host_bytes
     from globe.runs.folder import RunFolder
-    from globe.train import train
+    from globe.sizes.interface import learn_banks
 
     clock = time.process_time if options.cpu_time else time.perf_counter
-    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
-        config = to_config(compose("config", overrides=options.option))
+    config = configure({}, options.option)
     if options.child == "predict":
         globe.sizes.timing.time.perf_counter = clock  # type: ignore[attr-defined]
         (found,) = globe.sizes.dry_run.dry_run(config)
@@ -100,10 +98,8 @@ def child(options: argparse.Namespace) -> None:
 
     globe.am.loop.am_step = timed  # type: ignore[assignment]
     folder = RunFolder(Path(tempfile.mkdtemp(prefix="globe-dry-run-")) / "run")
-    folder.begin({})
-    summary = train(config, folder, Group(), sweep_name=None)
-    (runtime,) = summary.runtimes.values()
-    print(json.dumps([runtime.peak_host_bytes, (times[-1] - times[0]) / (len(times) - 1)]))
+    learn_banks(config, open_checkpoint(config.model.path), folder)
+    print(json.dumps([peak_host_bytes(), (times[-1] - times[0]) / (len(times) - 1)]))
 
 
 def ask(what: str, options: argparse.Namespace, overrides: list[str]) -> tuple[float, float]:

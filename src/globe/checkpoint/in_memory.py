@@ -26,7 +26,7 @@ class ExpertsInMemory(Checkpoint):
 
     def __init__(
         self,
-        experts: Mapping[Place, Float[Tensor, "n p d"]],
+        experts: Mapping[Place, Tensor],
         *,
         model_type: str,
         parameters: int | None = None,

@@ -33,9 +33,7 @@ class Sizing:
 
 def is_chosen(config: Config) -> bool:
     """Whether sizes are chosen by short fits or by a budget for all banks, and not by what is given alone."""
-    return config.bank.kept is not None and (
-        config.method is Method.globe or config.budget.over is Over.model
-    )
+    return is_search(config) or config.budget.over is Over.model
 
 
 def sized_banks(config: Config, banks: Sequence[Outline], sizing: Sizing) -> tuple[BankPlan, ...]:
