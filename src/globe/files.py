@@ -90,7 +90,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal. Raises OSError, or ValueError if it is no regular file."""
+    """Return the SHA-256 of a file in hexadecimal. Raises OSError, or ValueError if it is no regular file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -107,7 +107,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> str:
 
 
 def unwritable(path: Path, error: OSError) -> CheckpointError:
-    """The sentence for a disk that refuses."""
+    """Return the sentence for a disk that refuses."""
     return CheckpointError(f"{path} cannot be written ({error.strerror or error}): make room or give another")
 
 
@@ -240,7 +240,7 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_bytes(path: Path, limit: int = LARGEST_JSON) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError, or ValueError with the reason."""
+    """Return the content of a regular file of at most `limit` bytes. Raises OSError, or ValueError with the reason."""
     with BufferedReader(open_regular(path)) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -249,12 +249,12 @@ def read_bytes(path: Path, limit: int = LARGEST_JSON) -> bytes:
 
 
 def read_json(path: Path, *, limit: int = LARGEST_JSON, strict: bool = True) -> Any:
-    """The value in a JSON file, as `parse_json` reads it. Raises OSError, or ValueError with the reason."""
+    """Return the value in a JSON file, as `parse_json` reads it. Raises OSError, or ValueError with the reason."""
     return parse_json(read_bytes(path, limit), strict=strict)
 
 
 def parse_json(content: bytes, *, strict: bool = True) -> Any:
-    """The value of a UTF-8 JSON text whose depth and number of objects and lists are bounded.
+    """Return the value of a UTF-8 JSON text whose depth and number of objects and lists are bounded.
 
     `strict` refuses numbers that are not finite (`NaN`, `1e999`) and keys that stand twice in one object, which
     other readers take for the first or for the last. Raises ValueError with the reason.
@@ -280,7 +280,7 @@ def parse_json(content: bytes, *, strict: bool = True) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The object in one of our own files; None if there is no file or, with a warning, if it is damaged."""
+    """Return the object in one of our own files; None if there is no file or, with a warning, if it is damaged."""
     try:
         value = read_json(path)
     except FileNotFoundError:

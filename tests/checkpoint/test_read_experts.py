@@ -75,7 +75,8 @@ def by_name(tensors: dict[str, Tensor], model_type: str, layer: int, family: str
 
 
 def test_every_known_architecture_has_a_tiny_model() -> None:
-    assert sorted(TINY) == list(known_model_types())
+    # the checkpoint of DBRX is written by hand in test_stacked.py
+    assert sorted([*TINY, "dbrx"]) == list(known_model_types())
 
 
 @pytest.mark.parametrize("upstream", [True, False], ids=["upstream", "memory"])

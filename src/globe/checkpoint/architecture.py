@@ -41,10 +41,12 @@ class Slot:
     """The tensor holds the (p, d) matrix with its two axes exchanged."""
     interleaved: bool
     """The halves alternate row by row, rather than follow each other."""
+    stacked: bool = False
+    """The tensor holds the (p, d) matrices of all experts one below the other: its rows are n times p."""
 
     @property
     def fused(self) -> bool:
-        """All experts in one tensor, the expert its first axis."""
+        """All experts in one tensor."""
         return "{expert}" not in self.template
 
     def name(self, layer: int, expert: int) -> str:
@@ -62,14 +64,18 @@ class Layout:
     gate_up: str | None = None
     transposed: bool = False
     interleaved: bool = False
+    stacked: bool = False
+    """The (I, H) matrices of all experts, those of down too, stand one below the other in one tensor."""
 
     def slot(self, family: str) -> Slot | None:
-        """Where `family` ("gate", "up" or "down") is; None if the experts have no such matrix."""
+        """Return where `family` ("gate", "up" or "down") is; None if the experts have no such matrix."""
         if family not in FAMILIES:
             raise CheckpointError(f"family={family!r} is unknown: choose one of {', '.join(FAMILIES)}")
         if self.gate_up is not None and family != "down":
             return Slot(self.gate_up, int(family == "up"), self.transposed, self.interleaved)
         template: str | None = getattr(self, family)
+        if self.stacked:
+            return None if template is None else Slot(template, None, False, False, stacked=True)
         # files hold down as (H, I) where they hold gate and up as (I, H)
         transposed = self.transposed != (family == "down")
         return None if template is None else Slot(template, None, transposed, False)
@@ -104,7 +110,7 @@ class Architecture:
 
 
 def with_prefix(architecture: Architecture, prefix: str) -> Architecture:
-    """The architecture with what stands before `layers.` in its tensor names replaced by `prefix`."""
+    """Return the architecture with what stands before `layers.` in its tensor names replaced by `prefix`."""
 
     def renamed(layout: Layout) -> Layout:
         names = {key: getattr(layout, key) for key in ("down", "up", "gate", "gate_up")}
@@ -119,13 +125,13 @@ def with_prefix(architecture: Architecture, prefix: str) -> Architecture:
 
 
 def known_model_types() -> tuple[str, ...]:
-    """Every `model_type` that has a file in `architectures/`, sorted."""
+    """Return every `model_type` that has a file in `architectures/`, sorted."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
 @functools.cache
 def load_architecture(model_type: str) -> Architecture:
-    """Architecture of a `model_type`. Raises CheckpointError if there is none or its file is malformed."""
+    """Return the architecture of a `model_type`. Raises CheckpointError if there is none or its file is malformed."""
     known = known_model_types()
     if model_type not in known:
         nearest = difflib.get_close_matches(model_type[:40], known, n=3, cutoff=0.0)
@@ -162,7 +168,7 @@ def parse_architecture(text: str, where: str, model_type: str) -> Architecture:
 
 
 def _layout(record: Any, where: str, *, shared: bool = False) -> Layout:
-    flags = {"transposed", "interleaved"}
+    flags = {"transposed", "interleaved", "stacked"}
     _check_keys(record, Layout, where, optional={field.name for field in fields(Layout)} - {"down"})
     for key, value in record.items():
         if key in flags:
@@ -176,7 +182,14 @@ def _layout(record: Any, where: str, *, shared: bool = False) -> Layout:
         raise CheckpointError(f"{where}: give either gate_up, or up with or without gate")
     if record.get("interleaved") and "gate_up" not in record:
         raise CheckpointError(f"{where}: interleaved says how gate_up is laid out, so it needs gate_up")
-    return Layout(**record)
+    layout = Layout(**record)
+    if layout.stacked and (
+        layout.gate_up or layout.transposed or any("{expert}" in str(one) for one in record.values())
+    ):
+        raise CheckpointError(
+            f"{where}: stacked says that a tensor holds one family of all experts: leave out the others"
+        )
+    return layout
 
 
 def _config_keys(record: Any, where: str) -> ConfigKeys:

@@ -105,15 +105,15 @@ class Checkpoint:
         return sum(self.reader.entry(name).nbytes for name in self.reader.names)
 
     def source(self) -> dict[str, str | None]:
-        """Provenance: id (hub id or folder), revision (commit, hub only), model_type."""
+        """Return the provenance: id (hub id or folder), revision (commit, hub only), model_type."""
         return {"id": self._source.id, "revision": self._source.revision, "model_type": self.model_type}
 
     def hash_tensors(self, names: Iterable[str]) -> str:
-        """SHA-256 (hexadecimal) of the stored bytes of these tensors, each once, in name order; streams."""
+        """Return the SHA-256 (hexadecimal) of the stored bytes of these tensors, each once, in name order; streams."""
         return self.reader.hash(names)
 
     def shape(self, layer: int, family: str) -> ExpertShape:
-        """Sizes of the routed experts, from headers. Raises CheckpointError as `read_experts` does."""
+        """Return the sizes of the routed experts, from headers. Raises CheckpointError as `read_experts` does."""
         if (layer, family) not in self._shapes:
             self._slot(layer, family)
             self._shapes[layer, family] = routed_shape(
@@ -122,15 +122,15 @@ class Checkpoint:
         return self._shapes[layer, family]
 
     def dtype(self, layer: int, family: str) -> torch.dtype:
-        """Dtype in which the routed experts of a layer and family are stored."""
+        """Return the dtype in which the routed experts of a layer and family are stored."""
         return self.reader.dtype(self.locate(layer, family, 0).tensor)
 
     def families(self, layer: int) -> tuple[str, ...]:
-        """Which of gate, up and down the experts of a layer have: some models have no gate."""
+        """Return which of gate, up and down the experts of a layer have: some models have no gate."""
         return tuple(family for family in FAMILIES if self._layout(layer).slot(family) is not None)
 
     def locate(self, layer: int, family: str, expert: int) -> Location:
-        """Where the matrix of a routed expert, or of the shared one (-1), is in the files."""
+        """Return where the matrix of a routed expert, or of the shared one (-1), is in the files."""
         if expert == SHARED:
             slot = self._shared_slot(layer, family)
             name = slot.name(layer, 0)
@@ -142,6 +142,9 @@ class Checkpoint:
             )
         slot = self._slot(layer, family)
         name = slot.name(layer, expert)
+        if slot.stacked:
+            p = self.shape(layer, family).p
+            return Location(name, None, (expert * p, (expert + 1) * p), transposed=False, interleaved=False)
         return locate_matrix(slot, name, self.reader.shape(name), expert if slot.fused else None)
 
     def read_experts(
@@ -154,7 +157,7 @@ class Checkpoint:
         sample_method: str = "first_n",
         rows: slice = slice(None),
     ) -> Experts:
-        """The expert matrices of one layer and family ("up", "gate" or "down"), in the checkpoint's dtype.
+        """Return the expert matrices of one layer and family ("up", "gate" or "down"), in the checkpoint's dtype.
 
         An expert computes down^T (act(gate x) * up x): all three families come as (I, H), whatever way they are
         stored, so down comes transposed. Of n routed experts at most `max_experts` are taken, the first ones or evenly
@@ -263,7 +266,7 @@ def extract_expert_weights(
     single_layer: int | None = None,
     sample_method: str = "first_n",
 ) -> dict[str, list[Tensor]]:
-    """Up and gate matrices of a checkpoint folder or hub id: keys "up" and "gate", lists of (p, d) tensors.
+    """Return the up and gate matrices of a checkpoint folder or hub id: keys "up" and "gate", lists of (p, d) tensors.
 
     Layers ascend, experts within a layer too, the shared expert (`include_shared`) last; `single_layer`
     takes one layer, None all that have routed experts. At most `max_experts` of a layer, by `sample_method`
@@ -287,7 +290,7 @@ def extract_expert_weights(
 
 
 def choose_experts(n: int, max_experts: int | None, sample_method: str) -> tuple[int, ...]:
-    """Which of n experts to take: all, the first `max_experts`, or as many from the first to the last."""
+    """Return which of n experts to take: all, the first `max_experts`, or as many from the first to the last."""
     if max_experts is not None and max_experts < 1:
         raise CheckpointError(
             f"model.max_experts={max_experts} is not possible: give at least 1, or null for all"

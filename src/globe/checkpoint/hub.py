@@ -90,7 +90,7 @@ def _snapshot(hub_id: str, revision: str | None, force_download: bool) -> Source
 
 
 def _shards_below(folder: Path) -> list[str]:
-    """The shards that an index names in folders below, which are not downloaded for their place alone."""
+    """Return the shards that an index names in folders below, which are not downloaded for their place alone."""
     try:
         index = read_json(folder / INDEX)["weight_map"]
         return sorted({shard for shard in index.values() if "/" in shard and not (folder / shard).exists()})
@@ -105,7 +105,7 @@ def _shards_below(folder: Path) -> list[str]:
 
 
 def explained(error: Exception, hub_id: str, revision: str | None) -> CheckpointError:
-    """The sentence for whatever huggingface_hub raised."""
+    """Return the sentence for whatever huggingface_hub raised."""
     from huggingface_hub import errors
 
     match error:

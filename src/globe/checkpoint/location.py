@@ -38,13 +38,13 @@ class Location:
         return matrix if self.expert is None else (self.expert, *matrix)
 
     def view(self, stored: Float[Tensor, "*stored"]) -> Float[Tensor, "p d"]:
-        """The matrix as a view of the stored tensor: copying into it changes just that part."""
+        """Return the matrix as a view of the stored tensor: copying into it changes just that part."""
         part = stored[self.index]
         return part.T if self.transposed else part
 
 
 def locate_matrix(slot: Slot, name: str, shape: tuple[int, ...], expert: int | None) -> Location:
-    """The matrix of one family in a stored tensor of this shape; `expert` as in `Location`."""
+    """Return the matrix of one family in a stored tensor of this shape; `expert` as in `Location`."""
     total = shape[-1 if slot.transposed else -2]
     if slot.half is None:
         rows = (0, total)
@@ -73,7 +73,7 @@ def named_as(architecture: Architecture, names: Sequence[str]) -> Architecture:
 
 
 def find_layouts(architecture: Architecture, names: Iterable[str]) -> dict[int, Layout]:
-    """The layout of every layer of which some expert tensor exists.
+    """Return the layout of every layer of which some expert tensor exists.
 
     Raises CheckpointError if a layer has tensors of two layouts, since nothing tells which of them is the model.
     """
@@ -91,7 +91,7 @@ def find_layouts(architecture: Architecture, names: Iterable[str]) -> dict[int, 
 
 
 def _by_layer(architecture: Architecture, names: Iterable[str]) -> dict[int, dict[str, set[int]]]:
-    """Layer -> name of an expert tensor -> the layouts, by number, that have such a tensor."""
+    """Return layer -> name of an expert tensor -> the layouts, by number, that have such a tensor."""
     patterns = [_pattern(layout) for layout in architecture.layouts]
     found: dict[int, dict[str, set[int]]] = {}
     for name in names:
@@ -109,6 +109,6 @@ def _pattern(layout: Layout) -> re.Pattern[str]:
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """One more than the highest layer number in any name, for configs that do not say how many there are."""
+    """Return one more than the highest layer number in any name, for configs that do not say how many there are."""
     numbers = (re.search(rf"\blayers\.({_NUMBER})\.", name) for name in names)
     return max((int(match[1]) for match in numbers if match), default=-1) + 1

@@ -22,7 +22,7 @@ _QUANTISED = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint. Raises CheckpointError if missing, malformed or without model_type."""
+    """Return `config.json` of a checkpoint. Raises CheckpointError if missing, malformed or without model_type."""
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
@@ -91,7 +91,7 @@ def is_quantised(name: str) -> bool:
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The configuration, and that of the language model in it."""
+    """Return the configuration, and that of the language model in it."""
     return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
 
 

@@ -42,7 +42,7 @@ def _fetch(hub_id: str, revision: str | None) -> Source:
 
 
 def _header(tensors: dict[str, Any]) -> dict[str, Any]:
-    """A header as it stands in the file."""
+    """Return a header as it stands in the file."""
     return {
         name: {"dtype": str(one.dtype), "shape": list(one.shape), "data_offsets": list(one.data_offsets)}
         for name, one in tensors.items()

@@ -27,7 +27,7 @@ class ExpertShape:
 def routed_shape(
     reader: ShardReader, layout: Layout, family: str, layer: int, config: dict[str, Any], keys: ConfigKeys
 ) -> ExpertShape:
-    """n, p, d of the routed experts; the layout must have the family.
+    """Return n, p, d of the routed experts; the layout must have the family.
 
     Raises CheckpointError for a dtype GloBE does not read, experts that differ in shape or dtype, and sizes
     or counts that contradict the other families or the config.
@@ -36,7 +36,14 @@ def routed_shape(
     assert slot is not None
     n = _count(reader, layout, layer, size_of(config, keys.experts, layer))
     name = slot.name(layer, 0)
-    p, d = matrix_shape(reader, slot, name, axes=3 if slot.fused else 2)
+    p, d = matrix_shape(reader, slot, name, axes=3 if slot.fused and not slot.stacked else 2)
+    if slot.stacked:
+        if p % n:
+            raise CheckpointError(
+                f"{name} in {reader.folder} has {p} rows, which the {n} experts of config.json cannot share: correct "
+                "config.json, or save or download both again"
+            )
+        p //= n
     first = reader.entry(name)
     for expert in range(1, 1 if slot.fused else n):
         other = slot.name(layer, expert)
@@ -60,7 +67,7 @@ def routed_shape(
 
 
 def matrix_shape(reader: ShardReader, slot: Slot, name: str, *, axes: int) -> tuple[int, int]:
-    """p and d of the matrices in a stored tensor that should have so many axes. Raises CheckpointError."""
+    """Return p and d of the matrices in a stored tensor that should have so many axes. Raises CheckpointError."""
     entry = reader.entry(name)
     if entry.dtype not in READABLE:
         raise CheckpointError(
@@ -83,14 +90,20 @@ def matrix_shape(reader: ShardReader, slot: Slot, name: str, *, axes: int) -> tu
 
 
 def _count(reader: ShardReader, layout: Layout, layer: int, promised: int | None) -> int:
-    """Number of routed experts, on which all families and the config must agree."""
+    """Return the number of routed experts, on which all families and the config must agree."""
     counts: dict[str, int] = {}
     for family in FAMILIES:
         slot = layout.slot(family)
         if slot is None:
             continue
         first = slot.name(layer, 0)
-        if slot.fused:
+        if slot.stacked:
+            if promised is None or promised < 1:
+                raise CheckpointError(
+                    f"{reader.folder}/config.json does not say how many experts share the rows of {first}: correct it"
+                )
+            counts[family] = promised if first in reader else 0
+        elif slot.fused:
             counts[family] = next(iter(reader.shape(first)), 0) if first in reader else 0
         else:
             expert = 0

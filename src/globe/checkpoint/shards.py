@@ -81,11 +81,11 @@ class ShardReader:
         return self.file_of(name).entries[name]
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """The tensor, or `tensor[index]` (integers and slices) with only those rows read; a fresh copy."""
+        """Return the tensor, or `tensor[index]` (integers and slices) with only those rows read; a fresh copy."""
         return self.file_of(name).read(name, index)
 
     def hash(self, names: Iterable[str]) -> str:
-        """SHA-256, in hexadecimal, of the stored bytes of the tensors, each name once, in name order."""
+        """Return the SHA-256, in hexadecimal, of the stored bytes of the tensors, each name once, in name order."""
         digest = hashlib.sha256()
         for name in sorted(set(names)):
             for piece in self.file_of(name).chunks(name):
@@ -93,13 +93,13 @@ class ShardReader:
         return digest.hexdigest()
 
     def file_of(self, name: str) -> TensorFile:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         if name not in self.index:
             raise CheckpointError(f"{self.folder} has no tensor {name}: is it the checkpoint you mean?")
         return self._open[self.index[name]]
 
     def file(self, shard: str) -> TensorFile:
-        """A file by its name."""
+        """Return a file by its name."""
         return self._open[shard]
 
     def _join(self) -> dict[str, str]:
@@ -229,7 +229,7 @@ class ShardWriter:
             write_text(self.folder / INDEX, json.dumps(record, indent=2) + "\n")
 
     def _part(self, number: int) -> Path:
-        """A shard before the number of all is known."""
+        """Return the path of a shard before the number of all is known."""
         return self.folder / f"part-{number:05d}"
 
     def _flush(self) -> None:

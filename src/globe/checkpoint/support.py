@@ -85,7 +85,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Everything below that is no folder to go into: links, files, and folders that are too deep."""
+    """Yield everything below that is no folder to go into: links, files, and folders that are too deep."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink() and depth:
             yield from _walk(path, depth - 1)
@@ -124,7 +124,7 @@ def _named_code(folder: Path) -> set[str]:
 
 
 def _modules(config: Any) -> set[str]:
-    """The modules in `auto_map`: its values are "module.Class", or lists of them."""
+    """Return the modules in `auto_map`: its values are "module.Class", or lists of them."""
     mapped = config.get("auto_map") if isinstance(config, dict) else None
     values = list(mapped.values()) if isinstance(mapped, dict) else []
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]

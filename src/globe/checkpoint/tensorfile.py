@@ -208,7 +208,7 @@ class TensorFile:
         return whole[:, ::step].reshape(view.shape).contiguous()
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor as stored, piece by piece, in one buffer that the next piece overwrites."""
+        """Return the bytes of a tensor as stored, piece by piece, in one buffer that the next piece overwrites."""
         entry = self.entries[name]
         buffer = memoryview(bytearray(min(_CHUNK, entry.nbytes)))
         with self._opened() as file:
@@ -265,6 +265,6 @@ def write_tensorfile(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; no copy if it is contiguous on the CPU."""
+    """Return the bytes of a tensor, row-major; no copy if it is contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
     return flat.numpy().data
