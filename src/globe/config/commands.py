@@ -55,7 +55,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|
 
 
 def say(sentence: str) -> None:
-    """One line to the person at the terminal."""
+    """Print one line for the person at the terminal."""
     sys.stderr.write(f"{sentence}\n")
     sys.stderr.flush()
 
@@ -181,7 +181,7 @@ def _explained(error: BaseException) -> str | None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Is a full disk the reason, at first or at second hand?"""
+    """Return whether a full disk is the reason, at first or at second hand."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _DISK:
@@ -226,7 +226,7 @@ def _of_plugin(what: str, extra: str) -> str:
 
 
 def _of_omegaconf(error: OmegaConfBaseException, context: str | None) -> str:
-    """The key, the value and what is allowed, from OmegaConf's four lines."""
+    """Return a sentence with the key, the value and what is allowed, made of OmegaConf's four lines."""
     key = error.full_key or ""
     reason = str(error.msg or error).split("\n")[0].rstrip(".")
     if re.match(r"Key '.+' not in '", reason):
@@ -252,7 +252,7 @@ _REMEDIES = (
     (r"is not a ListConfig", "give a list, such as KEY=[a,b]"),
     (r"does not support deletion", "an option can be changed and not removed"),
 )
-"""What OmegaConf says, and what to do about it."""
+"""Patterns of what OmegaConf says, each with what to do about it."""
 
 
 def _of_disk(error: OSError) -> str | None:

@@ -85,7 +85,7 @@ def _replace_plugin_configs() -> None:
 
 
 def conf_dir() -> str:
-    """Absolute path of `conf/`: of the checkout, or of the installed wheel."""
+    """Return the absolute path of `conf/` in the checkout or in the installed wheel."""
     here = Path(__file__).resolve().parents[1]
     for candidate in (here.parents[1] / "conf", here / "conf"):
         if (candidate / "config.yaml").is_file():
@@ -94,7 +94,7 @@ def conf_dir() -> str:
 
 
 def to_config(node: Container) -> Config:
-    """The composed Hydra config as plain checked dataclasses. Raises ConfigError, also for an unknown key."""
+    """Return the composed Hydra config as checked dataclasses. Raises ConfigError, also for an unknown key."""
     assert isinstance(node, DictConfig)
     known = [one.name for one in fields(Config)]
     for key in map(str, node):
@@ -107,7 +107,7 @@ def to_config(node: Container) -> Config:
 
 
 def plain(node: Container) -> dict[str, Any]:
-    """A composed Hydra config as a nested dict of plain values, without Hydra's own node."""
+    """Return a composed Hydra config as a nested dict of plain values, without Hydra's own node."""
     assert isinstance(node, DictConfig)
     masked = OmegaConf.masked_copy(node, [key for key in map(str, node) if key != "hydra"])
     result = OmegaConf.to_container(masked, resolve=True, enum_to_str=True)
@@ -126,5 +126,5 @@ def _run_name_resolver(*, _root_: Container) -> str:
 
 
 def _jobs_resolver(*, _root_: Container) -> int:
-    """Trials that a sweeper should ask for at once: as many as the launcher has going."""
+    """Return how many trials a sweeper should ask for at once: as many as the launcher has going."""
     return jobs_at_once(OmegaConf.select(_root_, "hydra.launcher"), cores())

@@ -36,7 +36,7 @@ _SIZES = (("m", "m"), ("r", "r"), ("k", "atom_rank"))
 
 
 def numerics(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a plain nested config that changes a run's numbers."""
+    """Return the part of a plain nested config that changes a run's numbers."""
     kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY[""]}
     for group, blind in _NOT_IDENTITY.items():
         if group:
@@ -51,14 +51,14 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_default_sizes(bank: dict[str, Any]) -> dict[str, Any]:
-    """The same options with the default sizes written out, so that typing them makes no other run."""
+    """Return the same options with the default sizes written out, so that typing them makes no other run."""
     if bank["kept"] is not None or bank["size"] is not None:
         return dict(bank)
     return bank | {key: size for key, size in DEFAULT_SIZES.items() if bank[key] is None}
 
 
 def identity(config: dict[str, Any]) -> str:
-    """Eight hexadecimal digits that name a run by all that changes its numbers.
+    """Return eight hexadecimal digits that name a run by all that changes its numbers.
 
     `config` is the plain nested dict of a composed config. A checkpoint folder counts by its absolute path.
     """

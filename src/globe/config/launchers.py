@@ -29,14 +29,14 @@ def plain_options(launcher: Container) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Cores that this process may use, which a scheduler or `taskset` may have cut down."""
+    """Return how many cores this process may use, which a scheduler or `taskset` may have cut down."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def jobs_at_once(launcher: Mapping[str, Any], available: int) -> int:
-    """Runs that a launcher has going at once on a machine of `available` cores.
+    """Return how many runs a launcher has going at once on a machine of `available` cores.
 
     `n_jobs` counts as in joblib: -1 is one per core, -2 one fewer, never less than one. A Ray of this machine fills
     its cores. Without either, runs go one after another (basic), or a cluster decides (slurm, a Ray that is joined).
@@ -50,7 +50,7 @@ def jobs_at_once(launcher: Mapping[str, Any], available: int) -> int:
 
 
 def threads_per_job(launcher: Mapping[str, Any], available: int) -> int | None:
-    """Threads of one run, so that the runs at once do not fight for cores; None leaves it to PyTorch.
+    """Return the threads of one run, so that runs do not fight for cores; None leaves it to PyTorch.
 
     A share of the cores where runs share a machine, what was reserved (`cpus_per_task`, `ray.remote.num_cpus`, or
     ray's one) where a cluster hands out cores, and nothing to say where runs follow each other.
@@ -65,13 +65,13 @@ def threads_per_job(launcher: Mapping[str, Any], available: int) -> int | None:
 
 
 def _reserved(launcher: Mapping[str, Any]) -> int:
-    """Cores that a task of Ray reserves, as its launcher is told; Ray's own default is one."""
+    """Return the cores that a task of Ray reserves, as its launcher is told; Ray's own default is one."""
     remote = launcher["ray"].get("remote") or {}
     return max(1, int(remote.get("num_cpus") or 1))
 
 
 def device_of_job(number: int, devices: int, *, at_once: int) -> int | None:
-    """Index of the GPU of the run `number`, in turn; None where there is no choice: one GPU, or one run at once."""
+    """Return the index of the GPU for the run `number`, in turn; None where there is one GPU, or one run at once."""
     return number % devices if devices > 1 and at_once > 1 else None
 
 

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Adds up the banks of a run. `summary` is that of the banks so far."""
+    """Adds up the banks of a run; `summary` is that of the banks so far."""
 
     def __init__(self, folder: RunFolder, **of_run: Any) -> None:
         """`of_run` are the fields of `RunSummary` that are known before the first bank."""

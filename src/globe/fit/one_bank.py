@@ -55,7 +55,7 @@ _HALVINGS = 2
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What all banks of a run share."""
+    """The things that all banks of a run share."""
 
     config: Config
     checkpoint: Checkpoint
@@ -146,7 +146,7 @@ def _in_memory(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
 
 
 def _found(run: Run, bank: BankPlan) -> tuple[Learned | None, _Begin | None]:
-    """What is in the run folder: the whole bank, or else where its fit begins."""
+    """Return what is in the run folder: the whole bank, or else where its fit begins."""
     source = source_of(run.config, run.checkpoint, bank, run.calibration)
     folder, partial = run.folder.bank(bank.key), run.folder.partial(bank.key)
     artefact = complete_artefact(folder, run.config, run.checkpoint, bank, source)
@@ -170,7 +170,7 @@ def _of_first_process(group: Group, begin: _Begin | None) -> _Begin | None:
 
 
 def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
-    """What an earlier process learned."""
+    """Return what an earlier process learned."""
     report = BankReport.from_dict(artefact.metrics or {})
     run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
     return Learned(report, _runtime(run.folder.runtime(bank.key)), _codes(artefact), fitted=False)
@@ -274,7 +274,7 @@ def fit_globe(
     on_step: Callable[[StepRecord], None],
     on_checkpoint: Callable[[FitState], None],
 ) -> tuple[FitResult, Finalised]:
-    """The fit of one bank and its factors as they are exported; see `fit_bank` and `finalise` for `group`."""
+    """Fit one bank and return it with its exported factors; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
     precision = bank.precision
     if precision is not None:  # a fit that is to be rounded takes the ridge that rounding wants

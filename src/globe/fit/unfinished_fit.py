@@ -26,7 +26,7 @@ _RECORD = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """Which fit a state belongs to. A state of another one is not used."""
+    """The fit that a state belongs to; a state of another fit is not used."""
 
     fingerprint: str
     """hash of everything that changes the fit's numbers: configuration, sizes, source tensors, device kind"""
@@ -64,7 +64,7 @@ def write_state(folder: Path, state: FitState, fitting: Fitting) -> None:
 
 
 def read_state(folder: Path, fingerprint: str) -> tuple[FitState, Fitting] | None:
-    """The state in `folder` if it belongs to the fit with this fingerprint; None if there is none to use.
+    """Return the state in `folder` if it belongs to the fit with this fingerprint; None if there is none to use.
 
     A damaged or foreign one is ignored with a warning: the fit then starts anew, which costs time and
     nothing else.
@@ -95,7 +95,7 @@ def remove_state(folder: Path) -> None:
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and none sharing memory with another, which safetensors refuses."""
+    """Return the tensors on the CPU, contiguous, none sharing memory with another, which safetensors refuses."""
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Calls in processes forked from this one, each with a process of its own: nothing is imported or read anew."""
+"""Run calls in forks of this process, one fork for each call, so that nothing is imported or read anew."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import torch
 from globe.config.commands import INTERRUPTED
 
 _PATIENCE = (2.0, 5.0, 5.0)
-"""Seconds for what still runs at an early end to record that it was interrupted: by who interrupted all, then by us,
-twice, since Python drops an interrupt that lands in a finaliser."""
+"""Seconds that what still runs at an early end has to record an interrupt: after that of the user, and then after two
+of ours, since Python drops one that lands in a finaliser."""
 
 
 _WHY = {
@@ -31,19 +31,19 @@ _WHY = {
 
 
 class LostProcessError(Exception):
-    """A process that ended without a result, by its exit code; a signal is a negative one."""
+    """A process ended without a result; a negative exit code is that of a signal."""
 
     def __init__(self, exit_code: int | None) -> None:
         super().__init__(_WHY.get(exit_code or 0, f"its process ended with exit code {exit_code}"))
 
 
 def can_fork() -> bool:
-    """On Linux, unless CUDA has begun in this process: a fork could not use it. macOS' frameworks don't survive one."""
+    """Return whether forks work here: on Linux (macOS' frameworks don't survive one) unless CUDA has begun already."""
     return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
 class Forks:
-    """The processes at work. Each thread that asks for a call waits for its result; `end` ends what is left."""
+    """The forks at work. A thread that asks for a call waits for its result; `end` ends what is left."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("fork")
@@ -53,7 +53,7 @@ class Forks:
         self._ended = False
 
     def call(self, job: Callable[[], Any], *, timeout: float | None = None) -> Any:
-        """What the job returns, which must be possible to pickle, as must be what it raises.
+        """Return what the job returns, which pickle must be able to send, as it must what the job raises.
 
         Raises LostProcessError if the process ends with neither, TimeoutError after `timeout` seconds.
         """
@@ -83,7 +83,7 @@ class Forks:
         return outcome
 
     def end(self) -> None:
-        """No call begins any more. What is left gets time to say that it was interrupted, and is killed then."""
+        """Let no call begin any more; give what is left time to record that it was interrupted, and then kill it."""
         self._ended = True
         for patience, number in zip(_PATIENCE, (signal.SIGINT, signal.SIGINT, signal.SIGKILL), strict=True):
             until = time.monotonic() + patience
@@ -106,7 +106,7 @@ def _work(sender: Connection, job: Callable[[], Any]) -> None:
 
 @contextmanager
 def shared_memory() -> Iterator[None]:
-    """Around forks: a collection of garbage in one would write to, and so copy, every page of what is shared."""
+    """Keep garbage collections of forks from writing to, and so copying, every page of what is shared."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""What of a bank can only be drawn, not told in a number: kept in `summary.json`, small whatever the bank's size."""
+"""Data of a bank that can only be drawn: a part of `summary.json` that stays small whatever the bank's size."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class BankCharts:
 
 
 def spread_out(n: int, count: int) -> list[int]:
-    """`count` of n positions (all if there are no more), evenly, the first and the last among them."""
+    """Return `count` of n positions (all if there are no more), evenly spaced from the first to the last."""
     count = min(n, count)
     return [position * (n - 1) // max(count - 1, 1) for position in range(count)]
 
 
 def largest(values: Sequence[float], count: int) -> list[int]:
-    """Positions of the `count` largest values, ascending; of equal ones the first."""
+    """Return the positions of the `count` largest values in ascending order; of equal values the first count."""
     order = sorted(range(len(values)), key=lambda at: (-values[at], at))
     return sorted(order[:count])

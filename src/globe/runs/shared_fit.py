@@ -1,4 +1,4 @@
-"""Runs that share a fit: they differ in `S_cache`, a property of the patched forward, and in nothing else."""
+"""Share a fit between runs that differ in `S_cache`, a property of the patched forward, and in nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def adopt(folder: RunFolder, fit: str) -> Path | None:
-    """Take the banks of a finished run of the same fit in the same parent folder; None if there is none.
+    """Take the banks of a finished run of the same fit in the same parent folder; return that run, or None.
 
     `fit` is the identity at the end of their names. Banks are linked where the file system can, and otherwise
     copied; each appears whole. Whoever learns the banks next checks them, as it does with its own.

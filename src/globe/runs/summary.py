@@ -68,7 +68,7 @@ class BankReport:
 
     @property
     def kept(self) -> float:
-        """Share of the family's own parameters that is kept."""
+        """The share of the family's own parameters that is kept."""
         return self.kept_parameters / self.parameters
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class BankReport:
 
 @dataclass(frozen=True, slots=True)
 class BankRuntime:
-    """What differs between equal runs."""
+    """Figures that differ between equal runs."""
 
     seconds: float
     """of the fit alone"""
@@ -204,7 +204,7 @@ class RunSummary:
 
 
 def read_summary(path: Path) -> RunSummary | None:
-    """The summary in a file; None when there is none, or none of this version."""
+    """Return the summary in a file; None when there is none, or none of this version."""
     record = read_record(path)
     try:
         return None if record is None else RunSummary.from_dict(record)
@@ -217,7 +217,7 @@ def _finite(value: float) -> float | None:
 
 
 def print_summary(summary: RunSummary, folder: Path, console: Console | None = None) -> None:
-    """The table of a run and where its artefacts are. Without a terminal, lines are not cut to 80 columns."""
+    """Print the table of a run and where its artefacts are. Without a terminal, lines are not cut to 80 columns."""
     console = wide_console(console)
     console.print(summary_table(summary))
     for line in _footer(summary, folder):
@@ -225,7 +225,7 @@ def print_summary(summary: RunSummary, folder: Path, console: Console | None = N
 
 
 def summary_table(summary: RunSummary) -> Table:
-    """One row per bank, and a row for all where there are several."""
+    """Return a table with a row for each bank, and a row for all where there are several."""
     methods = {bank.method for bank in summary.banks} - {"globe"}
     title = summary.name if not methods else f"{summary.name}: {', '.join(sorted(methods))}"
     low_rank = any(bank.atom_rank is not None for bank in summary.banks)

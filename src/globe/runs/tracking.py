@@ -1,4 +1,4 @@
-"""Who watches a run: `metrics.jsonl` always, wandb when asked for. The only importer of wandb.
+"""The trackers of a run: `metrics.jsonl` always, wandb when asked for. No other file imports wandb.
 
 A sink is three methods. Another tracker is one more class here, and one more line in `open_sinks`. A tracker is worked
 by a thread of its own (`Background`) and may fail (`Guarded`): no step waits for it, and no run ends with it.
@@ -26,7 +26,7 @@ from globe.runs.folder import open_to_append
 Scalar = float | int | bool | str | None
 
 _SHARE = 0.02
-"""Of the processor time of one core, what a tracker may take while a fit runs."""
+"""Share of the processor time of one core that a tracker may take while a fit runs."""
 _IDLE = 0.5
 """Seconds between two looks for something to tell."""
 _log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a sink is told when it opens."""
+    """The facts about a run that a sink gets when it opens."""
 
     name: str
     folder: Path
@@ -53,10 +53,10 @@ class Sink(Protocol):
     def open(self, run: RunInfo) -> None: ...
 
     def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
-        """One step of one bank; flat."""
+        """Take the figures of one step of one bank."""
 
     def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
-        """The run's summary as in `summary.json`, possibly of the finished banks only, and how it ended."""
+        """Take the run's summary as in `summary.json`, possibly of the finished banks only, and how it ended."""
 
 
 class JsonlSink:
@@ -75,7 +75,7 @@ class JsonlSink:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def finish(self, summary: Mapping[str, Any], *, state: str) -> None:
-        """Nothing: `summary.json` stands beside this file."""
+        """Do nothing: `summary.json` stands beside this file."""
 
 
 class WandbSink:
@@ -254,7 +254,7 @@ class Background:
 
 
 class Fanout:
-    """Several sinks as one."""
+    """Pass everything on to several sinks."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self.sinks = sinks
@@ -273,7 +273,7 @@ class Fanout:
 
 
 def open_sinks(config: WandbConfig, metrics: Path, run: RunInfo) -> Fanout:
-    """The sinks of a run, open. Only the file beside the run may raise (OSError: the disk is full)."""
+    """Return the sinks of a run, open. Only the file beside the run may raise (OSError: the disk is full)."""
     sinks: list[Sink] = [JsonlSink(metrics)]
     if config.mode is not WandbMode.disabled:
         sinks.append(Background(Guarded(WandbSink(config)), patience=config.patience))
@@ -291,6 +291,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, float | int | str]:
 
 
 def _line(error: Exception) -> str:
-    """Type and first line: the messages of trackers run over many lines."""
+    """Return type and first line of an error: the messages of trackers run over many lines."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

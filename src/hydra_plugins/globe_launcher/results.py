@@ -1,4 +1,4 @@
-"""What the launchers do alike: one run in the process that it is given, and what stands for a run that was lost."""
+"""What all launchers do: one run in the process that it is given, and a result in the place of a run that was lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Runs:
     """of Hydra's singletons"""
 
     def do(self, number: int, overrides: Sequence[str]) -> JobReturn:
-        """What sweepers look at. The configurations stay: half a megabyte, with classes that can't be pickled."""
+        """Do one run and return what sweepers look at, without its configurations, whose classes pickle can't send."""
         setup_globals()
         Singleton.set_state(self.state)
         config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -47,7 +47,7 @@ class Runs:
 
 
 def without_result(number: int, overrides: Sequence[str], reason: str) -> JobReturn:
-    """A failed run; its sentence is logged now, and raised by Hydra when all are done."""
+    """Return the result of a failed run; its sentence is logged now, and raised by Hydra when all are done."""
     _log.error("run %d ended without a result: %s", number, reason)
     result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
     result.return_value = CompactHydraException(
@@ -57,5 +57,5 @@ def without_result(number: int, overrides: Sequence[str], reason: str) -> JobRet
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
+    """Return the first line of what an error says, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
