@@ -298,6 +298,21 @@ def test_equal_statistics_leave_a_float64_fit_bit_for_bit(
         assert not torch.equal(getattr(other, part), getattr(wanted, part))
 
 
+def test_the_table_of_a_run_shows_the_error_in_the_metric_beside_the_plain_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("model.max_experts=7", "layer=5", "family=both", "bank.m=3", "bank.r=11", "train.steps=2")
+    run_in(tmp_path, *options)
+    assert "in the" not in capsys.readouterr().out
+    _, folder = run_in(tmp_path, *options, *with_text(tmp_path))
+    shown = capsys.readouterr().out
+    banks = load(folder / "summary.json")["banks"]
+    assert "in the" in shown
+    errors = [bank["metrics"]["relfrob_metric"] for bank in banks]
+    for one in (*errors, sum(errors) / 2):
+        assert f"{one:.4f}" in shown
+
+
 def test_a_finished_run_is_taken_and_another_text_makes_another(tmp_path: Path) -> None:
     options = (*SMALL, "train.steps=2")
     text = tmp_path / "text.txt"

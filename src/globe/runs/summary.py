@@ -230,9 +230,12 @@ def summary_table(summary: RunSummary) -> Table:
     title = summary.name if not methods else f"{summary.name}: {', '.join(sorted(methods))}"
     low_rank = any(bank.atom_rank is not None for bank in summary.banks)
     sizes = ("n x p x d", "m", "r", *(["k"] if low_rank else []))
-    figures = ("kept of\nfamily", "kept of\nmodel", "RelFrob\nstart", "RelFrob\nend")
+    weighted = [bank.metrics.get("relfrob_metric") for bank in summary.banks]
+    in_metric = any(one is not None for one in weighted)
+    figures: tuple[str, ...] = ("kept of\nfamily", "kept of\nmodel", "RelFrob\nstart", "RelFrob\nend")
+    figures += ("in the\nmetric",) if in_metric else ()
     table = new_table(title, ("bank", *sizes, *figures, "support\nmedian", "steps", "seconds"))
-    for bank in summary.banks:
+    for bank, also in zip(summary.banks, weighted, strict=True):
         runtime = summary.runtimes.get(bank.key)
         cells = (
             bank.key,
@@ -244,17 +247,21 @@ def summary_table(summary: RunSummary) -> Table:
             f"{summary.kept_model([bank]):.1%}",
             _start(bank),
             f"{bank.relfrob:.4f}",
+            *(["-" if also is None else f"{also:.4f}"] if in_metric else []),
             f"{median(bank.supports):g}",
             str(bank.steps),
             "-" if runtime is None else f"{runtime.seconds:.1f}",
         )
         add_row(table, cells)
     for key in summary.failed:
-        add_row(table, (key, *["-"] * (6 + low_rank), "failed", *["-"] * 3), "red")
+        add_row(table, (key, *["-"] * (6 + low_rank), "failed", *["-"] * (3 + in_metric)), "red")
     if len(summary.banks) > 1:
         table.add_section()
         total = _total(summary)
-        add_row(table, (*total[:3], *([""] if low_rank else []), *total[3:]), "bold")
+        known = [one for one in weighted if one is not None]
+        mean = [f"{sum(known) / len(known):.4f}"] if in_metric else []
+        cells = (*total[:3], *([""] if low_rank else []), *total[3:8], *mean, *total[8:])
+        add_row(table, cells, "bold")
     return table
 
 
