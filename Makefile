@@ -127,6 +127,12 @@ test-vllm: $(STAMP)  ## Serve compact checkpoints with vLLM (CPU), in .venv-vllm
 	@$(VLLM)/bin/pip install --quiet --no-deps ./integrations/vllm
 	$(ENV) VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PY) -m pytest -c pyproject.toml integrations/vllm/tests $(ARGS)
 
+.PHONY: torture
+torture: $(STAMP)  ## Hostile files, failing disks, kills, and combinations of options: tables of tried and held
+	$(ENV) $(PY) experiments/torture/readers.py
+	$(ENV) $(PY) experiments/torture/faults.py
+	$(ENV) $(PY) experiments/torture/combinations.py
+
 AUDIT := .venv-audit
 .PHONY: audit
 audit: $(STAMP)  ## Look exact versions up among known vulnerabilities, as far as they can be reached; write an SBOM
