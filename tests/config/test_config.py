@@ -151,7 +151,7 @@ def _changed(value: object) -> str:
 
 
 def test_identity_sees_every_other_option() -> None:
-    node = composed()
+    node = composed("calibrate.text=embedded")  # without a text the options of a calibration change nothing
     base = plain(node)
     blind = (
         "output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "S_cache", "objectives",
