@@ -5,7 +5,7 @@
 Every row is a run of globe.train over up and gate of all layers, whose banks are put dense into the model in memory.
 Rows that results.json holds already are not measured again, and unfinished runs go on, so the command can be stopped
 and repeated; a row is measured again when its options change. Without a checkpoint the embedded model is measured. No
-method sees a text. What was chosen on which text is said in `intro.md`. Seconds are those of a run on one thread, search
+method sees a text; `intro.md` says what was chosen on which. Seconds are those of a run on one thread, search
 included, memory is its peak.
 """
 
