@@ -69,7 +69,7 @@ smoke-test: $(STAMP)  ## Learn a bank from the embedded model, put it into the m
 
 .PHONY: demo
 demo: $(STAMP)  ## Compress the whole embedded model, patch it both ways, measure it, let it write (no network)
-	$(ENV) $(PY) -m globe.train family=both layer=all bank.kept=0.6 hydra.run.dir=$(DEMO)/run
+	$(ENV) $(PY) -m globe.train family=both layer=all bank.kept=0.6 calibrate.text=embedded hydra.run.dir=$(DEMO)/run
 	$(ENV) $(PY) -m globe.patch run=$(DEMO)/run out=$(DEMO)/dense format=dense overwrite=true
 	$(ENV) $(PY) -m globe.patch run=$(DEMO)/run out=$(DEMO)/globe format=globe overwrite=true
 	$(ENV) $(PY) -m globe.evaluate model=$(DEMO)/dense against=embedded text=embedded
