@@ -403,4 +403,4 @@ def test_a_linear_fit_of_low_rank_atoms_in_sharp_metrics_stays_finite(condition:
     result, records = fitted(seen(X, metric), Sizes(n, p, d, 32, 60, atom_rank=6), config, metric=metric)
     assert len(records) == 60
     assert result.rejected < 10
-    assert result.relfrob < 0.6 * result.relfrob_start
+    assert result.relfrob < 0.75 * result.relfrob_start

@@ -112,7 +112,7 @@ def test_a_compact_checkpoint_is_named_as_what_it_is(
 ) -> None:
     folder = configured(copy(), **changes)
     text = refusal(reading(folder), "is compressed by GloBE already: give the original checkpoint")
-    assert f"globe.load({str(folder)!r}, dequantize=True).save_pretrained(FOLDER)" in text
+    assert "globe.load(THIS, dequantize=True).save_pretrained(FOLDER)" in text
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "bitsandbytes"])

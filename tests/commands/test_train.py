@@ -481,7 +481,7 @@ def test_memory_that_runs_out_names_the_bank_and_the_remedy(
         FitError, match=r"layer012\.up \(16 x 44 x 64\) does not fit into the memory of device=cpu"
     ):
         run_in(tmp_path, "train.steps=1")
-    assert fit.fits == 1  # another seed needs as much
+    assert 1 < fit.fits < 8  # with smaller chunks each time, as long as they can be halved
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

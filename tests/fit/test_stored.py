@@ -58,7 +58,7 @@ READINGS = {
     "in float64": lambda X: X.double(),
     "its norms": squared_norms,
     "its spread": lambda X: spread(X).squares,
-    "its metric": lambda X: second_moment_metric(X).forward,
+    "its second moment": lambda X: second_moment_metric(X).columns.roots,
 }
 
 
@@ -120,7 +120,6 @@ RUNS = {
         "normalise.centre=expert_mean",
     ],
     "classical": ["family=up", "train.dictionary=mod", "schedule.beta.start=0.5", "init.codes=nnls"],
-    "in a metric": ["family=up", "normalise.metric=experts", "bank.activation=tanh"],
     "with a search": ["family=up", "bank.kept=0.5", "budget.seconds=1"],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_no_candidate_exceeds_its_budget_and_none_has_room_left(room: Room, rati
     n, p, d, limit = room
     found = candidates(room, ratio=ratio, low_rank=True, allows=lambda m: m % step == 0)
     for size in found:
-        m, r, k = size
+        m, r, k = size[:3]
         assert room.parameters(size) <= limit
         assert room.parameters(size) == Sizes(n, p, d, m, r, atom_rank=k).parameters
         assert 1 <= m <= n
@@ -239,7 +240,10 @@ def test_equal_seeds_choose_equal_sizes_and_a_foreign_frontier_is_searched_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, first = run_in(tmp_path / "a", *KEPT)
-    (tmp_path / "b" / first.name).mkdir(parents=True)
+    shutil.copytree(first, tmp_path / "b" / first.name)
+    for name in ("banks", "summary.json"):
+        path = tmp_path / "b" / first.name / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = (first / "frontier.json").read_text()
     (tmp_path / "b" / first.name / "frontier.json").write_text(
         text.replace('"fingerprint": "', '"fingerprint": "0')

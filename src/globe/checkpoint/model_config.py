@@ -44,7 +44,7 @@ def refuse_compact(config: dict[str, Any], folder: Path) -> None:
     if str(config["model_type"]).startswith(PREFIX) or ours:
         raise CheckpointError(
             f"{folder} is compressed by GloBE already: give the original checkpoint, or write this one as a dense one "
-            f"first, globe.load({str(folder)!r}, dequantize=True).save_pretrained(FOLDER)"
+            f"first, globe.load(THIS, dequantize=True).save_pretrained(FOLDER)"
         )
 
 

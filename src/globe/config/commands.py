@@ -76,7 +76,7 @@ def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
         say(f"stopped by {stop.name}: the same command goes on from here")
         sys.exit(128 + stop.number)
     except KeyboardInterrupt as stop:
-        say(f"interrupted: {stop or 'the same command goes on from here'}")
+        say(f"interrupted: {str(stop) or 'the same command goes on from here'}")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
