@@ -37,7 +37,7 @@ from globe.errors import CheckpointError, FitError
 from globe.files import write_json
 from globe.fit.ledger import Ledger
 from globe.fit.one_bank import Run, learn_bank
-from globe.fit.plan import BankPlan, Outline, outline, plan
+from globe.fit.plan import BankPlan, Outline, is_met_by_every_atom, outline, plan
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun, watch
@@ -188,7 +188,7 @@ def _learn(job: Run, banks: Sequence[BankPlan], ledger: Ledger, task: _Task) -> 
         for bank in banks:
             learn_bank(job, bank)
         return
-    _warn_of_growth(banks)
+    _warn_of_sizes(job.config, banks)
     with _watched(job, banks, ledger, task) as progress:
         job = replace(job, on_step=progress.step)
         for bank in banks:
@@ -224,11 +224,14 @@ def _calibrate(
     return found
 
 
-def _warn_of_growth(banks: Sequence[BankPlan]) -> None:
-    """A sweep may well ask for more than there was; a person who compresses should know."""
+def _warn_of_sizes(config: Config, banks: Sequence[BankPlan]) -> None:
+    """A sweep may well ask for more than there was, or for more atoms than there are; a person should know."""
     for bank in banks:
         if bank.kept >= 1:
             _log.warning("%s: %.0f %% of the parameters kept is no compression", bank.key, 100 * bank.kept)
+        if is_met_by_every_atom(config, bank.sizes.m):
+            asked = f"codes.target_support={config.codes.target_support}"
+            _log.info("%s: %s is more than its m=%d atoms, so codes are dense", bank.key, asked, bank.sizes.m)
 
 
 @contextmanager

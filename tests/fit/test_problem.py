@@ -203,6 +203,14 @@ def test_plan_counts_the_experts_that_are_really_read() -> None:
     assert plan(with_shared, Model())[0].sizes.m == 17
 
 
+@pytest.mark.parametrize(("support", "is_sought"), [(3, 3), (4, 4), (5, None), (12, None), (None, None)])
+def test_a_support_above_the_number_of_atoms_is_that_of_dense_codes(
+    support: int | None, is_sought: int | None
+) -> None:
+    config = Config(bank=BankConfig(m=4), codes=CodesConfig(target_support=support))
+    assert plan(config, Model())[0].sizes.target_support == is_sought
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -216,10 +224,6 @@ def test_plan_counts_the_experts_that_are_really_read() -> None:
         (
             Config(bank=BankConfig(r="n")),
             "bank.r='n' is not understood: give an integer or an expression in p or d",
-        ),
-        (
-            Config(codes=CodesConfig(target_support=5)),
-            "codes.target_support=5 is more than the 4 atoms of the bank",
         ),
         (Config(codes=CodesConfig(target_support="m/3")), "codes.target_support='m/3' is 1.33333 for m=4"),
         (Config(layer=40), "layer=40 is not in this model of 24 layers"),

@@ -84,7 +84,8 @@ class CodesConfig:
     map: CodeMap = CodeMap.entmax15
     """Map from logits to the simplex; decides the support, least squares decides the values."""
     target_support: int | str | None = None
-    """Median number of atoms an expert may use at the end: an integer, an expression in m; null is dense."""
+    """Median number of atoms an expert may use at the end: an integer, an expression in m; null, or more
+    than there are atoms, is dense."""
     joint: bool = True
     """Move the codes together with the bank in the Gauss-Newton step."""
     every: int = 5

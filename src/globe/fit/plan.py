@@ -252,8 +252,14 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
             rank = f"min(r, d)={min(r, d)}, the rank of an {r} x {d} atom"
             k = resolve_size("bank.atom_rank", k, {"r": r, "p": p, "d": d}, min(r, d), rank)
         chosen = BankSize(m, r, k)
-    support = target_support(config, chosen.m)
+    support = None if is_met_by_every_atom(config, chosen.m) else target_support(config, chosen.m)
     return Sizes(n, p, d, chosen.m, chosen.r, target_support=support, atom_rank=chosen.atom_rank)
+
+
+def is_met_by_every_atom(config: Config, m: int) -> bool:
+    """Return whether the support typed is a number above m, so that codes that use all m atoms are within it."""
+    support = config.codes.target_support
+    return isinstance(support, int) and support > m
 
 
 def is_search(config: Config) -> bool:
