@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from globe.reporting import bank_plots, curve_plots, sweep_plots
-from globe.reporting.front import Track, tracks
+from globe.reporting.front import BITS, KEPT, Track, fronts, size_axis, tracks
 from globe.reporting.labels import labels
 from globe.reporting.plot import Picture, few_markers, series_style
+from globe.reporting.run_files import Quality
 from globe.reporting.runs import ReportRun
+from globe.reporting.tables import run_table
 from globe.runs.chart_data import BankCharts
 
 
@@ -219,10 +221,15 @@ def test_the_numbers_beside_a_front_cover_no_other() -> None:
         assert abs(x - left) >= 24 or abs(y - low) >= 11
 
 
-def _with_kept(run: ReportRun, number: int, kept: float, relfrob: float, **changes: Any) -> ReportRun:
+def _with_kept(
+    run: ReportRun, number: int, kept: float, relfrob: float, bits: float = 16, **changes: Any
+) -> ReportRun:
+    """The run with a bank that keeps a share of the numbers, each of so many bits."""
     assert run.summary is not None
     (bank,) = run.summary.banks
-    bank = replace(bank, kept_parameters=round(kept * bank.parameters), relfrob=relfrob, **changes)
+    numbers = round(kept * bank.parameters)
+    metrics = bank.metrics | {"bytes": bits / 8 * numbers}
+    bank = replace(bank, kept_parameters=numbers, relfrob=relfrob, metrics=metrics, **changes)
     return replace(run, number=number, summary=replace(run.summary, banks=(bank,)))
 
 
@@ -236,6 +243,45 @@ def test_a_run_that_keeps_more_than_there_was_is_on_no_front(
     hollow = [line for line in plot.lines if line.get_markerfacecolor() == "none"]
     assert [list(line.get_ydata()) for line in hollow] == [[0.1]]
     assert any(list(line.get_xdata()) == [100, 100] for line in plot.lines)
+
+
+def test_runs_with_rounded_factors_are_compared_by_bits(
+    drawn: list[Any], measured: tuple[ReportRun, ...]
+) -> None:
+    dense = [_with_kept(measured[0], 1, 0.4, 0.3)]
+    assert size_axis(dense) is KEPT
+    runs = [
+        *dense,
+        _with_kept(measured[0], 2, 0.5, 0.31, bits=4),
+        _with_kept(measured[0], 3, 0.9, 0.35, bits=4),
+    ]
+    assert size_axis(runs) is BITS
+    (front,) = fronts(runs).values()
+    assert [run.number for run in front] == [2, 1]
+    sweep_plots.error_front(runs)
+    plot = drawn[0][0, 0]
+    assert plot.get_xscale() == "log"
+    assert sorted(text.get_text() for text in plot.texts) == ["#1", "#2"]
+    places = sorted(float(x) for line in plot.lines if line.get_marker() == "o" for x in line.get_xdata())
+    assert places == pytest.approx([2, 3.6, 6.4], rel=1e-3)
+    table = run_table(runs, ())
+    assert "bits a weight" in [column.heading for column in table.columns]
+    assert "bits a weight" not in [column.heading for column in run_table(dense, ()).columns]
+
+
+def test_divergence_has_a_front_of_its_own(drawn: list[Any], measured: tuple[ReportRun, ...]) -> None:
+    quality = Quality(
+        perplexity=9.0, low=None, high=None, original=8.0, rise=None, kl=0.0, kept_model=None, text="a text"
+    )
+    figures = [(0.4, 0.01), (0.6, 0.02), (0.8, 0.005)]
+    runs = [
+        replace(_with_kept(measured[0], at, kept, 0.3), quality=replace(quality, kl=kl))
+        for at, (kept, kl) in enumerate(figures, start=1)
+    ]
+    sweep_plots.kl_front(runs)
+    plot = drawn[0][0, 0]
+    assert plot.get_yscale() == "log"
+    assert sorted(text.get_text() for text in plot.texts) == ["#1", "#3"]
 
 
 def test_baselines_of_closed_form_are_lines_of_reference(

@@ -45,6 +45,7 @@ def _record(run: ReportRun, bank: BankReport | None, varied: Sequence[str]) -> d
     done = summary if run.measured else None
     record["run_relfrob"] = None if done is None else done.relfrob
     record["run_kept"] = None if done is None else done.kept
+    record["run_bits"] = None if done is None else done.bits
     record["run_kept_model"] = None if done is None else done.kept_model()
     for at, name in enumerate(("perplexity_rise", "perplexity_rise_low", "perplexity_rise_high")):
         record[name] = None if quality is None or quality.rise is None else quality.rise[at]

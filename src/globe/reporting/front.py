@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from globe.reporting.labels import group_of
 from globe.reporting.runs import ReportRun
 from globe.runs.chart_data import spread_out
-from globe.runs.summary import BankReport
+from globe.runs.summary import BankReport, RunSummary
 
 CURVES = 8
 """Runs that are told apart in a picture of curves; the others are grey."""
@@ -21,6 +21,31 @@ class Track:
     run: ReportRun
     bank: BankReport
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class SizeAxis:
+    """By what the sizes of runs are compared."""
+
+    label: str
+    size: Callable[[RunSummary], float]
+    whole: float
+    """the size of experts that are not compressed"""
+    scale: str
+
+
+KEPT = SizeAxis(
+    "kept parameters of the compressed families (%)", lambda summary: 100 * summary.kept, 100, "linear"
+)
+BITS = SizeAxis("bits a weight of the compressed families", lambda summary: summary.bits, 16, "log")
+_BITS_PER_NUMBER = 15
+"""Runs that hold fewer bits for every number they keep have rounded factors."""
+
+
+def size_axis(runs: Sequence[ReportRun]) -> SizeAxis:
+    """Return bits a weight where a run has rounded factors, or else the share of parameters that is kept."""
+    done = [run.summary for run in runs if run.summary is not None and run.measured]
+    return BITS if any(one.bits < _BITS_PER_NUMBER * one.kept for one in done) else KEPT
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -38,25 +63,26 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return chosen
 
 
-def fronts(runs: Sequence[ReportRun]) -> dict[str, list[ReportRun]]:
-    """Return the front of RelFrob against kept of every group of comparable runs, by the group's name.
+def fronts(runs: Sequence[ReportRun], measure: str = "relfrob") -> dict[str, list[ReportRun]]:
+    """Return the front of a measure against size of every group of comparable runs, by the group's name.
 
-    A run that keeps more than there was is on no front.
+    `measure` is an attribute of runs, RelFrob or KL. A run that keeps more than there was is on no front.
     """
+    axis = size_axis(runs)
     groups: dict[str, list[ReportRun]] = {}
     for run in runs:
-        if run.measured and coordinates(run)[0] <= 1:
+        if run.measured and run.summary is not None and axis.size(run.summary) <= axis.whole:
             groups.setdefault(group_of(run), []).append(run)
     return {
-        name: [members[at] for at in pareto([coordinates(run) for run in members])]
+        name: [members[at] for at in pareto([coordinates(run, axis, measure) for run in members])]
         for name, members in groups.items()
     }
 
 
-def coordinates(run: ReportRun) -> tuple[float, float]:
-    """Return the kept share of the compressed families and RelFrob."""
+def coordinates(run: ReportRun, axis: SizeAxis, measure: str) -> tuple[float, float]:
+    """Return the size of a run, and a measure that it has."""
     assert run.summary is not None
-    return run.summary.kept, run.summary.relfrob
+    return axis.size(run.summary), getattr(run, measure)
 
 
 def highlighted(runs: Sequence[ReportRun], count: int) -> list[ReportRun]:
@@ -66,7 +92,7 @@ def highlighted(runs: Sequence[ReportRun], count: int) -> list[ReportRun]:
     taken = {run.number for run in chosen}
     rest = sorted(
         (run for run in runs if run.measured and run.number not in taken),
-        key=lambda run: (coordinates(run)[1], run.number),
+        key=lambda run: (run.relfrob, run.number),
     )
     return sorted([*chosen, *rest[: count - len(chosen)]], key=lambda run: run.number)
 

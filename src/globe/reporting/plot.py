@@ -134,6 +134,17 @@ def legend_below(figure: Any, axes: Any) -> None:
     figure.legend(handles, lines, loc="outside lower center", ncols=columns, handlelength=3.2)
 
 
+def scale_axis(axis: Any, scale: str) -> None:
+    """Make an axis linear or logarithmic, with plain numbers at its ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if scale == "log":
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
 def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
     """Return limits of an axis with some room around the values, also around a single one."""
     low, high = min(values), max(values)

@@ -65,6 +65,11 @@ class ReportRun:
         return None if self.quality is None else self.quality.perplexity
 
     @property
+    def kl(self) -> float | None:
+        """KL(original || patched model) of the next token in nats."""
+        return None if self.quality is None else self.quality.kl
+
+    @property
     def support_median(self) -> float | None:
         """Median number of atoms per expert, over all banks."""
         if self.summary is None:

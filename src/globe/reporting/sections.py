@@ -195,7 +195,11 @@ def _perplexity(measured: Sequence[ReportRun]) -> Section:
         assert quality is not None
         before = "" if quality.original is None else f", {quality.original:.4f} before"
         return Section(title, (*said, f"Perplexity {quality.perplexity:.4f}{before}, on {quality.text}."))
-    return Section(title, tuple(said), None, (sweep_plots.perplexity_front(judged),))
+    pictures = [sweep_plots.perplexity_front(judged)]
+    diverge = [run for run in judged if run.kl]  # a lossless run has none, and no place on a logarithmic axis
+    if len(diverge) > 1:
+        pictures.append(sweep_plots.kl_front(diverge))
+    return Section(title, tuple(said), None, tuple(pictures))
 
 
 def _support(measured: Sequence[ReportRun]) -> Section | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-from globe.reporting.front import coordinates, fronts, pareto
+from globe.reporting.front import coordinates, fronts, pareto, size_axis
 from globe.reporting.labels import (
     SEED,
     SUPPORT,
@@ -16,7 +16,7 @@ from globe.reporting.labels import (
     short_names,
     varied_options,
 )
-from globe.reporting.plot import GREY, Picture, legend_below, picture, series_style
+from globe.reporting.plot import GREY, Picture, legend_below, picture, scale_axis, series_style
 from globe.reporting.runs import ReportRun
 
 REFERENCES = ("svd", "shared_basis")
@@ -30,38 +30,57 @@ _RELFROB = "RelFrob (relative Frobenius error)"
 
 
 def error_front(runs: Sequence[ReportRun]) -> Picture:
-    """Return RelFrob against the kept share of the compressed families; one series per group and method."""
+    """Return RelFrob against the size of the compressed families."""
+    return _front(runs, "relfrob", "fig-front", "Error against size", _RELFROB)
+
+
+def kl_front(runs: Sequence[ReportRun]) -> Picture:
+    """Return the divergence of the patched models, of runs that have one, against the size of the families."""
+    return _front(runs, "kl", "fig-kl", "KL against size", "KL (nats)", scale="log")
+
+
+def _front(
+    runs: Sequence[ReportRun], measure: str, name: str, title: str, label: str, *, scale: str = "linear"
+) -> Picture:
+    """Return a measure of the runs against their size; one series per group and method."""
+    axis = size_axis(runs)
     several = len({group_of(run) for run in runs}) > 1
     series: dict[str, list[ReportRun]] = {}
     for run in runs:
-        name = f"{group_of(run)}, {methods_of(run)}" if several else methods_of(run)
-        series.setdefault(name, []).append(run)
-    found = fronts(runs)
+        text = f"{group_of(run)}, {methods_of(run)}" if several else methods_of(run)
+        series.setdefault(text, []).append(run)
+    found = fronts(runs, measure)
     best = {run.number for members in found.values() for run in members}
+
+    def points_of(members: Sequence[ReportRun]) -> list[tuple[float, float, int]]:
+        return [(*coordinates(run, axis, measure), run.number) for run in members]
 
     def make(figure: Any, axes: Any) -> None:
         plot = axes[0, 0]
-        for index, (name, members) in enumerate(series.items()):
-            points = sorted((100 * x, y, run.number) for run in members for x, y in [coordinates(run)])
-            is_reference = methods_of(members[0]) in REFERENCES and len(members) > 1
-            style = series_style(index) | ({} if is_reference else {"linestyle": "none"})
-            if is_reference:
+        scale_axis(plot.xaxis, axis.scale)
+        scale_axis(plot.yaxis, scale)
+        for index, (text, members) in enumerate(series.items()):
+            points = sorted(points_of(members))
+            style = series_style(index)
+            if methods_of(members[0]) in REFERENCES and len(members) > 1:
                 plot.plot([x for x, _, _ in points], [y for _, y, _ in points], color=style["color"],
                           linestyle=style["linestyle"], linewidth=1, zorder=1)  # fmt: skip
-            _points(plot, points, best, style, f"{name} ({len(members)})")
+            _points(plot, points, best, style, f"{text} ({len(members)})")
         for members in found.values():
-            _draw_front(plot, [(run.number, 100 * x, y) for run in members for x, y in [coordinates(run)]])
-        if max(coordinates(run)[0] for run in runs) > 1:
-            plot.axvline(100, color="#666666", linestyle=(0, (1, 2)), linewidth=1, label="no compression")
-        plot.set_xlabel("kept parameters of the compressed families (%)")
-        plot.set_ylabel(_RELFROB)
+            _draw_front(plot, points_of(members))
+        if max(x for x, _, _ in points_of(runs)) > axis.whole:
+            plot.axvline(
+                axis.whole, color="#666666", linestyle=(0, (1, 2)), linewidth=1, label="no compression"
+            )
+        plot.set_xlabel(axis.label)
+        plot.set_ylabel(label)
         legend_below(figure, plot)
 
     lines = " Joined points of svd and shared_basis are references." if _has_references(runs) else ""
     return picture(
-        "fig-front",
-        "Error against size",
-        "RelFrob of every run against what it keeps; lower left is better. The line joins the Pareto front, whose "
+        name,
+        title,
+        f"{label} of every run against {axis.label}; lower left is better. The line joins the Pareto front, whose "
         f"runs are filled and carry their numbers; a run that keeps more than there was is on none.{lines}",
         make,
         height=4.0,
@@ -96,7 +115,7 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
             style = series_style(index) | {"linestyle": "none"}
             chosen = {number for number, *_ in best}
             _points(plot, [(x, y, number) for number, x, y, _, _ in points], chosen, style, text)
-            _draw_front(plot, [(number, x, y) for number, x, y, _, _ in best])
+            _draw_front(plot, [(x, y, number) for number, x, y, _, _ in best])
             originals = {run.quality.original for run in members if run.quality is not None} - {None}
             for before in {0.0} if paired else originals:
                 plot.axhline(
@@ -143,15 +162,15 @@ def _points(
             plot.plot(*zip(*chosen, strict=True), label=own, **kind)
 
 
-def _draw_front(plot: Any, points: Sequence[tuple[int, float, float]]) -> None:
+def _draw_front(plot: Any, points: Sequence[tuple[float, float, int]]) -> None:
     """Draw steps between the points of a front, and the number of each run beside it."""
-    xs, ys = [x for _, x, _ in points], [y for *_, y in points]
+    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     plot.plot(xs, ys, drawstyle="steps-post", color="#444444", linewidth=1, zorder=1)
     plot.margins(x=0.06, y=0.1)  # room for the numbers
     plot.autoscale_view()
     scale = 72 / plot.figure.dpi
-    places = [tuple(scale * one for one in plot.transData.transform((x, y))) for _, x, y in points]
-    for (number, x, y), drop in zip(points, label_drops(places), strict=True):
+    places = [tuple(scale * one for one in plot.transData.transform((x, y))) for x, y, _ in points]
+    for (x, y, number), drop in zip(points, label_drops(places), strict=True):
         plot.annotate(
             f"#{number}", (x, y), textcoords="offset points", xytext=(-4, drop), fontsize=8, ha="right"
         )

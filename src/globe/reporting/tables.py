@@ -12,7 +12,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from globe.errors import printable
-from globe.reporting.front import fronts
+from globe.reporting.front import BITS, fronts, size_axis
 from globe.reporting.labels import SEED, alike_but, methods_of, option_text
 from globe.reporting.runs import ReportRun
 from globe.runs.summary import BankReport
@@ -84,7 +84,7 @@ def run_table(runs: Sequence[ReportRun], varied: Sequence[str]) -> Table:
         ),
         *(_option_column(name) for name in varied),
         *_differing(chosen, varied),
-        *_SIZES,
+        *(column for column in _SIZES if column is not _BITS_A_WEIGHT or size_axis(chosen) is BITS),
         *(_QUALITY if any(run.quality is not None for run in chosen) else ()),
         Column("steps", "steps of all banks", lambda run: number(sum(bank.steps for bank in _banks(run)))),
         Column(
@@ -154,6 +154,11 @@ def _range(values: Sequence[int]) -> Cell:
 _ATOM_RANK = (
     "k: rank of the m atoms where they are stored as products of two factors; dense where they are not"
 )
+_BITS_A_WEIGHT = Column(
+    "bits a weight",
+    "bits of the artefacts, for each weight of the compressed matrices",
+    _of_summary("bits", "{:.2f}"),
+)
 _SIZES = (
     Column("m", "atoms of a bank", lambda run: _range([bank.m for bank in _banks(run)])),
     Column("r", "rows of an atom", lambda run: _range([bank.r for bank in _banks(run)])),
@@ -163,6 +168,7 @@ _SIZES = (
         "parameters that are left, of the compressed matrices",
         _of_summary("kept", "{:.1%}"),
     ),
+    _BITS_A_WEIGHT,
     Column(
         "kept of model", "parameters that are left, of the whole model", _of_summary("kept_model", "{:.2%}")
     ),

@@ -154,6 +154,16 @@ class RunSummary:
         return sum(bank.kept_parameters for bank in self.banks) / dense if dense else math.nan
 
     @property
+    def bits(self) -> float:
+        """Bits a weight of all compressed experts, as their artefacts hold them; NaN for no bank.
+
+        A bank whose record has no bytes, as earlier versions wrote it, counts 16 bits for every number.
+        """
+        dense = sum(bank.parameters for bank in self.banks)
+        held = sum(bank.metrics.get("bytes") or 2 * bank.kept_parameters for bank in self.banks)
+        return 8 * held / dense if dense else math.nan
+
+    @property
     def failure(self) -> str:
         """One sentence for the banks that failed."""
         names = ", ".join(self.failed)
@@ -300,8 +310,7 @@ def _footer(summary: RunSummary, folder: Path) -> list[str]:
     sized = [bank for bank in summary.banks if bank.metrics.get("bytes")]
     if sized:
         held = sum(bank.metrics["bytes"] or 0 for bank in sized)
-        bits = 8 * held / sum(bank.parameters for bank in sized)
-        lines.append(f"bytes: {held:,.0f} for the family, {bits:.2f} bits a weight")
+        lines.append(f"bytes: {held:,.0f} for the family, {summary.bits:.2f} bits a weight")
     peaks = [("host", "peak_host_bytes"), ("device", "peak_device_bytes")]
     memory = []
     for label, name in peaks:
