@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "embedded": (),
     "config": ("errors", "files"),
     "numerics": ("errors", "config"),
-    "am": ("errors", "config", "numerics"),
+    "am": ("errors", "numerics"),
     "bank": ("errors", "files", "config", "numerics", "am"),
     "baselines": ("errors", "config", "numerics", "am", "bank"),
     "runs": ("errors", "files", "config", "numerics", "am", "bank"),

@@ -41,6 +41,7 @@ from globe.config.choices import ADAM_METHODS, Activation, Method
 from globe.config.schema import Config, CurveConfig
 from globe.errors import GlobeError
 from globe.fit.normalise import normalise
+from globe.fit.options import fit_options
 
 _DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "globe-ref"
 _CLOSED = (Method.svd, Method.shared_basis, Method.mean_svd)
@@ -108,7 +109,7 @@ def fit_ours(name: str, X: Tensor, options: argparse.Namespace) -> dict[str, Any
     fit_bank(
         X,
         sizes,
-        config,
+        fit_options(config),
         generator=torch.Generator().manual_seed(options.seed),
         on_step=records.append,
         clock=time.process_time,

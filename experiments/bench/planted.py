@@ -25,6 +25,7 @@ from globe.am.objective import error_at
 from globe.am.records import Sizes, StepRecord
 from globe.config.choices import Activation, FirstCodes, Seeding
 from globe.config.schema import Config, CurveConfig, InitConfig
+from globe.fit.options import fit_options
 from globe.numerics.activation import phi
 from globe.numerics.figures import squared_norms
 
@@ -100,7 +101,11 @@ def main() -> int:
             for seed in range(options.starts):
                 records: list[StepRecord] = []
                 result = fit_bank(
-                    X, sizes, config, generator=torch.Generator().manual_seed(seed), on_step=records.append
+                    X,
+                    sizes,
+                    fit_options(config),
+                    generator=torch.Generator().manual_seed(seed),
+                    on_step=records.append,
                 )
                 ends.append(result.relfrob)
                 rises += sum(after.objective > before.objective for before, after in pairwise(records))

@@ -28,6 +28,7 @@ from globe.config.choices import Activation, Dictionary, Method
 from globe.config.schema import Config, CurveConfig
 from globe.errors import GlobeError
 from globe.fit.normalise import normalise
+from globe.fit.options import fit_options
 
 _DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "globe-ref"
 
@@ -77,7 +78,11 @@ def fit(
     records: list[StepRecord] = []
     start = time.process_time()
     result = fit_bank(
-        X, sizes, config, generator=torch.Generator().manual_seed(options.seed), on_step=records.append
+        X,
+        sizes,
+        fit_options(config),
+        generator=torch.Generator().manual_seed(options.seed),
+        on_step=records.append,
     )
     seconds = time.process_time() - start
     objectives = [record.objective for record in records if record.accepted]

@@ -34,10 +34,11 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.dictionary.tangent import tangent
 from globe.am.loop import fit_bank
-from globe.am.records import Sizes
+from globe.am.records import Sizes, StepOptions
 from globe.am.state import AMState, Atoms, start_state
 from globe.config.schema import Config
 from globe.fit.normalise import normalise
+from globe.fit.options import fit_options
 from globe.sizes.costs import fit_bytes, step_work
 
 BASE = {"n": 32, "p": 352, "d": 512, "r": 88, "m": 8}
@@ -108,7 +109,7 @@ def child_fit(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     result = fit_bank(
         X,
         sizes,
-        fixed(options.steps, options.dtype),
+        fit_options(fixed(options.steps, options.dtype)),
         generator=torch.Generator().manual_seed(0),
         on_step=lambda record: stamps.append(clock(options.threads)),
     )
@@ -124,7 +125,7 @@ def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     X = torch.randn(n, p, d, generator=generator)
     dtype = curvature_dtype(options.dtype, X)
     atoms = Atoms(torch.randn(m, r, d, generator=generator) / 4, torch.rand(n, m, generator=generator) / m)
-    state: AMState = start_state(X, atoms, lam=1.0, activation="silu", lambda_A=1e-4)
+    state: AMState = start_state(X, atoms, StepOptions("silu", lambda_A=1e-4))
     slopes = tangent(atoms.bank, atoms.codes)
 
     def seconds(iterations: int) -> float:

@@ -29,14 +29,16 @@ from torch import Tensor
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.tangent import tangent
 from globe.am.loop import fit_bank
+from globe.am.options import Start
 from globe.am.records import FitResult, Sizes, StepOptions
 from globe.am.start import first_atoms
 from globe.am.state import start_state
 from globe.am.step import am_step
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import Activation, CurvatureDtype
-from globe.config.schema import BankConfig, Config, InitConfig, TrainConfig
+from globe.config.schema import BankConfig, Config, TrainConfig
 from globe.fit.normalise import normalise
+from globe.fit.options import fit_options
 from globe.numerics import chunks
 from globe.numerics.group import ALONE, ProcessGroup, ShardedGroup
 
@@ -95,9 +97,9 @@ def measure(sizes: Sizes) -> tuple[int, float, int]:
     draw = torch.Generator().manual_seed(0)
     X = group.own(torch.randn(sizes.n, sizes.p, sizes.d, generator=draw))
     before = Counted.numbers
-    atoms = first_atoms(X, sizes, InitConfig(), generator=draw, warm=None, group=group)
+    atoms = first_atoms(X, sizes, Start(), generator=draw, warm=None, group=group)
     start = Counted.numbers - before
-    state = start_state(X, atoms, lam=1.0, activation="silu", lambda_A=1e-4, group=group)
+    state = start_state(X, atoms, StepOptions("silu", lambda_A=1e-4), group=group)
     slopes = tangent(atoms.bank, atoms.codes, left=atoms.left, right=atoms.right, group=group)
 
     def direction(iterations: int) -> Callable[[], object]:
@@ -130,7 +132,7 @@ def fitted(
         train=TrainConfig(steps=STEPS, patience=0, curvature_dtype=CurvatureDtype(products)),
     )
     sizes = Sizes(n, p, d, n // 4 if atom_rank is None else n, p // 2, atom_rank=atom_rank)
-    return fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(0), group=group)
+    return fit_bank(X, sizes, fit_options(config), generator=torch.Generator().manual_seed(0), group=group)
 
 
 def compare(leads: bool) -> bool:

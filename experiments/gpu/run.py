@@ -84,6 +84,7 @@ def fit(shape: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     from globe.am.loop import fit_bank
     from globe.am.records import Sizes
     from globe.config.schema import Config
+    from globe.fit.options import fit_options
     from globe.sizes.costs import step_work
 
     n, p, d = map(int, shape.split("x"))
@@ -93,14 +94,16 @@ def fit(shape: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     config.train.steps, config.train.patience, config.train.curvature_dtype = options.steps, 0, dtype
     config.train.cg_iterations, config.train.cg_tolerance = ITERATIONS, 0.0
     X = experts(n, p, d, device)
-    fit_bank(X, sizes, config_of(config, 1), generator=torch.Generator().manual_seed(1))  # warms up
+    fit_bank(
+        X, sizes, fit_options(config_of(config, 1)), generator=torch.Generator().manual_seed(1)
+    )  # warms up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     stamps = [synchronised(device)]
     result = fit_bank(
         X,
         sizes,
-        config,
+        fit_options(config),
         generator=torch.Generator().manual_seed(0),
         on_step=lambda record: stamps.append(synchronised(device)),
     )

@@ -25,6 +25,7 @@ from globe.am.records import Sizes, StepRecord
 from globe.config.composition import register, to_config
 from globe.config.schema import Config
 from globe.errors import GlobeError
+from globe.fit.options import fit_options
 
 N, P, D, STEPS = 7, 13, 19, 6
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -74,7 +75,7 @@ def fault(config: Config, X: Tensor, atoms: tuple[int, int, int | None]) -> str 
     sizes = Sizes(N, P, D, m=m, r=r, atom_rank=k, target_support=config.codes.target_support)
     try:
         result = fit_bank(
-            X, sizes, config, generator=torch.Generator().manual_seed(1), on_step=records.append
+            X, sizes, fit_options(config), generator=torch.Generator().manual_seed(1), on_step=records.append
         )
     except GlobeError as error:
         return f"refused: {error}"

@@ -20,6 +20,7 @@ from globe.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from globe.fit.options import fit_options
 from globe.numerics.activation import phi
 
 N, P, D, M, R = 17, 10, 14, 3, 4
@@ -114,10 +115,17 @@ def sizes_of(X: Float[Tensor, "n p d"], m: int = M, r: int = R, **more: Any) -> 
 
 
 def fitted(
-    X: Float[Tensor, "n p d"], sizes: Sizes, config: Config, *, seed: int = 0, **more: Any
+    X: Float[Tensor, "n p d"],
+    sizes: Sizes,
+    config: Config,
+    *,
+    seed: int = 0,
+    export_dtype: torch.dtype | None = None,
+    **more: Any,
 ) -> tuple[FitResult, list[StepRecord]]:
     """A fit and the record of its steps."""
     records: list[StepRecord] = []
     generator = torch.Generator().manual_seed(seed)
-    result = fit_bank(X, sizes, config, generator=generator, on_step=records.append, **more)
+    options = fit_options(config, export_dtype=export_dtype)
+    result = fit_bank(X, sizes, options, generator=generator, on_step=records.append, **more)
     return result, records

@@ -26,6 +26,7 @@ from globe.am.records import FitState, StepRecord
 from globe.config.choices import Seeding
 from globe.config.schema import InitConfig
 from globe.fit.normalise import normalise
+from globe.fit.options import fit_options
 from globe.numerics.group import ProcessGroup, ShardedGroup
 
 N, M, R = 11, 5, 4
@@ -83,9 +84,8 @@ def fit(name: str, group: ProcessGroup, dtype: torch.dtype, resume: FitState | N
     result = fit_bank(
         X,
         sizes,
-        config,
+        fit_options(config, export_dtype=dtype),  # bfloat16 would blow a last digit up to its own
         generator=generator,
-        export_dtype=dtype,  # bfloat16 would blow a last digit up to its own
         resume=resume,
         on_step=records.append,
         on_checkpoint=states.append,

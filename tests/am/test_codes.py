@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from planted import normal, plant
 from torch import Tensor
 
-from globe.am.coding import code_system, contributions, entmax_support, propose_codes, support_of_median
-from globe.am.controls import median_support
+from globe.am.coding import (
+    code_system,
+    contributions,
+    entmax_support,
+    median_support,
+    propose_codes,
+    support_of_median,
+)
 from globe.am.objective import evaluate, mix
 from globe.am.records import StepOptions
 from globe.am.state import Atoms, Constraint, start_state
@@ -202,7 +208,10 @@ def test_coding_raises_no_experts_error(seed: int, lam: float, activation: str, 
     if simplex:
         codes = codes / codes.sum(dim=1, keepdim=True)
     state = start_state(
-        X, Atoms(bank, codes), lam=lam, activation=activation, constraint=Constraint(None, simplex)
+        X,
+        Atoms(bank, codes),
+        StepOptions(lam=lam, activation=activation),
+        constraint=Constraint(None, simplex),
     )
     new = coding_step(X, state, StepOptions(lam=lam, activation=activation))
     assert bool((new.point.errors <= state.point.errors * (1 + 1e-12)).all())
@@ -221,7 +230,7 @@ def test_coding_brings_back_an_atom() -> None:
     truth = plant(N, P, D, M, R, seed=3)
     codes = truth.codes.clone()
     codes[0, 2] = 0
-    state = start_state(truth.X, Atoms(truth.bank, codes), **LINEAR)
+    state = start_state(truth.X, Atoms(truth.bank, codes), StepOptions(**LINEAR))
     for _ in range(30):
         state = coding_step(truth.X, state, StepOptions(**LINEAR))
     assert float(state.atoms.codes[0, 2]) > 0
@@ -237,7 +246,7 @@ def test_coding_on_a_support_keeps_to_it_and_remembers_it() -> None:
     X, bank, codes = problem()
     support = normal(N, M, seed=8) > 0.2
     support[:, 0] |= ~support.any(dim=1)
-    state = start_state(X, Atoms(bank, codes), **LINEAR)
+    state = start_state(X, Atoms(bank, codes), StepOptions(**LINEAR))
     new = coding_step(X, state, StepOptions(**LINEAR), support=support)
     assert not bool(new.atoms.codes[~support].any())
     assert bool((new.atoms.codes.sum(dim=1) > 0).all())

@@ -55,7 +55,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, AMState, dict[str, Any]]:
     else:
         atoms = Atoms(normal(m, r, d, seed=seed + 3).to(dtype), codes)
     options = {"lam": lam, "activation": activation}
-    state = start_state(X, atoms, constraint=Constraint(support, simplex), **options)
+    state = start_state(X, atoms, StepOptions(**options), constraint=Constraint(support, simplex))
     options |= {
         "joint": draw(st.booleans()),
         "coding": draw(st.booleans()),
@@ -197,7 +197,7 @@ def test_a_long_step_that_is_refused_leaves_the_products_in_low_precision() -> N
     """First steps can be too long; the fit must not be slower for it ever after. A tiny one ends low precision."""
     X = normal(9, 8, 10, seed=4).float()
     atoms = Atoms(2 * normal(3, 4, 10, seed=14).float(), normal(9, 3, seed=24).abs().float())
-    state = start_state(X, atoms, lam=1.0, activation="tanh")
+    state = start_state(X, atoms, StepOptions(activation="tanh"))
     seen = []
     for damping in (1e-4, 1e4):
         new, figures = am_step(

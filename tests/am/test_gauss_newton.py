@@ -178,7 +178,7 @@ def test_blended_target(activation: str, lam: float, beta: float) -> None:
     pull = reference.aligned(warm, M_)
     target = beta * one.X + (1 - beta) * exact.adapters @ pull
     force = exact.slopes * (exact.adapters.mT @ (target - exact.adapters @ M_))
-    state = start_state(one.X, one.atoms, damping=1e-2, **options)
+    state = start_state(one.X, one.atoms, StepOptions(**options), damping=1e-2)
     units = damping_units(one, state.point, joint=True, damping=1e-2)
     wanted = reference.gauss_newton(exact, one.atoms.bank, one.atoms.codes, damping=units, force=force)
 
@@ -263,7 +263,7 @@ def test_a_whole_step_is_the_reference_step(activation: str, lam: float) -> None
     """Without extrapolation: direction, codes clamped at zero, refit."""
     one = case(seed=20)
     options = {"lam": lam, "activation": activation}
-    state = start_state(one.X, one.atoms, damping=0.1, **options)
+    state = start_state(one.X, one.atoms, StepOptions(**options), damping=0.1)
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, **options)
     units = damping_units(one, state.point, joint=True, damping=0.1)
     move = reference.gauss_newton(exact, one.atoms.bank, one.atoms.codes, damping=units)
@@ -306,7 +306,7 @@ def test_a_whole_mod_step_is_the_reference_step(
         bank, codes = reference.equal_norms(bank, codes)
     wanted = reference.point(one.X, bank, codes, **options)
 
-    state = start_state(one.X, atoms, constraint=Constraint(None, simplex), **options)
+    state = start_state(one.X, atoms, StepOptions(**options), constraint=Constraint(None, simplex))
     new, figures = am_step(
         one.X,
         state,
@@ -324,7 +324,7 @@ def test_extrapolation_goes_beyond_the_step_by_its_weight() -> None:
     """Atoms = plain + w (plain - last plain), w = k / (k + 3) up to the largest, wherever it was taken."""
     one = case(seed=30)
     options = {"lam": 0.0, "activation": "identity"}
-    state = start_state(one.X, one.atoms, **options)
+    state = start_state(one.X, one.atoms, StepOptions(**options))
     weights = set()
     for _ in range(8):
         new, _ = am_step(

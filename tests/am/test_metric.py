@@ -27,12 +27,12 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.preconditioner import precondition
 from globe.am.dictionary.remainder import remainder
 from globe.am.objective import adapters_at, error_at, evaluate
+from globe.am.options import Start
 from globe.am.records import FitState, Sizes, StepOptions
 from globe.am.start import first_atoms, spread
 from globe.am.state import Atoms, Constraint, start_state
 from globe.am.step import am_step
 from globe.am.warm_start import truncated_svd
-from globe.config.choices import FirstCodes
 from globe.config.schema import InitConfig
 from globe.numerics import chunks
 from globe.numerics.group import ALONE
@@ -153,7 +153,7 @@ def test_a_blended_step(activation: str, lam: float, beta: float) -> None:
     pull = reference.aligned(warm, bases @ L)
     target = beta * X + (1 - beta) * exact.adapters @ pull
     force = exact.slopes * (exact.adapters.mT @ (target - exact.adapters @ bases @ L) @ L.mT)
-    state = start_state(X, one.atoms, damping=1e-2, metric=metric, **options)
+    state = start_state(X, one.atoms, StepOptions(**options), damping=1e-2, metric=metric)
     kept = remainder(state.point, ALONE, dtype=torch.float64)
     units = damping_units(one, state.point, joint=True, damping=1e-2, kept=kept)
     move = reference.gauss_newton(exact, one.atoms.bank, one.atoms.codes, damping=units, force=force)
@@ -189,7 +189,7 @@ def test_a_whole_mod_step(activation: str, lam: float, beta: float) -> None:
     bank = reference.mod(target, one.atoms.codes, one.atoms.bank, lambda_B=1e-2)
     bank, codes = reference.equal_norms(bank, one.atoms.codes)
     wanted = reference.point(one.X, bank, codes, C=C, **options)
-    state = start_state(X, one.atoms, metric=metric, **options)
+    state = start_state(X, one.atoms, StepOptions(**options), metric=metric)
     step = StepOptions(**options, beta=beta, dictionary="mod", lambda_T=1e-3, lambda_B=1e-2)
     new, _ = am_step(X, state, step, warm=warm, generator=sketcher())
     assert new.objective == pytest.approx(wanted.objective, rel=1e-7)
@@ -318,7 +318,7 @@ def test_first_atoms_are_those_of_the_mean_metric_brought_back() -> None:
     mean = root_of(C.mean(dim=0))
     torch.testing.assert_close(metric.mean, C.mean(dim=0))
     torch.testing.assert_close(metric.in_mean(seen(X, metric)), X @ mean)
-    for init in (InitConfig(), InitConfig(codes=FirstCodes.nnls)):
+    for init in (Start(), Start(codes="nnls")):
         warm = truncated_svd(X @ mean, R)
         draw = torch.Generator().manual_seed(1)
         wanted = first_atoms(X @ mean, sizes_of(X), init, generator=draw, warm=warm)

@@ -97,7 +97,7 @@ def test_steps_from_near_the_planted_answer_reach_it(name: str, dtype: torch.dty
     else:
         atoms = low_rank_atoms(off(truth.left, 6), off(truth.right, 7), codes)
     fixed = {"lam": options.get("lam", 0.0), "activation": options.get("activation", "identity")}
-    state = start_state(truth.X, atoms, **fixed)
+    state = start_state(truth.X, atoms, StepOptions(**fixed))
     total = float((truth.X.double() ** 2).sum())
     assert (state.point.error / total) ** 0.5 > 0.05
     for step in range(40):

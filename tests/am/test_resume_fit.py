@@ -17,6 +17,7 @@ from globe.am.loop import fit_bank
 from globe.am.records import Factors, FitResult, FitState
 from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
 from globe.config.schema import CurveConfig, InitConfig
+from globe.fit.options import fit_options
 
 HOMOTOPY = {"lam": CurveConfig(Curve.cosine, 0.0, 1.0, warmup=0.1, hold=0.3)}
 WARM = {"beta": CurveConfig(Curve.linear, 0.0, 1.0, hold=0.5)}
@@ -101,9 +102,8 @@ def test_resumed_equals_uninterrupted(name: str, dtype: torch.dtype, tmp_path: P
         found = fit_bank(
             X,
             sizes,
-            config,
+            fit_options(config, export_dtype=torch.bfloat16),
             generator=torch.Generator().manual_seed(99),
-            export_dtype=torch.bfloat16,
             resume=state,
             on_step=later.append,
         )

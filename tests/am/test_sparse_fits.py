@@ -9,10 +9,12 @@ import pytest
 import torch
 from planted import configured, fitted, plant, sizes_of
 
-from globe.am.controls import CONTROL_FROM, FREEZE_FROM, Phase, controls_at, median_support, share_of_fit
+from globe.am.coding import median_support
+from globe.am.controls import CONTROL_FROM, FREEZE_FROM, Phase, controls_at, share_of_fit
 from globe.am.records import FitResult, Sizes, StepRecord
 from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
-from globe.config.schema import CurveConfig, InitConfig, ScheduleConfig, TrainConfig
+from globe.config.schema import Config, CurveConfig, InitConfig, ScheduleConfig, TrainConfig
+from globe.fit.options import fit_options
 
 M = 6
 STEPS = 20
@@ -184,17 +186,17 @@ def test_schedules_reach_their_ends(kind: Curve) -> None:
 
 def test_a_time_limit_takes_the_schedules_to_their_ends() -> None:
     """The last of these steps is the first to begin after the limit, and stands at the end."""
-    train = TrainConfig(steps=1000, time_limit=10.0)
+    train = fit_options(Config(train=TrainConfig(steps=1000, time_limit=10.0)))
     assert share_of_fit(train, 0, 0.0) == 0
     assert share_of_fit(train, 10, 5.0) == 0.5
     assert share_of_fit(train, 999, 1.0) == 1
     assert share_of_fit(train, 10, 12.0) == 1
-    assert share_of_fit(TrainConfig(steps=1), 0, 0.0) == 1
+    assert share_of_fit(fit_options(Config(train=TrainConfig(steps=1))), 0, 0.0) == 1
 
 
 def test_phases_and_the_permission_to_stop() -> None:
     target, free = Sizes(9, 8, 7, 4, 3, target_support=2), Sizes(9, 8, 7, 4, 3)
-    constant = ScheduleConfig()
+    constant = fit_options(Config())
     phases = [controls_at(constant, target, share / 100).phase for share in range(101)]
     assert phases == [Phase.dense] * 30 + [Phase.control] * 40 + [Phase.frozen] * 31
     assert {controls_at(constant, free, share / 100).phase for share in range(101)} == {Phase.dense}
@@ -202,7 +204,9 @@ def test_phases_and_the_permission_to_stop() -> None:
     assert not controls_at(constant, target, 0.0).final
     assert not controls_at(constant, target, 0.5).final
     assert controls_at(constant, target, 0.7).final
-    homotopy = ScheduleConfig(lam=CurveConfig(Curve.linear, 0.0, 1.0, hold=0.25))
+    homotopy = fit_options(
+        Config(schedule=ScheduleConfig(lam=CurveConfig(Curve.linear, 0.0, 1.0, hold=0.25)))
+    )
     assert [controls_at(homotopy, free, share).final for share in (0.0, 0.5, 0.74, 0.75, 1.0)] == [
         False,
         False,

@@ -20,6 +20,7 @@ from globe.checkpoint import open_checkpoint
 from globe.config.keywords import configure
 from globe.fit.finalise import finalise
 from globe.fit.normalise import normalise
+from globe.fit.options import fit_options
 
 FILE = Path(__file__).parents[2] / "examples" / "globe_in_one_file.py"
 
@@ -41,7 +42,9 @@ def package(W: Tensor, m: int, r: int, steps: int, seed: int) -> float:
     config = configure({"train.steps": steps, "train.patience": 0})
     normalised = normalise(W, centre="scalar", scale="family", dtype=torch.float32)
     sizes = Sizes(*W.shape, m=m, r=r)
-    result = fit_bank(normalised.experts, sizes, config, generator=torch.Generator().manual_seed(seed))
+    result = fit_bank(
+        normalised.experts, sizes, fit_options(config), generator=torch.Generator().manual_seed(seed)
+    )
     done = finalise(
         result.factors,
         normalised,

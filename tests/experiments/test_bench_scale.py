@@ -12,6 +12,7 @@ import torch
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
+from globe.fit.options import fit_options
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_a_small_fit_runs_with_the_options_of_the_bench(scale: ModuleType) -> No
     fit_bank(
         X,
         Sizes(8, 12, 16, 2, 6),
-        scale.fixed(3, "same"),
+        fit_options(scale.fixed(3, "same")),
         generator=torch.Generator().manual_seed(0),
         on_step=records.append,
     )

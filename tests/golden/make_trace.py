@@ -14,6 +14,7 @@ from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
 from globe.config.choices import Activation, Curve, Dictionary
 from globe.config.schema import BankConfig, CodesConfig, Config, CurveConfig, ScheduleConfig, TrainConfig
+from globe.fit.options import fit_options
 
 FILE = Path(__file__).with_name("trace.json")
 N, P, D, M, R = 9, 8, 13, 4, 5
@@ -61,7 +62,9 @@ def trace(config: Config, sizes: Sizes) -> list[float]:
     X = torch.randn(N, P, R, generator=draw, dtype=torch.float64) @ mixed
     X = X / X.std() + 0.3 * torch.randn(N, P, D, generator=draw, dtype=torch.float64)
     records: list[StepRecord] = []
-    fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(21), on_step=records.append)
+    fit_bank(
+        X, sizes, fit_options(config), generator=torch.Generator().manual_seed(21), on_step=records.append
+    )
     return [record.relfrob for record in records]
 
 

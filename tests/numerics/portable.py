@@ -66,6 +66,7 @@ def fingerprint(curvature: str) -> str:
     from globe.am.records import Sizes
     from globe.config.choices import Activation, CurvatureDtype
     from globe.config.schema import BankConfig, Config, CurveConfig, ScheduleConfig, TrainConfig
+    from globe.fit.options import fit_options
 
     digest = hashlib.sha256()
     for activation, lam, (n, p, d), atom_rank, dtype in (
@@ -80,7 +81,7 @@ def fingerprint(curvature: str) -> str:
             train=TrainConfig(steps=4, patience=0, curvature_dtype=CurvatureDtype(curvature)),
         )
         sizes = Sizes(n, p, d, 5, 13, atom_rank=atom_rank)
-        factors = fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(1)).factors
+        factors = fit_bank(X, sizes, fit_options(config), generator=torch.Generator().manual_seed(1)).factors
         for part in factors:
             if part is not None:
                 digest.update(part.double().numpy().tobytes())

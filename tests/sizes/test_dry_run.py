@@ -25,6 +25,7 @@ from globe.checkpoint.in_memory import ExpertsInMemory
 from globe.config.composition import to_config
 from globe.config.schema import Config
 from globe.errors import ConfigError
+from globe.fit.options import fit_options
 from globe.fit.plan import outline, plan
 from globe.hf.globe_checkpoint import write_globe
 from globe.hf.run_banks import open_run
@@ -304,7 +305,7 @@ def test_memory_covers_every_tensor_of_a_fit() -> None:
 
     gc.collect()
     X = torch.randn(24, 60, 84, generator=torch.Generator().manual_seed(0))
-    fit_bank(X, sizes, config, generator=torch.Generator().manual_seed(0), on_step=count)
+    fit_bank(X, sizes, fit_options(config), generator=torch.Generator().manual_seed(0), on_step=count)
     predicted = fit_bytes(sizes, itemsize=4, source_itemsize=4)
     assert 0.3 * predicted < most < 1.2 * predicted
 

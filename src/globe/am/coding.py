@@ -7,7 +7,7 @@ what the adapters will absorb; it can bring back an atom that entmax's gradient 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from globe.am.nnls import logits_from_codes, nnls_codes
@@ -46,27 +46,27 @@ def support_of_median(
     already meet the target are returned as they are.
     """
     present = codes > 0
-    if _median(present) <= median:
+    if median_support(present) <= median:
         return present
     low, high = 1e-4, 1.0
     for _ in range(40):
         middle = (low * high) ** 0.5
         support = present & entmax_support(codes, bank, temperature=middle, code_map=code_map)
-        if _median(support) <= median:
+        if median_support(support) <= median:
             low = middle
         else:
             high = middle
     support = present & entmax_support(codes, bank, temperature=low, code_map=code_map)
-    if _median(support) > median:
+    if median_support(support) > median:
         # largest contributions so close together that no temperature parts them
         ranks = contributions(codes, bank).argsort(dim=1, descending=True).argsort(dim=1)
         support &= ranks < median
     return support
 
 
-def _median(support: Bool[Tensor, "n m"]) -> float:
-    """Return the median of the support sizes: the mean of the middle two where n is even, as it is reported."""
-    return float(support.sum(dim=1).double().cpu().quantile(0.5))
+def median_support(codes: Shaped[Tensor, "n m"]) -> float:
+    """Return the median number of atoms in use: the mean of the middle two for an even number of experts."""
+    return float((codes > 0).sum(dim=1).double().cpu().quantile(0.5))
 
 
 def code_system(

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.controls import Controls, Phase, controls_at, median_support, share_of_fit
+from globe.am.coding import median_support
+from globe.am.controls import Controls, Phase, controls_at, share_of_fit
+from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.objective import release
-from globe.am.problem import Problem, cut_support, step_options, step_record, validation_relfrob
+from globe.am.options import FitOptions
+from globe.am.problem import Problem, cut_support, step_record, validation_relfrob
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.running import Best, Progress, Running, restore, snapshot
 from globe.am.start import first_atoms
@@ -21,8 +24,6 @@ from globe.am.state import AMState, Constraint, adapters_of, start_state
 from globe.am.step import StepFigures, am_step
 from globe.am.temperature import next_temperature
 from globe.am.warm_start import truncated_svd
-from globe.config.choices import Dictionary, FirstCodes
-from globe.config.schema import Config
 from globe.errors import FitError
 from globe.numerics.figures import energy_of_rank, squared_norms
 from globe.numerics.group import ALONE, ProcessGroup
@@ -35,11 +36,10 @@ _STALLED_AFTER = 12
 def fit_bank(
     experts: Float[Tensor, "n p d"],
     sizes: Sizes,
-    config: Config,
+    options: FitOptions,
     *,
     generator: torch.Generator,
     metric: Metric | None = None,
-    export_dtype: torch.dtype | None = None,
     resume: FitState | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_checkpoint: Callable[[FitState], None] = lambda state: None,
@@ -58,10 +58,9 @@ def fit_bank(
     ----------
     generator      draws the start, on the CPU; nothing is drawn from it after the first step
     metric         L_i of experts given as X_i L_i; errors are then those of X_i L_i, the factors those of X_i
-    export_dtype   dtype to which bank and codes are rounded for the validation error; None leaves them
     resume         state of `on_checkpoint` to continue from, bit for bit on the same machine (a time limit apart)
     on_step        gets the record of every step
-    on_checkpoint  gets a state every `train.checkpoint_every` seconds
+    on_checkpoint  gets a state every `options.checkpoint_every` seconds
     clock          counts the seconds of limits and records
     group          the processes that hold the other experts
 
@@ -72,20 +71,20 @@ def fit_bank(
     Raises FitError when numbers are no longer finite.
     """
     started = clock()
-    problem, running = _begin(experts, sizes, config, generator, metric, export_dtype, resume, group)
+    problem, running = _begin(experts, sizes, options, generator, metric, resume, group)
     before, saved = running.progress.seconds, 0.0
     stop = None
     while stop is None:
-        share = share_of_fit(config.train, running.progress.step, running.progress.seconds)
-        controls = controls_at(config.schedule, sizes, share)
+        share = share_of_fit(options, running.progress.step, running.progress.seconds)
+        controls = controls_at(options, sizes, share)
         running = _control(problem, running, controls)
         running, figures = _advance(problem, running, controls)
         spent = group.agreed(clock() - started)  # so that limits end the fit at the same step everywhere
         running = running._replace(progress=_count(running.progress, figures, before + spent))
         running, validation = _validate(problem, running)
         on_step(step_record(problem, running, controls, figures, validation))
-        stop = _stop_reason(config, running.progress, controls)
-        if stop is None and spent - saved >= config.train.checkpoint_every:
+        stop = _stop_reason(options, running.progress, controls)
+        if stop is None and spent - saved >= options.checkpoint_every:
             on_checkpoint(snapshot(running, group))
             saved = spent
     return _finish(problem, running, controls, stop)
@@ -94,10 +93,9 @@ def fit_bank(
 def _begin(
     X: Float[Tensor, "n p d"],
     sizes: Sizes,
-    config: Config,
+    options: FitOptions,
     generator: torch.Generator,
     metric: Metric | None,
-    export_dtype: torch.dtype | None,
     resume: FitState | None,
     group: ProcessGroup,
 ) -> tuple[Problem, Running]:
@@ -106,59 +104,47 @@ def _begin(
         raise FitError(
             "an expert's weights are not finite: check the checkpoint for NaN and infinite numbers"
         )
-    beta = config.schedule.beta
-    bases_for_codes = resume is None and config.init.codes is not FirstCodes.mixed
-    pulls = min(beta.start, beta.end) < 1
+    bases_for_codes = resume is None and options.start.codes != "mixed"
+    pulls = min(options.beta.start, options.beta.end) < 1
     warm = truncated_svd(X, sizes.r) if bases_for_codes or pulls else None
-    problem = Problem(
-        X,
-        sizes,
-        config,
-        step_options(config, X),
-        export_dtype,
-        warm.bases if warm is not None and pulls else None,
-        total,
-        metric,
-        group,
-    )
-    activation, lambda_A = problem.options.activation, problem.options.lambda_A
+    products = curvature_dtype(options.curvature, X)
+    saved = None
     if resume is not None:
-        saved = restore(resume, X, activation=activation, lambda_A=lambda_A, metric=metric, group=group)
+        saved = restore(resume, X, options.step, metric=metric, group=group)
         products = torch.bfloat16 if saved.progress.low_precision else X.dtype
-        return replace(problem, options=replace(problem.options, curvature_dtype=products)), saved
+    options = replace(options, step=replace(options.step, curvature_dtype=products))
+    bases = warm.bases if warm is not None and pulls else None
+    problem = Problem(X, sizes, options, bases, total, metric, group)
+    if saved is not None:
+        return problem, saved
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    atoms = first_atoms(X, sizes, config.init, generator=generator, warm=warm, metric=metric, group=group)
+    atoms = first_atoms(X, sizes, options.start, generator=generator, warm=warm, metric=metric, group=group)
     del warm  # as large as the state that comes now
     state = start_state(
         X,
         atoms,
-        lam=controls_at(config.schedule, sizes, 0.0).lam,
-        damping=config.train.damping,
-        constraint=Constraint(None, config.codes.simplex),
-        activation=activation,
-        lambda_A=lambda_A,
+        replace(options.step, lam=options.lam.at(0.0)),
+        damping=options.damping,
+        constraint=Constraint(None, options.simplex),
         metric=metric,
         group=group,
     )
-    progress = Progress(
-        seed,
-        problem.relfrob(state.point.error),
-        low_precision=problem.options.curvature_dtype is torch.bfloat16,
-    )
+    low = products is torch.bfloat16
+    progress = Progress(seed, problem.relfrob(state.point.error), low_precision=low)
     return problem, Running(state, Best.of(state), progress, None)
 
 
 def _control(problem: Problem, running: Running, controls: Controls) -> Running:
     """Control the temperature in its phase, and cut the support to its target when the frozen phase begins."""
-    codes, progress = problem.config.codes, running.progress
+    options, progress = problem.options, running.progress
     target = problem.sizes.target_support
     if target is None or controls.phase is Phase.dense or progress.frozen:
         return running
     if controls.phase is Phase.control:
-        if progress.step % codes.control_every:
+        if progress.step % options.control_every:
             return running
         median = median_support(problem.group.gather(running.state.atoms.codes))
-        factor = next_temperature(progress.temperature_factor, median, target, eta=codes.eta)
+        factor = next_temperature(progress.temperature_factor, median, target, eta=options.eta)
         return running._replace(progress=replace(progress, temperature_factor=factor))
     return running._replace(
         state=cut_support(problem, running.state, controls), progress=replace(progress, frozen=True)
@@ -166,11 +152,10 @@ def _control(problem: Problem, running: Running, controls: Controls) -> Running:
 
 
 def _advance(problem: Problem, running: Running, controls: Controls) -> tuple[Running, StepFigures]:
-    config, progress, options = problem.config, running.progress, problem.options
+    progress, options, every = running.progress, problem.options.step, problem.options.coding_every
     # codes that move with the bank need no step of their own, which would only break the extrapolation
-    coding = not options.joint or config.train.dictionary is Dictionary.mod
+    coding = not options.joint or options.dictionary == "mod"
     coding = coding or controls.phase is Phase.control or options.l1 > 0
-    every = config.codes.every
     state, figures = am_step(
         problem.X,
         running.state,
@@ -208,15 +193,15 @@ def _count(progress: Progress, figures: StepFigures, seconds: float) -> Progress
 
 def _validate(problem: Problem, running: Running) -> tuple[Running, float | None]:
     """Return, every `train.evaluate_every` steps, the error of what would be exported now."""
-    progress, train = running.progress, problem.config.train
-    if progress.step % train.evaluate_every:
+    progress, options = running.progress, problem.options
+    if progress.step % options.evaluate_every:
         return running, None
     error = validation_relfrob(problem, running.state)
     used = running.state.atoms.codes > 0
     changed = (
         running.seen is None or float(problem.group.average((used != running.seen).double().mean())) > 0.01
     )
-    better = error < progress.best_validation * (1 - train.tolerance)
+    better = error < progress.best_validation * (1 - options.tolerance)
     progress = replace(
         progress,
         best_validation=min(error, progress.best_validation),
@@ -225,15 +210,14 @@ def _validate(problem: Problem, running: Running) -> tuple[Running, float | None
     return running._replace(progress=progress, seen=used), error
 
 
-def _stop_reason(config: Config, progress: Progress, controls: Controls) -> StopReason | None:
-    train = config.train
-    if progress.step >= train.steps:
+def _stop_reason(options: FitOptions, progress: Progress, controls: Controls) -> StopReason | None:
+    if progress.step >= options.steps:
         return StopReason.steps
-    if train.time_limit is not None and progress.seconds >= train.time_limit:
+    if options.time_limit is not None and progress.seconds >= options.time_limit:
         return StopReason.time
     if progress.refused_in_a_row >= _STALLED_AFTER and controls.final:
         return StopReason.stalled
-    if train.patience and controls.final and progress.validations_without >= train.patience:
+    if options.patience and controls.final and progress.validations_without >= options.patience:
         return StopReason.converged
     return None
 
@@ -244,7 +228,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
         state = cut_support(problem, state, controls)
     atoms = state.atoms
     release(state.point.rows, state.point.slope, state.point.force, state.point.gram)
-    adapters = adapters_of(problem.X, state, problem.options)
+    adapters = adapters_of(problem.X, state, problem.options.step)
     captured = problem.group.total(energy_of_rank(problem.X, problem.sizes.r))
     return FitResult(
         factors=Factors(atoms.bank, atoms.codes, adapters, atoms.left, atoms.right),
@@ -269,9 +253,7 @@ def _state_of_best(problem: Problem, running: Running) -> AMState:
     return start_state(
         problem.X,
         best.atoms,
-        lam=best.lam,
-        activation=problem.options.activation,
-        lambda_A=problem.options.lambda_A,
+        replace(problem.options.step, lam=best.lam),
         constraint=best.constraint,
         metric=problem.metric,
         into=state.point,

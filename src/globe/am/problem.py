@@ -10,14 +10,13 @@ from torch import Tensor
 
 from globe.am.coding import support_of_median
 from globe.am.controls import Controls, Phase
-from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.objective import error_at
+from globe.am.options import FitOptions
 from globe.am.records import Sizes, StepOptions, StepRecord
 from globe.am.running import Running
 from globe.am.state import AMState
 from globe.am.step import StepFigures, coding_step
 from globe.am.temperature import prune
-from globe.config.schema import Config
 from globe.numerics.figures import support_sizes
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.metric import Metric
@@ -29,9 +28,7 @@ class Problem:
 
     X: Float[Tensor, "n p d"]
     sizes: Sizes
-    config: Config
-    options: StepOptions
-    export_dtype: torch.dtype | None
+    options: FitOptions
     warm: Float[Tensor, "n r d"] | None
     """V_i^T of the experts' truncated SVDs, where the schedule of beta asks for them"""
     total: float
@@ -47,32 +44,13 @@ class Problem:
     def at(self, controls: Controls, *, temperature_factor: float = 1.0, coding: bool = False) -> StepOptions:
         """Return the options of one step: those of the whole fit with the scheduled values."""
         return replace(
-            self.options,
+            self.options.step,
             lam=controls.lam,
             beta=controls.beta,
             temperature=controls.temperature * temperature_factor,
             coding=coding,
             sparse=controls.phase is Phase.control,
         )
-
-
-def step_options(config: Config, X: Float[Tensor, "n p d"]) -> StepOptions:
-    """Return what a configuration says of every step; a step's scalars leave the configuration nowhere else."""
-    train, codes = config.train, config.codes
-    return StepOptions(
-        activation=config.bank.activation,
-        dictionary=train.dictionary,
-        code_map=codes.map,
-        l1=codes.l1,
-        joint=codes.joint,
-        cg_iterations=train.cg_iterations,
-        cg_tolerance=train.cg_tolerance,
-        momentum=train.momentum,
-        lambda_A=train.lambda_A,
-        lambda_B=train.lambda_B,
-        lambda_T=train.lambda_T,
-        curvature_dtype=curvature_dtype(train.curvature_dtype, X),
-    )
 
 
 def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState:
@@ -82,7 +60,7 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
         problem.group.gather(state.atoms.codes),
         state.atoms.bank,
         median=problem.sizes.target_support,
-        code_map=problem.config.codes.map,
+        code_map=problem.options.step.code_map,
     )
     support = problem.group.own(support)
     options = replace(problem.at(controls), l1=0.0)
@@ -91,11 +69,11 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
 
 def validation_relfrob(problem: Problem, state: AMState) -> float:
     """Return RelFrob with codes pruned, bank and codes rounded to the export dtype, and adapters refit."""
-    codes = prune(state.atoms.codes, problem.config.codes.prune)
+    step, dtype = problem.options.step, problem.options.export_dtype
+    codes = prune(state.atoms.codes, problem.options.prune)
     bank = state.atoms.bank
-    if problem.export_dtype is not None:
-        codes = codes.to(problem.export_dtype).to(codes)
-        bank = bank.to(problem.export_dtype).to(bank)
+    if dtype is not None:
+        codes, bank = codes.to(dtype).to(codes), bank.to(dtype).to(bank)
     elif not problem.group.any(not torch.equal(codes, state.atoms.codes)):
         return problem.relfrob(state.point.error)
     error = error_at(
@@ -103,8 +81,8 @@ def validation_relfrob(problem: Problem, state: AMState) -> float:
         bank,
         codes,
         lam=state.lam,
-        activation=problem.options.activation,
-        lambda_A=problem.options.lambda_A,
+        activation=step.activation,
+        lambda_A=step.lambda_A,
         metric=problem.metric,
         group=problem.group,
     )

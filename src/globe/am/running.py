@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from globe.am.records import FitState
+from globe.am.records import FitState, StepOptions
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.metric import Metric
@@ -81,9 +81,8 @@ def snapshot(running: Running, group: ProcessGroup = ALONE) -> FitState:
 def restore(
     saved: FitState,
     X: Float[Tensor, "n p d"],
+    options: StepOptions,
     *,
-    activation: str,
-    lambda_A: float,
     metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> Running:
@@ -97,19 +96,11 @@ def restore(
             tensors[name] = group.own(tensors[name])
     masks = {name: tensors[name] > 0 for name in ("support", "seen") if name in tensors}
     constraint = Constraint(masks.get("support"), bool(numbers["state.simplex"]))
-    lam = float(numbers["state.lam"] or 0.0)
+    options = replace(options, lam=float(numbers["state.lam"] or 0.0))
 
     def at_rest(name: str) -> AMState:
-        return start_state(
-            X,
-            _unpack(name, tensors),
-            lam=lam,
-            activation=activation,
-            lambda_A=lambda_A,
-            constraint=constraint,
-            metric=metric,
-            group=group,
-        )
+        atoms = _unpack(name, tensors)
+        return start_state(X, atoms, options, constraint=constraint, metric=metric, group=group)
 
     state = at_rest("now")._replace(
         anchor=_unpack("anchor", tensors),

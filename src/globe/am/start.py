@@ -7,12 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.objective import mix
+from globe.am.options import Start
 from globe.am.records import Sizes
 from globe.am.seeding import first_codes, seed_bank
 from globe.am.state import Atoms, low_rank_atoms
 from globe.am.warm_start import WarmStart, truncated_svd
-from globe.config.choices import FirstCodes
-from globe.config.schema import InitConfig
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.metric import Metric, root_of, times_inverse
 
@@ -20,7 +19,7 @@ from globe.numerics.metric import Metric, root_of, times_inverse
 def first_atoms(
     X: Float[Tensor, "n p d"],
     sizes: Sizes,
-    init: InitConfig,
+    init: Start,
     *,
     generator: torch.Generator,
     warm: WarmStart | None,
@@ -44,7 +43,7 @@ def first_atoms(
     )
     bank = group.same(bank)
     # drawn for all experts, whoever holds them; fitted expert by expert
-    drawn = init.codes is FirstCodes.mixed
+    drawn = init.codes == "mixed"
     codes = first_codes(
         init.codes,
         bank,

@@ -98,29 +98,17 @@ class AMState(NamedTuple):
 def start_state(
     X: Float[Tensor, "n p d"],
     atoms: Atoms,
+    options: StepOptions,
     *,
-    lam: float,
-    activation: str,
     damping: float = 1e-3,
-    lambda_A: float = 0.0,
     constraint: Constraint = Constraint(),  # noqa: B008  (immutable)
     metric: Metric | None = None,
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> AMState:
     """Return a state at rest with the adapters refit to `atoms`; `metric` and `into` as in `evaluate`."""
-    point = evaluate(
-        X,
-        atoms.bank,
-        atoms.codes,
-        lam=lam,
-        activation=activation,
-        lambda_A=lambda_A,
-        metric=metric,
-        into=into,
-        group=group,
-    )
-    return AMState(atoms, point, atoms, 0, damping, lam, constraint)
+    point = point_at(X, atoms, options, metric=metric, into=into, group=group)
+    return AMState(atoms, point, atoms, 0, damping, options.lam, constraint)
 
 
 def point_at(

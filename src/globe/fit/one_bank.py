@@ -32,6 +32,7 @@ from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of, of_model
+from globe.fit.options import fit_options
 from globe.fit.plan import BankPlan
 from globe.fit.provenance import complete_artefact, fit_fingerprint, source_of
 from globe.fit.range_checks import require_finite, require_range
@@ -288,10 +289,9 @@ def fit_globe(
     result = fit_bank(
         X,
         bank.sizes,
-        config,
+        fit_options(config, export_dtype=read.export_dtype),
         generator=generator,
         metric=columns,
-        export_dtype=read.export_dtype,
         resume=state,
         on_step=on_step,
         on_checkpoint=on_checkpoint,

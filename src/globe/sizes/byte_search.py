@@ -15,6 +15,7 @@ from globe.am.records import Sizes
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
 from globe.fit.input_metric import of_model
+from globe.fit.options import fit_options
 from globe.fit.plan import BankSize
 from globe.fit.rounding import round_factors
 from globe.numerics.figures import squared_norms
@@ -91,7 +92,7 @@ def _error(
         fitted = fit_bank(
             seen,
             sizes,
-            replace(config, train=train),
+            fit_options(replace(config, train=train)),
             metric=None if metric is None else metric.kernel(linear=linear),
             generator=torch.Generator().manual_seed(seed),
         )

@@ -21,6 +21,7 @@ from globe.am.records import Sizes
 from globe.config.choices import Dictionary
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
+from globe.fit.options import fit_options
 from globe.fit.plan import BankSize, target_support
 from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import Metric
@@ -177,7 +178,8 @@ def _error(
     train = replace(config.train, steps=steps, time_limit=None, patience=0, checkpoint_every=1e9)
     generator = torch.Generator().manual_seed(seed)
     try:
-        return fit_bank(X, sizes, replace(config, train=train), metric=metric, generator=generator).relfrob
+        options = fit_options(replace(config, train=train))
+        return fit_bank(X, sizes, options, metric=metric, generator=generator).relfrob
     except (FitError, torch.linalg.LinAlgError) as error:
         _log.warning("sizes %s are left out: %s", size.text, error)
         return math.inf

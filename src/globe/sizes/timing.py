@@ -15,7 +15,7 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.dictionary.tangent import tangent
 from globe.am.objective import evaluate
-from globe.am.records import Sizes
+from globe.am.records import Sizes, StepOptions
 from globe.am.state import AMState, Atoms, low_rank_atoms, start_state
 from globe.config.choices import Activation
 from globe.config.schema import Config
@@ -130,7 +130,7 @@ def _random_state(
         atoms = low_rank_atoms(0.2 * normal(sizes.m, sizes.r, k), normal(sizes.m, k, sizes.d), codes)
     lam = config.schedule.lam.end if is_curved(config) else 0.0
     activation, ridge = str(config.bank.activation), config.train.lambda_A
-    return start_state(X, atoms, lam=lam, activation=activation, lambda_A=ridge), X
+    return start_state(X, atoms, StepOptions(activation, lam=lam, lambda_A=ridge)), X
 
 
 def _time(kernel: Callable[[], object], device: torch.device) -> float:
