@@ -75,7 +75,7 @@ def identity(config: dict[str, Any]) -> str:
 
 _NAMED = (
     *("layer", "family", "method", "model.path", "model", "S_cache"),
-    *("bank.kept", "bank.scope", "bank.m", "bank.r", "bank.atom_rank", "codes.target_support"),
+    *("bank.kept", "bank.scope", "bank.m", "bank.r", "bank.atom_rank", "bank.bits", "codes.target_support"),
 )
 """Options that the name of every run shows."""
 

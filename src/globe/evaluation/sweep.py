@@ -20,6 +20,7 @@ from globe.evaluation.report import plain
 from globe.evaluation.subject import Subject, open_subject
 from globe.evaluation.tasks import check_tasks
 from globe.files import read_record, write_json
+from globe.runs.comparison import short_names
 
 EVALUATION_FILE = "evaluation.json"
 _OF_NO_FIGURE = ("model", "sweep", "out")
@@ -147,10 +148,11 @@ def sweep_table(result: SweepResult) -> Table:
     table = new_table("all runs, smallest first", ("run", *headings), wrap=("run",))
     rows = sorted(result.records.items(), key=lambda one: (_share(one[1], "family") or 0.0, one[0]))
     best = min((record["perplexity"]["perplexity"] for _, record in rows), default=None)
+    short = short_names([name for name, _ in rows])
     for name, record in rows:
         own, far, rise = record["perplexity"]["perplexity"], record["divergence"], record["rise"]
         cells = (
-            name,
+            short[name],
             _percent(_share(record, "family")),
             _percent(_share(record, "model"), 2),
             f"{own:.4f}",

@@ -38,14 +38,12 @@ KEPT = SizeAxis(
     "kept parameters of the compressed families (%)", lambda summary: 100 * summary.kept, 100, "linear"
 )
 BITS = SizeAxis("bits a weight of the compressed families", lambda summary: summary.bits, 16, "log")
-_BITS_PER_NUMBER = 15
-"""Runs that hold fewer bits for every number they keep have rounded factors."""
 
 
 def size_axis(runs: Sequence[ReportRun]) -> SizeAxis:
     """Return bits a weight where a run has rounded factors, or else the share of parameters that is kept."""
     done = [run.summary for run in runs if run.summary is not None and run.measured]
-    return BITS if any(one.bits < _BITS_PER_NUMBER * one.kept for one in done) else KEPT
+    return BITS if any(one.rounded for one in done) else KEPT
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-from globe.reporting.front import coordinates, fronts, pareto, size_axis
+from globe.reporting.front import KEPT, SizeAxis, coordinates, fronts, pareto, size_axis
 from globe.reporting.labels import (
     SEED,
     SUPPORT,
@@ -97,6 +97,7 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
     That is the rise over the original with its paired interval where every run was measured beside it, or else
     perplexity.
     """
+    axis = size_axis(runs)
     series: dict[str, list[ReportRun]] = {}
     for run in runs:
         assert run.quality is not None
@@ -106,8 +107,8 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
     def make(figure: Any, axes: Any) -> None:
         plot = axes[0, 0]
         for index, (text, members) in enumerate(series.items()):
-            points = [(run.number, *_perplexity_point(run, paired=paired)) for run in members]
-            smaller = [point for point in points if point[1] <= 100]
+            points = [(run.number, *_perplexity_point(run, axis, paired=paired)) for run in members]
+            smaller = [point for point in points if point[1] <= axis.whole]
             best = [smaller[at] for at in pareto([(x, y) for _, x, y, _, _ in smaller])]
             for _, x, _, low, high in points:
                 if low is not None and high is not None:
@@ -121,7 +122,8 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
                 plot.axhline(
                     before, color="#444444", linestyle=(0, (2, 3)), linewidth=1, label="the original"
                 )
-        plot.set_xlabel("kept parameters of the whole model (%)")
+        scale_axis(plot.xaxis, axis.scale)
+        plot.set_xlabel("kept parameters of the whole model (%)" if axis is KEPT else axis.label)
         plot.set_ylabel("rise of perplexity over the original (%)" if paired else "perplexity per token")
         legend_below(figure, plot)
 
@@ -129,24 +131,27 @@ def perplexity_front(runs: Sequence[ReportRun]) -> Picture:
     return picture(
         "fig-perplexity",
         "Perplexity against size",
-        f"{what} against what the whole model keeps; lower left is better. Grey bars are bootstrap intervals"
+        f"{what} against size; lower left is better. Grey bars are bootstrap intervals"
         f"{', paired by windows of the text' if paired else ''}. The line joins the Pareto front.",
         make,
         height=4.0,
     )
 
 
-def _perplexity_point(run: ReportRun, *, paired: bool) -> tuple[float, float, float | None, float | None]:
-    """Return the kept percent, the figure, and the ends of its interval."""
+def _perplexity_point(
+    run: ReportRun, axis: SizeAxis, *, paired: bool
+) -> tuple[float, float, float | None, float | None]:
+    """Return the size, of the whole model unless in bits, the figure, and the ends of its interval."""
     quality, summary = run.quality, run.summary
     assert quality is not None
     assert summary is not None
     kept = 100 * (quality.kept_model if quality.kept_model is not None else summary.kept_model())
+    size = kept if axis is KEPT else axis.size(summary)
     if not paired or quality.rise is None:
-        return kept, quality.perplexity, quality.low, quality.high
+        return size, quality.perplexity, quality.low, quality.high
     rise, low, high = (None if value is None else 100 * value for value in quality.rise)
     assert rise is not None
-    return kept, rise, low, high
+    return size, rise, low, high
 
 
 def _points(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from globe.config.console import add_row, new_table, say, wide_console
@@ -22,6 +24,7 @@ def print_comparison(sweep: Path) -> None:
         return
     best = min(runs, key=lambda name: runs[name].relfrob)
     low_rank = any(bank.atom_rank is not None for run in runs.values() for bank in run.banks)
+    rounded = any(run.rounded for run in runs.values())
     headings = [
         "run",
         "banks",
@@ -29,22 +32,24 @@ def print_comparison(sweep: Path) -> None:
         "r",
         *(["k"] if low_rank else []),
         "kept",
+        *(["bits"] if rounded else []),
         "RelFrob",
         "MSE_F",
         "support",
         "seconds",
     ]
     table = new_table(f"{sweep}: {len(runs)} runs", headings)
-    common = _common_words(list(runs))
+    short = short_names(list(runs))
     for name, run in sorted(runs.items(), key=lambda one: one[1].relfrob)[:_MOST_ROWS]:
         mse = run.mse()["mean"]
         cells = [
-            "_".join(word for word in name.split("_")[:-1] if word not in common) or name,
+            short[name],
             str(len(run.banks)),
             _sizes(run, "m"),
             _sizes(run, "r"),
             *([_sizes(run, "atom_rank")] if low_rank else []),
             f"{run.kept:.1%}",
+            *([f"{run.bits:.2f}"] if rounded else []),
             f"{run.relfrob:.4f}",
             "-" if mse is None else f"{mse:.3e}",
             f"{median_support(run):g}",
@@ -59,10 +64,16 @@ def print_comparison(sweep: Path) -> None:
     say(console, f"next: python -m globe.report sweep={_shown(sweep)}")
 
 
-def _common_words(names: list[str]) -> set[str]:
-    """Return the parts that all names have, but for the identity at their ends."""
-    words = [set(name.split("_")[:-1]) for name in names]
-    return set.intersection(*words)
+def short_names(folders: Sequence[str]) -> dict[str, str]:
+    """Return for the folder of each run the parts of its name in which the runs differ, without its identity.
+
+    Folders that would be called alike keep their whole names.
+    """
+    words = {name: name.split("_")[:-1] for name in folders}
+    common = set.intersection(*map(set, words.values())) if words else set()
+    short = {name: "_".join(word for word in words[name] if word not in common) for name in words}
+    counts = Counter(short.values())
+    return {name: text if text and counts[text] == 1 else name for name, text in short.items()}
 
 
 def _sizes(run: RunSummary, size: str) -> str:

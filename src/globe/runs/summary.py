@@ -164,6 +164,11 @@ class RunSummary:
         return 8 * held / dense if dense else math.nan
 
     @property
+    def rounded(self) -> bool:
+        """Whether factors are stored in fewer bits than those of bfloat16."""
+        return self.bits < 15 * self.kept
+
+    @property
     def failure(self) -> str:
         """One sentence for the banks that failed."""
         names = ", ".join(self.failed)
