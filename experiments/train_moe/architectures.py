@@ -23,6 +23,8 @@ class Sizes:
     heads: int
     shared: int
     context: int
+    tied: bool = True
+    raw_routing: bool = False
 
 
 # architecture -> (key of the number of experts, key of the rows of an expert, keys with values of their own).
@@ -46,7 +48,7 @@ def _common(sizes: Sizes) -> dict[str, Any]:
         "num_key_value_heads": sizes.heads,
         "head_dim": sizes.columns // sizes.heads,
         "max_position_embeddings": 4 * sizes.context,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": sizes.tied,
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": 0,
@@ -57,8 +59,11 @@ def moe_config(architecture: str, sizes: Sizes, *, aux_loss: float) -> Pretraine
     """The configuration of a Mixture-of-Experts model in which every layer has routed experts."""
     experts, rows, fixed = ARCHITECTURES[architecture]
     values = _common(sizes) | {"num_experts_per_tok": sizes.top_k, "router_aux_loss_coef": aux_loss}
+    if sizes.raw_routing:
+        fixed = fixed | {"norm_topk_prob": False}
     if architecture == "qwen2_moe":
         values["shared_expert_intermediate_size"] = sizes.shared
+        values["intermediate_size"] = sizes.top_k * sizes.rows  # of dense layers, which the model has none of
     return AutoConfig.for_model(architecture, **values, **fixed, **{experts: sizes.experts, rows: sizes.rows})
 
 

@@ -74,6 +74,8 @@ def write_card(
     parameters = sum(weight.numel() for weight in model.parameters())
     taken = [f"{one.steps:,} steps ({one.tokens:,} tokens, {one.seconds:.0f} s)" for one in trainings]
     recipe = "by upcycling a dense model" if args.upcycle_steps else "from scratch"
+    if args.start:
+        recipe = f"on from `{args.start.name}`"
     lines = [
         f"# {folder.name}",
         "",

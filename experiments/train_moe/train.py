@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from architectures import (
@@ -28,6 +29,7 @@ from architectures import (
 )
 from card import write_card
 from fit import fit
+from reshape import reshape
 from text import encode, split, train_tokenizer
 from upcycle import upcycle
 
@@ -52,6 +54,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--batch", type=int, default=8, help="windows of a step")
     add("--steps", type=int, default=2000)
     add("--upcycle-steps", type=int, default=0, help="steps of a dense model to start from (qwen2_moe only)")
+    add("--start", type=Path, help="trained qwen2_moe with narrower experts or smaller heads to start from")
+    add("--untied", action="store_true", help="a head of its own instead of the embedding again")
+    add(
+        "--raw-routing",
+        action="store_true",
+        help="routing weights that are not normalised over the chosen experts",
+    )
     add("--fresh", type=float, default=0.5, help="share of an expert's neurons that upcycling leaves random")
     add("--learning-rate", type=float, default=2e-3, help="peak; cosine to a twentieth after 2 %% of warm-up")
     add("--weight-decay", type=float, default=0.1)
@@ -69,6 +78,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--upcycle-steps is for --architecture qwen2_moe only")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"--out {args.out} is not empty: name a new folder")
+    if args.raw_routing and "norm_topk_prob" not in ARCHITECTURES[args.architecture][2]:
+        parser.error(f"--raw-routing: {args.architecture} leaves no choice of how routing weights are made")
+    if args.start and args.architecture != "qwen2_moe":
+        parser.error("--start is for --architecture qwen2_moe only")
+    if args.start and args.upcycle_steps:
+        parser.error("--start and --upcycle-steps are two starts: give one")
     for path in (*args.text, args.heldout):
         if not path.is_file():
             parser.error(f"{path} is not a file")
@@ -80,7 +95,10 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(args.threads)
     disable_progress_bar()
     text, held_back = split(args.text)
-    tokenizer = train_tokenizer(text, vocabulary=args.vocabulary, context=args.context)
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+    else:
+        tokenizer = train_tokenizer(text, vocabulary=args.vocabulary, context=args.context)
     tokens, validation = encode(tokenizer, text), encode(tokenizer, held_back)
     if len(validation) < args.context:
         sys.exit(f"--text gives {len(validation)} tokens to validate on, less than a window: give more text")
@@ -96,6 +114,8 @@ def main(arguments: list[str]) -> None:
         heads=args.heads,
         shared=args.shared,
         context=args.context,
+        tied=not args.untied,
+        raw_routing=args.raw_routing,
     )
     model = build(moe_config(args.architecture, sizes, aux_loss=args.aux_loss), seed=args.seed)
     trainings = []
@@ -104,6 +124,9 @@ def main(arguments: list[str]) -> None:
         trainings.append(fit(dense, tokens, validation, steps=args.upcycle_steps, args=args))
         generator = torch.Generator().manual_seed(args.seed)
         upcycle(dense, model, top_k=args.top_k, fresh=args.fresh, generator=generator)
+    if args.start:
+        trained = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+        reshape(trained, model, tokens[: args.batch * args.context].view(args.batch, args.context))
     start = expert_matrices(model)
     trainings.append(fit(model, tokens, validation, steps=args.steps, args=args))
 

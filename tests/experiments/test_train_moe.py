@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from architectures import (  # noqa: E402
     expert_modules,
     moe_config,
 )
+from reshape import reshape  # noqa: E402
 from upcycle import upcycle  # noqa: E402
 
 SIZES = Sizes(vocabulary=61, layers=2, columns=20, rows=12, experts=6, top_k=2, heads=5, shared=3, context=32)
@@ -57,6 +59,63 @@ def test_upcycling_leaves_the_fresh_share_of_neurons_untouched() -> None:
         assert int(untouched.sum()) == 3
         copied = after[1]["up"][expert][~untouched]
         assert (copied[:, None] == dense_up[None]).all(-1).any(1).all()
+
+
+ROWS = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(3))
+
+
+def trained_and_wider(**changes: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model with four heads of 8, and a random one that `changes` make different."""
+    sizes = replace(SIZES, columns=32, heads=4)
+    source = build(moe_config("qwen2_moe", sizes, aux_loss=0.0), seed=0)
+    with torch.no_grad():
+        for name, weight in source.named_parameters():
+            if "self_attn" in name:
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    return source, build(moe_config("qwen2_moe", replace(sizes, **changes), aux_loss=0.0), seed=1)
+
+
+@torch.no_grad()
+def test_wider_experts_and_a_head_of_its_own_begin_where_the_trained_model_is() -> None:
+    source, target = trained_and_wider(rows=16, tied=False)
+    before = expert_matrices(target)
+    reshape(source, target, ROWS)
+    for old, fresh, now in zip(expert_matrices(source), before, expert_matrices(target), strict=True):
+        for family in ("gate", "up"):
+            assert torch.equal(now[family][:, :12], old[family])
+            assert torch.equal(now[family][:, 12:], fresh[family][:, 12:])
+    assert target.lm_head.weight.data_ptr() != target.model.embed_tokens.weight.data_ptr()
+    for module in expert_modules(target):
+        module.down_proj[:, :, 12:] = 0  # without its new neurons it is the model it comes from
+    torch.testing.assert_close(target(ROWS).logits, source(ROWS).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_merged_head_adds_the_scores_of_its_heads() -> None:
+    """Heads 1 and 3 have no values of their own and score nothing, so heads 0 and 2 go on as they were."""
+    source, target = trained_and_wider(heads=2)
+    for layer in source.model.layers:
+        for vector in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            for head in (1, 3):
+                vector.weight[8 * head : 8 * head + 8] = 0
+                vector.bias[8 * head : 8 * head + 8] = 0
+    reshape(source, target, ROWS)
+    assert target.config.num_attention_heads == 2
+    torch.testing.assert_close(target(ROWS).logits, source(ROWS).logits, rtol=1e-4, atol=1e-5)
+    layer = source.model.layers[0].self_attn
+    layer.q_proj.weight[8:16] = 0.3
+    reshape(source, target, ROWS)
+    assert (target(ROWS).logits - source(ROWS).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_experts_are_scaled_up_where_routing_weights_no_longer_sum_to_one() -> None:
+    source, target = trained_and_wider(raw_routing=True)
+    for layer in source.model.layers:
+        layer.mlp.gate.weight.zero_()  # even: the two chosen of six experts have a third of the probability
+    reshape(source, target, ROWS)
+    assert target.config.norm_topk_prob is False
+    torch.testing.assert_close(target(ROWS).logits, source(ROWS).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -179,6 +238,24 @@ def test_trainer_writes_a_checkpoint_that_learned_and_a_card(tmp_path: Path) -> 
     assert "10 steps" in card
     assert "30 steps" in card
     assert (out / "model.safetensors").is_file()
+    on = [
+        *command[:-6],
+        "--steps",
+        "20",
+        "--evaluate-every",
+        "10",
+        "--start",
+        str(out),
+        "--untied",
+        "--raw-routing",
+    ]
+    on[on.index(str(out))] = str(tmp_path / "on")
+    on[on.index("12")] = "16"
+    done = subprocess.run(on, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "on from `model`" in card
+    assert float(card.split("Held-out perplexity **")[1].split("**")[0]) < perplexity
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 2
     assert "is not empty: name a new folder" in again.stderr
