@@ -166,7 +166,7 @@ def files_section(group: str) -> str:
 
 def render() -> str:
     """The whole page."""
-    parts = [HEAD.rstrip(), "## Of the run", table(options(Config, ""))]
+    parts = [HEAD.rstrip(), "## The run", table(options(Config, ""))]
     parts += [group_section(name, kind) for name, kind in groups()]
     parts += ["### Curves", inspect.getdoc(CurveConfig) or "", table(options(CurveConfig, "schedule.lam."))]
     parts += ["## Files of conf/", config_files_intro()]
