@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.baselines import BaselineResult, BaselineSizes, refit_adapters, run_baseline
+from globe.baselines import BaselineResult, BaselineSizes, Limits, refit_adapters, resolve_sizes, run_baseline
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import ADAM_METHODS, WEIGHT_METHODS, Method
 from globe.errors import ConfigError, GlobeError
@@ -64,8 +64,8 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def sizes_of(method: Method, options: argparse.Namespace, n: int, p: int, d: int) -> dict[str, Any]:
-    """Budget and sizes that a method is called with: every method takes what is its own."""
+def sizes_of(method: Method, options: argparse.Namespace, n: int, p: int, d: int) -> BaselineSizes:
+    """The sizes that a method has within the budget: every method takes what is its own."""
     given = options.kept
     if given is None:
         given = BaselineSizes(Method.mobe, n, p, d, options.m, options.r).parameters
@@ -74,21 +74,19 @@ def sizes_of(method: Method, options: argparse.Namespace, n: int, p: int, d: int
         own |= {"m": options.m, "r": options.r}
     elif method is Method.slbf:
         own["r"] = options.r
-    return own
+    return resolve_sizes(method, n=n, p=p, d=d, **own)
 
 
 def fit(
     method: Method, activation: str, limit: float, options: argparse.Namespace, X: Tensor, std: float
 ) -> BaselineResult:
     return run_baseline(
-        method,
         X,
-        **sizes_of(method, options, *X.shape),
-        seconds=limit if method in ADAM_METHODS else None,
+        sizes_of(method, options, *X.shape),
+        Limits(seconds=limit, clock=time.process_time if options.cpu_time else time.perf_counter),
         activation=activation,
         weights_std=std,
         generator=torch.Generator().manual_seed(options.seed),
-        clock=time.process_time if options.cpu_time else time.perf_counter,
     )
 
 

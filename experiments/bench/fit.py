@@ -34,7 +34,8 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
-from globe.baselines import run_baseline
+from globe.baselines import Limits, run_baseline
+from globe.baselines.adam import load_optimiser
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import ADAM_METHODS, Activation, Method
@@ -128,17 +129,16 @@ def fit_theirs(
 ) -> dict[str, Any]:
     method, activation = name.split()
     own: dict[str, Any] = {"budget": Sizes(*X.shape, options.m, options.r).parameters, "r": options.r}
+    n, p, d = X.shape
     if method != "slbf":
         own["m"] = options.m
     result = run_baseline(
-        method,
         X,
-        **own,
-        seconds=seconds,
+        baseline_sizes(method, n=n, p=p, d=d, **own),
+        Limits(seconds=seconds, clock=time.process_time),
         activation=activation,
         weights_std=std,
         generator=torch.Generator().manual_seed(options.seed),
-        clock=time.process_time,
     )
     history = [(point.seconds, point.relfrob) for point in result.history]
     if method == "slbf":
@@ -185,7 +185,8 @@ def closed(X: Tensor, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     budget = Sizes(*X.shape, options.m, options.r).parameters
     cells = {}
     for method in _CLOSED:
-        result = run_baseline(method, X, budget=budget)
+        n, p, d = X.shape
+        result = run_baseline(X, baseline_sizes(method, n=n, p=p, d=d, budget=budget))
         shape = f"m={result.sizes.m} r={result.sizes.r}"
         cells[str(method)] = {"kept": result.kept, "sizes": shape, "history": [(0.0, result.relfrob)]}
     return cells
@@ -297,9 +298,7 @@ def main() -> None:
         f"load {os.getloadavg()[0]:.1f} at the start"
     )
     if ADAM_METHODS:
-        run_baseline(
-            "mobe", torch.randn(4, 5, 6), m=2, r=2, steps=1, weights_std=1.0
-        )  # import what Adam needs
+        load_optimiser()
     banks = []
     for layer in options.layers:
         for family in options.families:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
-from globe.baselines import run_baseline
+from globe.baselines import resolve_sizes, run_baseline
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import Activation, Dictionary, Method
 from globe.config.schema import Config, CurveConfig
@@ -61,8 +61,8 @@ def arguments() -> argparse.Namespace:
 
 
 def closed_form(method: Method, X: Tensor, budget: int) -> Row:
-    start = time.process_time()
-    result = run_baseline(method, X, budget=budget)
+    start, (n, p, d) = time.process_time(), X.shape
+    result = run_baseline(X, resolve_sizes(method, n=n, p=p, d=d, budget=budget))
     sizes = f"m={result.sizes.m} r={result.sizes.r}"
     return Row(str(method), sizes, result.kept, result.relfrob, 0, 0, time.process_time() - start)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import baseline_runs
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from globe.bank.compose import mixed_bases
-from globe.baselines import mobe, run_baseline, slbf
+from globe.bank.compose import factor_bases, mixed_bases
+from globe.baselines import mobe, slbf
 from globe.baselines.in_metric import alternated, best_mean, group_svd_in_metric, svd_in_metric
 from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import metric_of_roots, root_of
@@ -58,7 +59,7 @@ def seen(X: Tensor, metric: InputMetric) -> Tensor:
 
 def test_each_expert_has_its_best_approximation(X: Tensor, metric: InputMetric, C: Tensor) -> None:
     """The error is that of the singular values left of D X C^(1/2), whatever root is taken."""
-    B, codes, A, _ = svd_in_metric(seen(X, metric), metric, r=R)
+    B, codes, A, *_ = svd_in_metric(seen(X, metric), metric, r=R)
     assert metric.rows is not None
     wanted = 0.0
     for i in range(N):
@@ -124,12 +125,12 @@ def test_groups_are_no_worse_than_one_basis(X: Tensor, metric: InputMetric, C: T
     inside = seen(X, metric)
     errors = []
     for m in (1, M, N):
-        B, codes, A, _ = group_svd_in_metric(inside, metric, m=m, r=R)
+        B, codes, A, *_ = group_svd_in_metric(inside, metric, m=m, r=R)
         assert bool((codes.sum(dim=1) == 1).all())
         bases = mixed_bases(codes, B, lam=0.0, activation="identity")
         errors.append(error(X, metric.adapters(A, slice(0, N)) @ bases, metric, C))
     assert errors[0] > errors[1] > errors[2]
-    B, codes, A, _ = svd_in_metric(inside, metric, r=R)
+    B, codes, A, *_ = svd_in_metric(inside, metric, r=R)
     alone = error(X, metric.adapters(A, slice(0, N)) @ B, metric, C)
     assert alone <= errors[2] < 1.01 * alone
 
@@ -189,16 +190,9 @@ def test_starts_of_the_trained_methods_are_brought_back_from_the_mean_metric(
 def test_the_reported_error_is_the_weighted_one(
     method: str, sizes: dict[str, int], X: Tensor, metric: InputMetric, C: Tensor
 ) -> None:
-    result = run_baseline(method, seen(X, metric), metric=metric, **sizes)  # type: ignore[arg-type]
-    M_ = mixed_bases(
-        result.codes,
-        result.bank,
-        atoms_left=result.atoms_left,
-        atoms_right=result.atoms_right,
-        lam=result.lam,
-        activation=result.activation,
-    )
-    approximation = metric.adapters(result.adapters, slice(0, N)) @ M_
+    result = baseline_runs.run(method, seen(X, metric), metric=metric, **sizes)
+    M_ = factor_bases(result.factors, lam=result.lam, activation=result.activation)
+    approximation = metric.adapters(result.factors.adapters, slice(0, N)) @ M_
     if result.mean is not None:
         approximation = approximation + result.mean
     size = error(X, torch.zeros_like(X), metric, C)

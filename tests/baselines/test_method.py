@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import baseline_runs
 import pytest
 import torch
 
 from globe.am.refit import refit
 from globe.bank.compose import rebuild
 from globe.bank.file import read_artefact
-from globe.baselines import BaselineSizes, run_baseline
+from globe.baselines import BaselineSizes
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import ADAM_METHODS, WEIGHT_METHODS, Method
 from globe.config.composition import plain, to_config
@@ -71,10 +72,10 @@ def test_the_error_is_that_of_the_method_itself(tmp_path: Path, method: Method) 
         open_checkpoint(None).read_experts(5, "up", max_experts=n).weights, centre="scalar", scale="family"
     ).experts
     sizes = {"m": m, "r": r} if method is Method.mobe_corrected else {"budget": SAME}
-    alone = run_baseline(
+    alone = baseline_runs.run(
         str(method),
         X,
-        **sizes,  # type: ignore[arg-type]
+        **sizes,
         steps=12 if method in ADAM_METHODS else None,
         generator=torch.Generator().manual_seed(bank["seed"]),
     )

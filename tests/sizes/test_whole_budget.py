@@ -13,7 +13,7 @@ from torch import Tensor
 
 import globe
 import globe.sizes.whole_budget
-from globe.baselines import run_baseline
+from globe.baselines import resolve_sizes, run_baseline
 from globe.calibration.sensitivity import Sensitivity
 from globe.checkpoint import open_checkpoint
 from globe.checkpoint.in_memory import ExpertsInMemory
@@ -48,7 +48,7 @@ def size_of(r: int) -> int:
 def test_the_curve_is_the_error_of_a_shared_basis_of_that_size(r: int) -> None:
     X = normalise(experts(), centre="scalar", scale="family").experts
     basis = spectrum(X, None)
-    slow = run_baseline("shared_basis", X, r=r).relfrob ** 2
+    slow = run_baseline(X, resolve_sizes("shared_basis", n=N, p=P, d=D, r=r)).relfrob ** 2
     assert basis.rows(size_of(r)) == r
     assert basis.rows(size_of(r) - 1) == r - 1
     assert basis.error(size_of(r)) == pytest.approx(slow, abs=1e-12)

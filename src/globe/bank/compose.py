@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.records import Factors
 from globe.bank.record import BankArtefact
 from globe.numerics.activation import phi
 
@@ -81,6 +82,26 @@ def _mix_low_rank(
         return _mix(codes, left @ right)
     wide_left = (codes[0].view(m, 1, 1) * left).transpose(0, 1).reshape(r, m * k)
     return (wide_left @ right.reshape(m * k, right.shape[2])).unsqueeze(0)
+
+
+def factor_bases(
+    factors: Factors,
+    rows: slice = slice(None),
+    *,
+    lam: float,
+    activation: str,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "chosen r d"]:
+    """Return `mixed_bases` of some rows of factors, from the halves of low-rank atoms where there are any."""
+    return mixed_bases(
+        factors.codes[rows],
+        factors.bank if factors.left is None else None,
+        atoms_left=factors.left,
+        atoms_right=factors.right,
+        lam=lam,
+        activation=activation,
+        dtype=dtype,
+    )
 
 
 def bases_of(

@@ -1,5 +1,6 @@
 """What GloBE is measured against: published methods and textbook forms, one budget, one interface."""
 
+from globe.baselines.adam import Limits
 from globe.baselines.budget import allowed_parameters, resolve_sizes
 from globe.baselines.records import BaselinePoint, BaselineResult, BaselineSizes
 from globe.baselines.run import refit_adapters, run_baseline
@@ -8,6 +9,7 @@ __all__ = [
     "BaselinePoint",
     "BaselineResult",
     "BaselineSizes",
+    "Limits",
     "allowed_parameters",
     "refit_adapters",
     "resolve_sizes",

@@ -39,13 +39,15 @@ class Objective(Protocol):
 class Limits(NamedTuple):
     """When a fit ends, whichever comes first, and who watches."""
 
-    started: float
-    """reading of `clock` at the start of the method"""
     steps: int | None = None
     seconds: float | None = None
     on_step: Callable[[BaselinePoint], None] | None = None
+    """called with every measured state"""
     evaluate_every: int = EVALUATE_EVERY
     clock: Callable[[], float] = time.perf_counter
+    """what counts as seconds; `time.process_time` for one thread on a machine with other work"""
+    started: float = 0.0
+    """reading of `clock` at the start of the method"""
 
     def elapsed(self) -> float:
         return self.clock() - self.started

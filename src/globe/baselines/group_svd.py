@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from globe.am.records import Factors
 from globe.am.seeding import group_basis
-from globe.baselines.linear import LinearFactors
 from globe.numerics.figures import squared_norms
 
 MAX_ROUNDS = 20
@@ -83,11 +83,11 @@ def _move(energy: Float[Tensor, "n m"], groups: Int[Tensor, " n"], *, m: int) ->
 
 def group_svd(
     X: Float[Tensor, "n p d"], *, m: int, r: int, generator: torch.Generator | None = None
-) -> LinearFactors:
+) -> Factors:
     """B_j the basis of group j, codes one-hot, A_i = X_i B_g(i)^T: least squares, as B_j B_j^T = I.
 
     m = 1 is `shared_basis`; m = n is `svd`.
     """
     B, groups = k_subspaces(X, m=m, r=r, generator=generator)
     codes = torch.nn.functional.one_hot(groups, m).to(X)
-    return LinearFactors(B, codes, X @ B[groups].mT)
+    return Factors(B, codes, X @ B[groups].mT)

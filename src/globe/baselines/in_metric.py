@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from globe.am.records import Factors
 from globe.am.refit import refit
 from globe.am.warm_start import truncated_svd
-from globe.baselines.group_svd import k_subspaces
-from globe.baselines.linear import LinearFactors
+from globe.baselines.group_svd import group_svd, k_subspaces
 from globe.numerics.figures import squared_norms
 from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import Metric, root_of, times_inverse
@@ -26,20 +26,22 @@ ITERATIONS = 12
 """Conjugate-gradient iterations for a basis whose adapters are given."""
 
 
-def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> LinearFactors:
+def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> Factors:
     """The best rank-r A_i B_i of every expert X = D_i X_i L_i: its truncated SVD, the basis times L_i^-1 (SVD-LLM)."""
     start, all_of = truncated_svd(X, r), slice(0, len(X))
     bases = start.bases if metric.columns is None else metric.columns.solved(start.bases, all_of)
-    return LinearFactors(bases, torch.eye(len(X)).to(X), start.adapters)
+    return Factors(bases, torch.eye(len(X)).to(X), start.adapters)
 
 
-def mean_svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> LinearFactors:
+def mean_svd_in_metric(
+    X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int
+) -> tuple[Factors, Float[Tensor, "p d"]]:
     """The best mean expert, then `svd_in_metric` of what is left beside it."""
     mean, rest = best_mean(X, metric), torch.empty_like(X)
     for i in range(len(X)):
         one = slice(i, i + 1)
         rest[one] = X[one] - metric.seen(mean[None], one)
-    return svd_in_metric(rest, metric, r=r)._replace(mean=mean)
+    return svd_in_metric(rest, metric, r=r), mean
 
 
 def best_mean(X: Float[Tensor, "n p d"], metric: InputMetric) -> Float[Tensor, "p d"]:
@@ -71,16 +73,14 @@ def group_svd_in_metric(
     m: int,
     r: int,
     generator: torch.Generator | None = None,
-) -> LinearFactors:
+) -> Factors:
     """One basis per group of experts; m = 1 is a basis that all share.
 
     Groups are those of the mean metric, which then move as long as an expert is better off with another basis.
     """
     columns = metric.columns
     if columns is None:
-        B, groups = k_subspaces(X, m=m, r=r, generator=generator)
-        codes = torch.nn.functional.one_hot(groups, m).to(X)
-        return LinearFactors(B, codes, X @ B[groups].mT)
+        return group_svd(X, m=m, r=r, generator=generator)
     B, groups = k_subspaces(columns.in_mean(X), m=m, r=r, generator=generator)
     B = times_inverse(B, root_of(columns.mean))
     for _ in range(ROUNDS if m > 1 else 1):
@@ -90,7 +90,7 @@ def group_svd_in_metric(
             break
         groups = moved
     A = torch.cat([_adapters(X, columns, i, B[groups[i]]) for i in range(len(X))])
-    return LinearFactors(B, torch.nn.functional.one_hot(groups, m).to(X), A)
+    return Factors(B, torch.nn.functional.one_hot(groups, m).to(X), A)
 
 
 def alternated(

@@ -9,14 +9,14 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.baselines.linear import LinearFactors
+from globe.am.records import Factors
 from globe.baselines.svd import svd
 
 
-def mean_svd(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:
+def mean_svd(X: Float[Tensor, "n p d"], *, r: int) -> tuple[Factors, Float[Tensor, "p d"]]:
     """mean = 1/n sum_i X_i;  A_i B_i = rank-r SVD of X_i - mean.  The p x d mean counts in the budget.
 
     Equal experts are reproduced by the mean alone, with zero adapters.
     """
     mean = X.mean(0)
-    return svd(X - mean, r=r)._replace(mean=mean)
+    return svd(X - mean, r=r), mean

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.records import StopReason
+from globe.am.records import Factors, StopReason
 from globe.config.choices import Method
 
 
@@ -69,16 +69,12 @@ class BaselinePoint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BaselineResult:
-    """X_i ~ adapters_i phi_lam(sum_j codes_ij B_j) (+ mean), B_j = bank_j or atoms_left_j atoms_right_j."""
+    """X_i ~ adapters_i phi_lam(sum_j codes_ij bank_j) (+ mean), with the `factors` of a GloBE bank."""
 
     sizes: BaselineSizes
     label: str
     """the method's name, with `+refit` where the adapters were refitted at the end"""
-    bank: Float[Tensor, "m r d"] | None
-    atoms_left: Float[Tensor, "m r k"] | None
-    atoms_right: Float[Tensor, "m k d"] | None
-    codes: Float[Tensor, "n m"]
-    adapters: Float[Tensor, "n p r"]
+    factors: Factors
     mean: Float[Tensor, "p d"] | None
     """mean of the normalised experts, where the method stores one"""
     activation: str

@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.records import Factors
 from globe.am.warm_start import truncated_svd
-from globe.baselines.linear import LinearFactors
 
 
-def svd(X: Float[Tensor, "n p d"], *, r: int) -> LinearFactors:
+def svd(X: Float[Tensor, "n p d"], *, r: int) -> Factors:
     """min sum_i ||X_i - A_i B_i||^2 with rank r each: A_i = U S, B_i = V^T, so m = n and codes = I.
 
     1 <= r <= min(p, d); at r = min(p, d) the experts come back up to rounding.
     """
     start = truncated_svd(X, r)
-    return LinearFactors(start.bases, torch.eye(X.shape[0]).to(X), start.adapters)
+    return Factors(start.bases, torch.eye(X.shape[0]).to(X), start.adapters)

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.am.records import Factors, FitResult, StepRecord, StopReason
+from globe.am.records import FitResult, StepRecord
 from globe.am.warm_start import truncated_svd
-from globe.baselines import BaselinePoint, BaselineResult, BaselineSizes, run_baseline
-from globe.config.choices import ADAM_METHODS, Method
+from globe.baselines import BaselinePoint, BaselineResult, BaselineSizes, Limits, run_baseline
+from globe.config.choices import ADAM_METHODS
 from globe.config.schema import Config
 from globe.fit.finalise import Finalised, finalise
 from globe.fit.input_metric import metric_of, of_model
@@ -43,25 +43,19 @@ def fit_baseline(
     total = float(norms.sum())
 
     def watch(point: BaselinePoint) -> None:
-        if trained:
-            on_step(_record(point, sizes.m, total))
+        on_step(_record(point, sizes.m, total))
 
     metric = metric_of(config, read)
     if metric is not None:
         metric.enter(X)
     baseline = run_baseline(
-        str(config.method),
         X,
-        m=sizes.m if config.method in (Method.group_svd, Method.mobe, Method.mobe_corrected) else None,
-        r=sizes.r,
-        atom_rank=sizes.atom_rank,
-        steps=config.train.steps if trained else None,
-        seconds=config.train.time_limit if trained else None,
+        sizes,
+        Limits(config.train.steps, config.train.time_limit, watch) if trained else Limits(),
         activation=str(config.bank.activation),
         weights_std=_weights_std(joined),
         generator=generator,
         metric=metric,
-        on_step=watch,
     )
     result, mean = _as_fit(baseline, X, total), baseline.mean
     if metric is not None:
@@ -105,16 +99,11 @@ def _weights_std(joined: Joined) -> float:
 
 
 def _as_fit(baseline: BaselineResult, X: Float[Tensor, "n p d"], total: float) -> FitResult:
-    bank = baseline.bank
-    if bank is None:
-        assert baseline.atoms_left is not None
-        assert baseline.atoms_right is not None
-        bank = baseline.atoms_left @ baseline.atoms_right
     ceiling = truncated_svd(X, min(baseline.sizes.r, *X.shape[1:])).adapters
     return FitResult(
-        Factors(bank, baseline.codes, baseline.adapters, baseline.atoms_left, baseline.atoms_right),
+        baseline.factors,
         lam=baseline.lam,
-        stop=StopReason(str(baseline.stop)),
+        stop=baseline.stop,
         steps=baseline.steps,
         relfrob_start=baseline.history[0].relfrob,
         relfrob=baseline.relfrob,

@@ -16,7 +16,6 @@ from globe.bank.precision import Precision
 from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
-from globe.baselines.records import Method as BaselineMethod
 from globe.config.choices import FAMILIES_OF, WEIGHT_METHODS, Centre, Method, Scope
 from globe.config.identity import DEFAULT_SIZES
 from globe.config.layers import parse_layers, ranges
@@ -299,7 +298,7 @@ def _baseline_sizes(config: Config, bank: Outline) -> BaselineSizes:
     n, p, d = bank.shape
     method, name = config.method, str(config.method)
     if method in WEIGHT_METHODS:
-        return BaselineSizes(BaselineMethod(name), n, p, d, m=1, r=d)
+        return BaselineSizes(method, n, p, d, m=1, r=d)
     if config.bank.kept is not None:
         budget = allowed(config, bank)
         if budget < 1:
