@@ -161,9 +161,9 @@ class FitResult:
     """after the warm start, before the first step"""
     relfrob: float
     """of `factors`, on the normalised experts, before pruning and export"""
-    energy_captured: float
-    """share of the experts' energy in their own rank-r truncated SVD, the ceiling of any fit with this r"""
-    accepted: int
-    rejected: int
-    regularised_solves: int
     seconds: float
+    energy_captured: float = 1.0
+    """share of the experts' energy in their own rank-r truncated SVD, the ceiling of any fit with this r"""
+    accepted: int = 0
+    rejected: int = 0
+    regularised_solves: int = 0

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.records import Factors
+from globe.am.state import Atoms
 from globe.bank.record import BankArtefact
 from globe.numerics.activation import phi
 
@@ -85,7 +86,7 @@ def _mix_low_rank(
 
 
 def factor_bases(
-    factors: Factors,
+    factors: Factors | Atoms,
     rows: slice = slice(None),
     *,
     lam: float,

@@ -109,8 +109,6 @@ def _as_fit(baseline: BaselineResult, X: Float[Tensor, "n p d"], total: float) -
         relfrob=baseline.relfrob,
         energy_captured=float(squared_norms(ceiling).sum()) / total if total else 1.0,
         accepted=baseline.steps,
-        rejected=0,
-        regularised_solves=0,
         seconds=baseline.seconds,
     )
 

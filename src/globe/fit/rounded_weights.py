@@ -10,12 +10,11 @@ from globe.am.records import Factors, FitResult, StopReason
 from globe.baselines.rounded_weights import round_weights
 from globe.config.choices import Method
 from globe.config.schema import Config
-from globe.fit.finalise import Finalised, exported_errors
+from globe.fit.finalise import Finalised, measured
 from globe.fit.input_metric import metric_of
 from globe.fit.normalise import fold_scale
 from globe.fit.plan import precision_of
 from globe.fit.reading import ReadExperts
-from globe.numerics.figures import relfrob, squared_norms
 
 _GROUP = 64
 """Columns that share a scale where `bank.group_A` says nothing."""
@@ -32,12 +31,7 @@ def fit_rounded_weights(read: ReadExperts, config: Config, *, seed: int) -> tupl
     joined, export_dtype = read.joined, read.export_dtype
     X = joined.experts
     metric = metric_of(config, read)
-    W = torch.stack(
-        [
-            fold_scale(X[at, None], None if joined.scale is None else joined.scale[at, None])[0]
-            for at in range(len(X))
-        ]
-    )
+    W = fold_scale(X[:], joined.scale)
     n, _, d = W.shape
 
     def moments(part: slice) -> torch.Tensor:
@@ -56,34 +50,22 @@ def fit_rounded_weights(read: ReadExperts, config: Config, *, seed: int) -> tupl
     del W
     basis = rounded.basis.to(export_dtype)
     factors = Factors(basis[None], X.new_ones(n, 1, dtype=export_dtype), rounded.packed.values(export_dtype))
-    mean = joined.mean
-    if mean is not None and mean.dim() == 3:
-        mean = mean.to(export_dtype)
-    errors, seen = exported_errors(factors, joined, mean, 0.0, "identity", metric)
-    norms = squared_norms(X)
-    error = relfrob(errors, norms)
-    done = Finalised(
+    done = measured(
         factors,
-        mean,
-        joined.scale,
-        errors,
-        norms,
-        error,
-        0.0,
-        None if metric is None else relfrob(seen, metric.norms(X)),
-        {"adapters": rounded.packed},
+        joined,
+        lam=0.0,
+        activation="identity",
+        export_dtype=export_dtype,
+        metric=metric,
+        packed={"adapters": rounded.packed},
     )
     result = FitResult(
         factors,
         lam=0.0,
         stop=StopReason.closed_form,
         steps=0,
-        relfrob_start=error,
-        relfrob=error,
-        energy_captured=1.0,
-        accepted=0,
-        rejected=0,
-        regularised_solves=0,
+        relfrob_start=done.relfrob,
+        relfrob=done.relfrob,
         seconds=time.perf_counter() - started,
     )
     return result, done

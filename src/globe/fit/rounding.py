@@ -20,7 +20,7 @@ from globe.am.objective import Point
 from globe.am.records import Factors
 from globe.am.refit import refit
 from globe.am.state import Atoms, Constraint, low_rank_atoms
-from globe.bank.compose import mixed_bases
+from globe.bank.compose import factor_bases
 from globe.bank.feedback import round_with_feedback
 from globe.bank.gauge import allocate_bits, balanced_gauge, column_factors
 from globe.bank.packing import Packed
@@ -68,21 +68,9 @@ class _Task:
         n, p, d = self.X.shape
         return expert_chunks(n, max(r, p), d)
 
-    def bases(self, atoms: Atoms, part: slice) -> Float[Tensor, "c r d"]:
-        """phi(Y_i) of some experts, from the factors that are exported."""
-        dense = atoms.left is None
-        return mixed_bases(
-            atoms.codes[part],
-            atoms.bank if dense else None,
-            atoms_left=atoms.left,
-            atoms_right=atoms.right,
-            lam=self.lam,
-            activation=self.activation,
-        ).to(self.X)
-
     def seen_bases(self, atoms: Atoms, part: slice) -> Float[Tensor, "c r d"]:
-        """phi(Y_i) L_i."""
-        M = self.bases(atoms, part)
+        """Return phi(Y_i) L_i of some experts, from the factors that are exported."""
+        M = factor_bases(atoms, part, lam=self.lam, activation=self.activation).to(self.X)
         return M if self.metric is None else self.metric.bases(M, part)
 
     def target(self, part: slice) -> Float[Tensor, "c p d"]:
