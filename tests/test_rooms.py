@@ -58,7 +58,7 @@ ONLY_IN = {
 # Rooms of kernels: tensors in, tensors out. They know of no configuration file, model or tracker.
 KERNELS = ("am/", "baselines/", "numerics/", "bank/compose.py", "fit/normalise.py")
 FOREIGN_TO_KERNELS = ("hydra", "omegaconf", "wandb", "matplotlib", "transformers")
-LONGEST_FILE = 350
+LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 350, 60, 10
 
 
 def room_of(module: str) -> str:
@@ -196,6 +196,45 @@ def test_a_room_says_what_it_is_for(room: str) -> None:
 def test_no_file_holds_two_ideas() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def functions_of(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def arguments_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of the arguments a caller gives: not self and cls, and `*more` and `**more` once each."""
+    own = function.args
+    named = [one.arg for one in (*own.posonlyargs, *own.args, *own.kwonlyargs, own.vararg, own.kwarg) if one]
+    return [name for name in named if name not in ("self", "cls")]
+
+
+def test_every_function_fits_on_a_page() -> None:
+    long = {
+        f"{name}:{function.name}": lines
+        for name in FILES
+        for function in functions_of(name)
+        if (lines := (function.end_lineno or 0) - function.lineno + 1) > LONGEST_FUNCTION
+    }
+    assert not long, f"a function has at most {LONGEST_FUNCTION} lines with its docstring"
+
+
+def test_no_call_has_to_name_many_arguments() -> None:
+    many = {
+        f"{name}:{function.name}": len(arguments_of(function))
+        for name in FILES
+        for function in functions_of(name)
+        if len(arguments_of(function)) > MOST_ARGUMENTS
+    }
+    assert not many, f"a function takes at most {MOST_ARGUMENTS} arguments: group those that belong together"
+
+
+def test_arguments_are_counted_as_a_caller_gives_them() -> None:
+    source = "class A:\n    def f(self, a, /, b, *c, d=1, **e): ..."
+    (function,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    assert arguments_of(function) == ["a", "b", "d", "c", "e"]
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

@@ -204,41 +204,10 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
         _log.info("%s: going on after step %d", key, fitting.step)
     trim_heap()  # of the bank before
     group = run.group.share(bank.sizes.n)
-    try:
-        read = read_experts(
-            config, run.checkpoint, bank.outline, run.device, group, calibration=run.calibration
-        )
-    except Exception as error:
-        if is_out_of_memory(error):  # no smaller chunk would help
-            raise _too_large(run, bank) from error
-        raise
+    read = _read(run, bank, group)
     joined = read.joined
-    require_range(config, joined)
     watch = Watch(key, fitting, run.folder.partial(key) if run.group.leads else None, run.on_step)
-    generator = torch.Generator().manual_seed(seed)
-    activation = str(config.bank.activation)
-    if bank.baseline is None:
-        result, done = fit_globe(
-            config,
-            bank,
-            read,
-            generator,
-            begin.state,
-            group,
-            on_step=watch.step,
-            on_checkpoint=watch.checkpoint,
-        )
-    elif config.method in WEIGHT_METHODS:
-        result, done = fit_rounded_weights(read, config, seed=seed)
-        activation = str(Activation.identity)
-    else:
-        result, done, activation = fit_baseline(
-            read,
-            bank.baseline,
-            config,
-            generator=generator,
-            on_step=watch.step,
-        )
+    result, done, activation = _fitted(run, bank, read, begin.state, watch, seed, group)
     scheduled = watch.last if bank.baseline is None else None
     spectra, spread = expert_spectra(joined.experts, group), expert_spread(joined.experts, group)
     if not run.group.leads:
@@ -264,6 +233,39 @@ def _attempt(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
     return Learned(report, runtime, _codes(artefact), fitted=True)
 
 
+def _read(run: Run, bank: BankPlan, group: ProcessGroup) -> ReadExperts:
+    """Read the experts that this process holds."""
+    try:
+        read = read_experts(
+            run.config, run.checkpoint, bank.outline, run.device, group, calibration=run.calibration
+        )
+    except Exception as error:
+        if is_out_of_memory(error):  # no smaller chunk would help
+            raise _too_large(run, bank) from error
+        raise
+    require_range(run.config, read.joined)
+    return read
+
+
+def _fitted(
+    run: Run,
+    bank: BankPlan,
+    read: ReadExperts,
+    state: FitState | None,
+    watch: Watch,
+    seed: int,
+    group: ProcessGroup,
+) -> tuple[FitResult, Finalised, str]:
+    """Fit by the method of the run; return how it went, what is exported, and the activation that holds for it."""
+    config, generator = run.config, torch.Generator().manual_seed(seed)
+    if config.method in WEIGHT_METHODS:
+        return *fit_rounded_weights(read, config, seed=seed), str(Activation.identity)
+    if bank.baseline is not None:
+        return fit_baseline(read, bank.baseline, config, generator=generator, on_step=watch.step)
+    fit = fit_globe(config, bank, read, generator, state, group, watch=watch)
+    return *fit, str(config.bank.activation)
+
+
 def fit_globe(
     config: Config,
     bank: BankPlan,
@@ -272,8 +274,7 @@ def fit_globe(
     state: FitState | None,
     group: ProcessGroup,
     *,
-    on_step: Callable[[StepRecord], None],
-    on_checkpoint: Callable[[FitState], None],
+    watch: Watch,
 ) -> tuple[FitResult, Finalised]:
     """Fit one bank and return it with its exported factors; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
@@ -293,8 +294,8 @@ def fit_globe(
         generator=generator,
         metric=columns,
         resume=state,
-        on_step=on_step,
-        on_checkpoint=on_checkpoint,
+        on_step=watch.step,
+        on_checkpoint=watch.checkpoint,
         group=group,
     )
     trim_heap()  # of the steps

@@ -18,7 +18,7 @@ from globe.hf.loading import load
 from globe.hf.patching import dense_view, patch_model
 from globe.hf.structure import experts_modules, require_regular
 from globe.runs.folder import RunFolder
-from globe.sizes.interface import FitOptions, config_of, learn_banks
+from globe.sizes.interface import Keywords, config_of, learn_banks
 
 
 def compress(
@@ -32,31 +32,24 @@ def compress(
     seed: int = 0,
     S_cache: int | str = "all",
     folder: str | Path | None = None,
-    **options: Unpack[FitOptions],
+    **options: Unpack[Keywords],
 ) -> Any:
     """Learn banks for the experts of a model and put them in their place.
 
     Parameters
     ----------
-    model
-        A transformers model in memory, which is changed in place, or a checkpoint folder, a hub id or "embedded",
-        which is loaded.
-    kept
-        Share of the experts' own numbers to keep at most, 0 to 1. None takes the sizes that `overrides` gives,
-        such as ["bank.m=n/4", "bank.r=p/2"].
-    layers
-        A number, a list of them, or words as the option `layer` takes them: "all", "4-8", "middle".
-    families
-        Which matrices: one of "up", "gate" and "down", up and gate, or all three; each gets a bank per layer.
+    model        a transformers model in memory, which is changed in place, or a checkpoint folder, a hub id or
+                 "embedded", which is loaded
+    kept         share of the experts' own numbers to keep at most, 0 to 1. None takes the sizes that `overrides`
+                 gives, such as ["bank.m=n/4", "bank.r=p/2"]
+    layers       a number, a list of them, or words as the option `layer` takes them: "all", "4-8", "middle"
+    families     the matrices: one of "up", "gate" and "down", up and gate, or all three; each gets a bank per layer
     metric, steps
-        As the options `normalise.metric` and `train.steps` of `python -m globe.train`.
-    S_cache
-        Experts per layer and family whose bases stay composed: 0 composes at each call, "all" keeps every one.
-    folder
-        Where the banks are kept: a run folder that `globe.patch` and `globe.evaluate` take, and from which an
-        interrupted call goes on when it is repeated. None keeps none.
-    options
-        See `globe.sizes.interface.FitOptions`.
+                 as the options `normalise.metric` and `train.steps` of `python -m globe.train`
+    S_cache      experts per layer and family whose bases stay composed: 0 composes at each call, "all" keeps every one
+    folder       where the banks are kept: a run folder that `globe.patch` and `globe.evaluate` take, and from which
+                 an interrupted call goes on when it is repeated. None keeps none
+    options      see `globe.sizes.interface.Keywords`
 
     Returns
     -------
@@ -64,9 +57,8 @@ def compress(
 
     Raises
     ------
-    ConfigError, CheckpointError, FitError
-        As `globe.fit`; CheckpointError also where the experts of the architecture can't run factored. The model
-        is then unchanged.
+    ConfigError, CheckpointError and FitError as `globe.fit`; CheckpointError also where the experts of the
+    architecture can't run factored. The model is then unchanged.
 
     >>> import globe
     >>> model = globe.compress("embedded", kept=0.6, layers=[3, 12], steps=5)

@@ -31,7 +31,7 @@ from globe.runs.tracking import Fanout
 from globe.sizes.banks import Sizing, sized_banks
 
 
-class FitOptions(TypedDict, total=False):
+class Keywords(TypedDict, total=False):
     """What `globe.fit` and `globe.compress` take besides the arguments they name."""
 
     method: str
@@ -74,27 +74,22 @@ def fit(
     activation: str | None = None,
     steps: int | None = None,
     seed: int = 0,
-    **options: Unpack[FitOptions],
+    **options: Unpack[Keywords],
 ) -> Bank:
     """Learn one bank for experts W_i: min sum_i ||W_i - A_i phi(sum_j alpha_ij B_j) - mean||_F^2.
 
     Parameters
     ----------
-    experts
-        A tensor (n, p, d), a list of n matrices (p, d), or a list of tensors (n_g, p, d), whose groups share the
-        bank and are each normalised by themselves. Not changed.
-    kept
-        Share of the n p d numbers to keep at most, 0 to 1; sizes are then chosen by short fits.
-    m, r, k
-        Sizes instead: atoms, rows of an atom, and the rank of low-rank atoms (None: dense). Integers, or
-        expressions such as "n/4" and "p/2", which are what m and r are where neither they nor `kept` is given.
+    experts      a tensor (n, p, d), a list of n matrices (p, d), or a list of tensors (n_g, p, d), whose groups share
+                 the bank and are each normalised by themselves; not changed
+    kept         share of the n p d numbers to keep at most, 0 to 1; sizes are then chosen by short fits
+    m, r, k      sizes instead: atoms, rows of an atom, and the rank of low-rank atoms (None: dense). Integers, or
+                 expressions such as "n/4" and "p/2", which are what m and r are where neither they nor `kept` is given
     metric, activation, steps
-        As the options `normalise.metric`, `bank.activation` and `train.steps` of `python -m globe.train`; None is
-        what that takes by default.
-    seed
-        Decides every random draw; equal seeds give equal banks on the same machine.
-    options
-        See `FitOptions`.
+                 as the options `normalise.metric`, `bank.activation` and `train.steps` of `python -m globe.train`;
+                 None is what that takes by default
+    seed         decides every random draw; equal seeds give equal banks on the same machine
+    options      see `Keywords`
 
     Returns
     -------
@@ -102,12 +97,9 @@ def fit(
 
     Raises
     ------
-    ConfigError
-        An argument is not possible.
-    CheckpointError
-        The experts have no common shape, no floating-point dtype, or numbers that are not finite.
-    FitError
-        The fit broke down twice, or memory ran out.
+    ConfigError for an argument that is not possible; CheckpointError for experts without a common shape, without a
+    floating-point dtype, or with numbers that are not finite; FitError when the fit breaks down twice or memory runs
+    out.
 
     >>> import globe
     >>> experts = globe.extract_expert_weights("embedded", single_layer=12)["up"]
@@ -133,11 +125,11 @@ def fit(
         return load_bank(folder)
 
 
-def config_of(given: dict[str, Any], options: FitOptions, fixed: dict[str, Any]) -> Config:
+def config_of(given: dict[str, Any], options: Keywords, fixed: dict[str, Any]) -> Config:
     """The configuration of keyword arguments, by the names they have here; `fixed` by those of the configuration."""
-    unknown = sorted(set(options) - set(FitOptions.__annotations__))
+    unknown = sorted(set(options) - set(Keywords.__annotations__))
     if unknown:
-        known = [*(name for name in given if name not in ("family", "layer")), *FitOptions.__annotations__]
+        known = [*(name for name in given if name not in ("family", "layer")), *Keywords.__annotations__]
         raise ConfigError(f"{unknown[0]} is not an argument: give one of {', '.join(known)}")
     named: dict[str, Any] = dict(options)
     words = [f"method={named.pop('method')}"] if "method" in named else []
