@@ -1,18 +1,10 @@
-"""What options choose from, by the words that a user types."""
+"""What options choose from, by the words that a user types: each member's value is its name."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-
-class Family(StrEnum):
-    up = "up"
-    gate = "gate"
-    down = "down"
-    both = "both"
-    all = "all"
-
-
+Family = StrEnum("Family", ["up", "gate", "down", "both", "all"])
 FAMILIES_OF = {
     Family.both: (Family.up, Family.gate),
     Family.all: (Family.up, Family.gate, Family.down),
@@ -49,118 +41,24 @@ OBJECTIVES = ("relfrob", "kept", "kept_model", "seconds")
 """Figures of a run that a sweeper can minimise."""
 
 ADAM_METHODS = (Method.mobe, Method.mobe_corrected, Method.slbf)
-
-
 WEIGHT_METHODS = (Method.rtn, Method.gptq, Method.gptq_rotated)
 """Methods that round the weights themselves; they need `bank.bits`."""
 
-
-class Scope(StrEnum):
-    family = "family"
-    families = "families"
-    layers = "layers"
-
-
-class Over(StrEnum):
-    bank = "bank"
-    model = "model"
-
-
-class SampleMethod(StrEnum):
-    first_n = "first_n"
-    evenly_spaced = "evenly_spaced"
-
-
-class Centre(StrEnum):
-    none = "none"
-    scalar = "scalar"
-    expert_mean = "expert_mean"
-
-
-class Scale(StrEnum):
-    none = "none"
-    family = "family"
-    expert = "expert"
-    row = "row"
-
-
-class Metric(StrEnum):
-    auto = "auto"
-    none = "none"
-    experts = "experts"
-    inputs = "inputs"
-
-
-class Store(StrEnum):
-    fit = "fit"
-    checkpoint = "checkpoint"
-
-
-class Activation(StrEnum):
-    identity = "identity"
-    silu = "silu"
-    tanh = "tanh"
-    gelu = "gelu"
-
-
-class Seeding(StrEnum):
-    random = "random"
-    kmeans = "kmeans"
-    group_svd = "group_svd"
-    aligned = "aligned"
-    aligned_svd = "aligned_svd"
-
-
-class FirstCodes(StrEnum):
-    mixed = "mixed"
-    nnls = "nnls"
-    simplex = "simplex"
-
-
-class CodeMap(StrEnum):
-    entmax15 = "entmax15"
-    sparsemax = "sparsemax"
-
-
-class Dictionary(StrEnum):
-    gauss_newton = "gauss_newton"
-    mod = "mod"
-
-
-class Curve(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    exponential = "exponential"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class FitDtype(StrEnum):
-    float32 = "float32"
-    float64 = "float64"
-
-
-class ExportDtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-class CurvatureDtype(StrEnum):
-    auto = "auto"
-    same = "same"
-    bfloat16 = "bfloat16"
-
-
-class WandbMode(StrEnum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
+Scope = StrEnum("Scope", ["family", "families", "layers"])
+Over = StrEnum("Over", ["bank", "model"])
+SampleMethod = StrEnum("SampleMethod", ["first_n", "evenly_spaced"])
+Centre = StrEnum("Centre", ["none", "scalar", "expert_mean"])
+Scale = StrEnum("Scale", ["none", "family", "expert", "row"])
+Metric = StrEnum("Metric", ["auto", "none", "experts", "inputs"])
+Store = StrEnum("Store", ["fit", "checkpoint"])
+Activation = StrEnum("Activation", ["identity", "silu", "tanh", "gelu"])
+Seeding = StrEnum("Seeding", ["random", "kmeans", "group_svd", "aligned", "aligned_svd"])
+FirstCodes = StrEnum("FirstCodes", ["mixed", "nnls", "simplex"])
+CodeMap = StrEnum("CodeMap", ["entmax15", "sparsemax"])
+Dictionary = StrEnum("Dictionary", ["gauss_newton", "mod"])
+Curve = StrEnum("Curve", ["constant", "linear", "cosine", "exponential"])
+Device = StrEnum("Device", ["auto", "cpu", "cuda", "mps"])
+FitDtype = StrEnum("FitDtype", ["float32", "float64"])
+ExportDtype = StrEnum("ExportDtype", ["auto", "float32", "bfloat16", "float16", "float64"])
+CurvatureDtype = StrEnum("CurvatureDtype", ["auto", "same", "bfloat16"])
+WandbMode = StrEnum("WandbMode", ["disabled", "offline", "online"])
