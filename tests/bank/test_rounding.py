@@ -30,51 +30,43 @@ def metric(seed: int = 1, k: int = K) -> Tensor:
     return M @ M.mT
 
 
-def slow_nearest(row: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+def slow_nearest(row: Tensor, bits: int) -> Tensor:
     """One group with the unsearched scale, level by level."""
     top = 2**bits - 1
-    if symmetric:
-        scale, zero = 2 * row.abs().max() / top, top / 2
-        scale = scale.bfloat16().double()
-    else:
-        low, high = min(float(row.min()), 0.0), max(float(row.max()), 0.0)
-        scale = torch.tensor((high - low) / top).bfloat16().double()
-        zero = min(top, max(0, round(-low / float(scale))))
-    levels = [(q - zero) * float(scale) for q in range(top + 1)]
+    scale = (2 * row.abs().max() / top).bfloat16().double()
+    levels = [(q - top / 2) * float(scale) for q in range(top + 1)]
     return torch.tensor([min(levels, key=lambda level: abs(level - float(w))) for w in row])
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_nearest_rounding_takes_the_nearest_level(bits: int, symmetric: bool) -> None:
+def test_nearest_rounding_takes_the_nearest_level(bits: int) -> None:
     W = normal(N, O, K, seed=bits) + 0.3
-    found = round_nearest(W, Grid.of(bits, K, 4), symmetric=symmetric, searched=False)
+    found = round_nearest(W, Grid.of(bits, K, 4), searched=False)
     assert int(found.codes.max()) < 2**bits
     for row, values in zip(W.flatten(0, 1), found.values().flatten(0, 1), strict=True):
         for part in (slice(0, 4), slice(4, 8), slice(8, 11)):
-            wanted = slow_nearest(row[part], bits, symmetric=symmetric)
+            wanted = slow_nearest(row[part], bits)
             # as near to the weights as the nearest level; ties may go either way
             torch.testing.assert_close(
                 (values[part] - row[part]).abs(), (wanted - row[part]).abs(), rtol=1e-5, atol=1e-6
             )
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_searched_scales_are_never_worse_and_near_the_best(bits: int, symmetric: bool) -> None:
+def test_searched_scales_are_never_worse_and_near_the_best(bits: int) -> None:
     W = normal(7, 24, seed=bits)
-    plain = round_nearest(W, Grid.of(bits, 24, 24), symmetric=symmetric, searched=False).values() - W
-    found = round_nearest(W, Grid.of(bits, 24, 24), symmetric=symmetric).values() - W
+    plain = round_nearest(W, Grid.of(bits, 24, 24), searched=False).values() - W
+    found = round_nearest(W, Grid.of(bits, 24, 24)).values() - W
     assert bool((found.square().sum(1) <= plain.square().sum(1) * (1 + 1e-6)).all())
-    if symmetric:  # an exhaustive search over the scale of each row
-        factors = torch.linspace(0.05, 1.1, 2000, dtype=torch.float64)
-        whole = 2 * W.abs().amax(1) / (2**bits - 1)
-        top = Grid.of(bits, 24, 24).top(W)
-        best = torch.full_like(whole, torch.inf)
-        for factor in factors:
-            levels = nearest_level(W, whole * factor, top / 2, top).double() - top / 2
-            best = torch.minimum(best, (W - levels * (whole * factor)[:, None]).square().sum(1))
-        assert bool((found.square().sum(1) <= best * (1.12 if bits < 8 else 1.6)).all())
+    # an exhaustive search over the scale of each row
+    factors = torch.linspace(0.05, 1.1, 2000, dtype=torch.float64)
+    whole = 2 * W.abs().amax(1) / (2**bits - 1)
+    top = Grid.of(bits, 24, 24).top(W)
+    best = torch.full_like(whole, torch.inf)
+    for factor in factors:
+        levels = nearest_level(W, whole * factor, top).double() - top / 2
+        best = torch.minimum(best, (W - levels * (whole * factor)[:, None]).square().sum(1))
+    assert bool((found.square().sum(1) <= best * (1.12 if bits < 8 else 1.6)).all())
 
 
 @pytest.mark.parametrize("bits", range(9))
@@ -84,7 +76,7 @@ def test_noise_and_step_are_those_of_normal_numbers(bits: int) -> None:
     top = Grid.of(bits, 1, 1).top(x)
 
     def error(step: float) -> float:
-        levels = nearest_level(x[:, None], x.new_tensor(step).expand(len(x)), top / 2, top)[:, 0].double()
+        levels = nearest_level(x[:, None], x.new_tensor(step).expand(len(x)), top)[:, 0].double()
         return float((weight * (x - (levels - top / 2) * step).square()).sum())
 
     assert error(STEP[bits]) == pytest.approx(NOISE[bits], rel=2e-3)
@@ -94,11 +86,10 @@ def test_noise_and_step_are_those_of_normal_numbers(bits: int) -> None:
 def test_zeros_and_constants_are_reproduced() -> None:
     W, grid = torch.zeros(2, 3, 5), Grid.of(3, 5, 2)
     assert torch.equal(round_nearest(W, grid).values(), W)
-    assert torch.equal(round_nearest(W, grid, symmetric=False).values(), W)
     fed = round_with_feedback(W, torch.eye(5).expand(2, 5, 5), grid)
     assert torch.equal(fed.values(), W)
     ones = torch.full((2, 3, 5), 1.5)
-    torch.testing.assert_close(round_nearest(ones, Grid.of(2, 5, 5), symmetric=False).values(), ones)
+    torch.testing.assert_close(round_nearest(ones, Grid.of(2, 5, 5)).values(), ones)
 
 
 def test_columns_of_more_bits_reach_farther_in_steps_of_one_size() -> None:
@@ -121,8 +112,6 @@ def test_bits_that_do_not_fit_are_refused() -> None:
     for bits in (-1, 9, (2, 3), (2,) * 10 + (9,)):
         with pytest.raises(ValueError, match="do not fit 11 columns in groups of 4"):
             Grid.of(bits, 11, 4)
-    with pytest.raises(ValueError, match="one number of bits, not \\[2, 3\\]"):
-        round_nearest(torch.ones(2, 3), Grid.of((2, 2, 3), 3, 3), symmetric=False)
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=30), st.integers(1, 9), st.integers(0, 2**31))
@@ -141,10 +130,9 @@ def test_packed_stream_is_least_significant_bit_first() -> None:
     assert bytes(pack(codes, Grid.of((3, 3, 3, 3, 8), 5, 2))[0].tolist()) == stream.to_bytes(3, "little")
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 5, 8, (4,) * 4 + (2,) * 4 + (7,) * 3])
-def test_packed_and_unpacked_agree_bit_for_bit(bits: int | tuple[int, ...], symmetric: bool) -> None:
-    rounded = round_nearest(normal(N, O, K).float(), Grid.of(bits, K, 4), symmetric=symmetric)
+def test_packed_and_unpacked_agree_bit_for_bit(bits: int | tuple[int, ...]) -> None:
+    rounded = round_nearest(normal(N, O, K).float(), Grid.of(bits, K, 4))
     columns = torch.linspace(0.5, 2, K).bfloat16()
     packed = Packed.of(rounded, columns)
     assert torch.equal(packed.rounded().values(), rounded.values())
@@ -158,7 +146,7 @@ def test_packed_and_unpacked_agree_bit_for_bit(bits: int | tuple[int, ...], symm
     assert torch.equal(again.values(), packed.values())
 
 
-def slow_feedback(w: Tensor, H: Tensor, grid: Grid, *, symmetric: bool, ridge: float) -> Tensor:
+def slow_feedback(w: Tensor, H: Tensor, grid: Grid, *, ridge: float) -> Tensor:
     """Optimal brain quantisation of one row in a fixed order: eliminate a column from the inverse after each."""
     k = len(w)
     mean = H.diagonal().mean()
@@ -168,8 +156,8 @@ def slow_feedback(w: Tensor, H: Tensor, grid: Grid, *, symmetric: bool, ridge: f
         top = 2 ** grid.bits[j] - 1
         if j % grid.group == 0:
             part = slice(j, j + grid.group)
-            scale, zero = group_scale(w[part], grid.bits[part], symmetric=symmetric, searched=True)
-        offset = top / 2 if zero is None else float(zero)
+            scale = group_scale(w[part], grid.bits[part], searched=True)
+        offset = top / 2
         level = min(max(round(float(w[j] / scale) + offset), 0), top) if float(scale) > 0 else offset
         values[j] = (level - offset) * scale
         w -= (w[j] - values[j]) / inverse[j, j] * inverse[j]
@@ -177,16 +165,15 @@ def slow_feedback(w: Tensor, H: Tensor, grid: Grid, *, symmetric: bool, ridge: f
     return values
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, (5,) * 4 + (3,) * 4 + (1,) * 3])
-def test_feedback_equals_the_slow_definition(bits: int | tuple[int, ...], symmetric: bool) -> None:
+def test_feedback_equals_the_slow_definition(bits: int | tuple[int, ...]) -> None:
     W, H, grid = normal(N, O, K, seed=4), metric(), Grid.of(bits, K, 4)
-    found = round_with_feedback(W, H, grid, symmetric=symmetric, sweeps=0).values()
-    nearest = round_nearest(W, grid, symmetric=symmetric).values().double()
+    found = round_with_feedback(W, H, grid, sweeps=0).values()
+    nearest = round_nearest(W, grid).values().double()
     fed = 0
     for i in range(N):
         for row in range(O):
-            wanted = slow_feedback(W[i, row], H[i], grid, symmetric=symmetric, ridge=1e-2)
+            wanted = slow_feedback(W[i, row], H[i], grid, ridge=1e-2)
             errors = [float((v - W[i, row]) @ H[i] @ (v - W[i, row])) for v in (nearest[i, row], wanted)]
             better = wanted if errors[1] < errors[0] else nearest[i, row]
             fed += errors[1] < errors[0]
@@ -241,14 +228,13 @@ def test_directions_without_weight_are_left_at_the_nearest_level() -> None:
 
 
 def test_hostile_packed_factors_are_refused_by_sentences() -> None:
-    rounded = round_nearest(normal(N, O, K).float(), Grid.of(3, K, 4), symmetric=False)
+    rounded = round_nearest(normal(N, O, K).float(), Grid.of(3, K, 4))
     packed = Packed.of(rounded, torch.ones(K))
     tensors, layout = packed.tensors(), packed.layout()
     assert layout == {"bits": [[3, 11]], "group": 4, "turned": None}
     read_packed(tensors, layout, "it")
     nan = packed.scale.clone()
     nan[0, 0, 0] = torch.nan
-    assert packed.zero is not None
     empty = {name: part[:0] for name, part in tensors.items()}
     cases: list[tuple[dict[str, Tensor], object, str]] = [
         (tensors, None, "no layout"),
@@ -269,7 +255,7 @@ def test_hostile_packed_factors_are_refused_by_sentences() -> None:
         (tensors | {"scale": packed.scale.float()}, layout, "torch.float32"),
         (tensors | {"scale": nan}, layout, "NaN"),
         (tensors | {"scale": -packed.scale}, layout, "negative scales"),
-        (tensors | {"zero": packed.zero + 8}, layout, "offsets beyond"),
+        (tensors | {"zero": packed.words}, layout, "an unknown part 'zero'"),
         (empty, layout, "no rows"),
         (tensors, layout | {"turned": -1}, "rows turned by -1"),
         (tensors, layout | {"turned": "7"}, "rows turned by '7'"),

@@ -26,7 +26,7 @@ from tiny_models import load_tiny
 
 
 def packed(bank: BankArtefact) -> BankArtefact:
-    """Adapters of 2 to 4 bits whose rows are turned, atoms of 5 bits with offsets."""
+    """Adapters of 2 to 4 bits whose rows are turned, atoms of 5 bits."""
     r = bank.r
     bits = tuple(4 if j < 3 else 3 if j < 6 else 2 for j in range(r))
     found = {
@@ -36,7 +36,7 @@ def packed(bank: BankArtefact) -> BankArtefact:
         atoms = getattr(bank, name)
         if atoms is not None:
             grid = Grid.of(5, atoms.shape[-1], 8)
-            found[name] = Packed.of(round_nearest(atoms, grid, symmetric=False))
+            found[name] = Packed.of(round_nearest(atoms, grid))
     return replace(bank, packed=found, **{name: one.values() for name, one in found.items()})
 
 
@@ -147,11 +147,6 @@ def first(held: dict[str, torch.Tensor], ending: str) -> str:
             lambda banks, held: held[first(held, "adapters.scale")].fill_(float("nan")),
             ArtefactError,
             "scale that are NaN",
-        ),
-        (
-            lambda banks, held: held[first(held, "atoms.zero")].fill_(255),
-            ArtefactError,
-            "offsets beyond the largest integer",
         ),
         (
             lambda banks, held: banks["banks"][0]["packed"]["adapters"].update(bits=[[3, 1]]),

@@ -25,9 +25,6 @@ def round_with_feedback(
     H: Float[Tensor, "n k k"],
     grid: Grid,
     *,
-    symmetric: bool = True,
-    searched: bool = True,
-    ridge: float = RIDGE,
     sweeps: int = 2,
 ) -> Rounded:
     """Round the rows of W_i so that their error e counts as e H_i e^T, H_i symmetric and not negative.
@@ -39,7 +36,6 @@ def round_with_feedback(
     as they are. So no row is ever worse than `round_nearest` makes it, in the metric, but for the arithmetic's own
     rounding.
 
-    ridge   of the feedback alone, relative to the mean diagonal of H_i
     Raises FitError where H_i is not finite or can't be factored.
     """
     n, o, k = W.shape
@@ -48,16 +44,9 @@ def round_with_feedback(
     for start in range(0, n, size):
         part = slice(start, start + size)
         own = H[part].to(W)
-        nearest = round_nearest(W[part], grid, symmetric=symmetric, searched=searched)
-        fed = _feed(W[part], _elimination(own, ridge), grid, symmetric=symmetric, searched=searched)
-        parts.append(_descend(W[part], own, _choose(W[part], own, nearest, fed), sweeps))
-    zeros = [one.zero for one in parts if one.zero is not None]
-    return Rounded(
-        torch.cat([one.codes for one in parts]),
-        torch.cat([one.scale for one in parts]),
-        torch.cat(zeros) if zeros else None,
-        grid,
-    )
+        fed = _feed(W[part], _elimination(own), grid)
+        parts.append(_descend(W[part], own, _choose(W[part], own, round_nearest(W[part], grid), fed), sweeps))
+    return Rounded(torch.cat([one.codes for one in parts]), torch.cat([one.scale for one in parts]), grid)
 
 
 def metric_errors(
@@ -68,7 +57,7 @@ def metric_errors(
     return ((E @ H.to(W)) * E).sum(dim=2)
 
 
-def _elimination(H: Float[Tensor, "n k k"], ridge: float) -> Float[Tensor, "n k k"]:
+def _elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
     """Upper U with (H + ridge)^-1 = U^T U: row j of U, over its diagonal, says what column j costs the later ones."""
     wide = to_float64(H)
     mean = wide.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -76,7 +65,7 @@ def _elimination(H: Float[Tensor, "n k k"], ridge: float) -> Float[Tensor, "n k 
         raise FitError("the metric of rounding is not finite: check the weights, or use dtype=float64")
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     eye = torch.eye(H.shape[1], dtype=wide.dtype, device=wide.device)
-    damped = wide / mean[:, None, None] + max(ridge, 1e-10) * eye
+    damped = wide / mean[:, None, None] + RIDGE * eye
     lower, info = torch.linalg.cholesky_ex(damped)
     if bool(info.any()):
         raise FitError("the metric of rounding can't be factored: use dtype=float64, or a smaller bank.r")
@@ -86,48 +75,33 @@ def _elimination(H: Float[Tensor, "n k k"], ridge: float) -> Float[Tensor, "n k 
     return upper.to(H)
 
 
-def _feed(
-    W: Float[Tensor, "n o k"],
-    U: Float[Tensor, "n k k"],
-    grid: Grid,
-    *,
-    symmetric: bool,
-    searched: bool,
-) -> Rounded:
-    """Columns in order; within a group the error is fed column by column, to later groups by one product."""
+def _feed(W: Float[Tensor, "n o k"], U: Float[Tensor, "n k k"], grid: Grid) -> Rounded:
+    """Round the columns in order; within a group the error is fed column by column, to later groups by one product."""
     W, top = W.clone(), grid.top(W)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    scales, zeros = [], []
+    scales = []
     for part in grid.groups:
-        scale, zero = group_scale(W[:, :, part], grid.bits[part], symmetric=symmetric, searched=searched)
+        scale = group_scale(W[:, :, part], grid.bits[part], searched=True)
         costs = torch.empty_like(W[:, :, part])
         for j in range(part.start, part.stop):
             own = W[:, :, j]
-            offset = top[j] / 2 if zero is None else zero
-            q = nearest_level(own[..., None], scale, offset[..., None], top[j, None])[..., 0]
+            q = nearest_level(own[..., None], scale, top[j, None])[..., 0]
             codes[:, :, j] = q
-            costs[:, :, j - part.start] = (own - (q.to(own) - offset) * scale) / U[:, j, j, None]
+            costs[:, :, j - part.start] = (own - (q.to(own) - top[j] / 2) * scale) / U[:, j, j, None]
             if j + 1 < part.stop:
                 now, rest = slice(j - part.start, j + 1 - part.start), slice(j + 1, part.stop)
                 W[:, :, rest] -= costs[:, :, now] * U[:, j : j + 1, rest]
         if part.stop < W.shape[2]:
             W[:, :, part.stop :] -= costs @ U[:, part, part.stop :]
         scales.append(scale)
-        zeros.append(zero)
-    present = [zero for zero in zeros if zero is not None]
-    stored = torch.stack(present, dim=-1).to(torch.uint8) if present else None
-    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), stored, grid)
+    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
 
 
 def _choose(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], one: Rounded, other: Rounded) -> Rounded:
-    """Row by row the one with the smaller error in the metric."""
-    wins = metric_errors(W, other.values(), H) < metric_errors(W, one.values(), H)
-
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(wins[..., None], b, a)
-
-    zero = None if one.zero is None or other.zero is None else pick(one.zero, other.zero)
-    return one._replace(codes=pick(one.codes, other.codes), scale=pick(one.scale, other.scale), zero=zero)
+    """Return, row by row, the one with the smaller error in the metric."""
+    wins = (metric_errors(W, other.values(), H) < metric_errors(W, one.values(), H))[..., None]
+    codes, scale = (torch.where(wins, *pair) for pair in ((other.codes, one.codes), (other.scale, one.scale)))
+    return Rounded(codes, scale, one.grid)
 
 
 def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounded, sweeps: int) -> Rounded:
@@ -135,7 +109,8 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
     if sweeps == 0:
         return start
     grid, codes, scale = start.grid, start.codes.clone(), start.scale.to(W)
-    offset, top = start.offsets(W).expand(W.shape), grid.top(W)
+    top = grid.top(W)
+    offset = top / 2
     diagonal = H.diagonal(dim1=1, dim2=2)
     for _ in range(sweeps):
         gradient = ((codes.to(W) - offset) * grid.spread(scale) - W) @ H
@@ -143,15 +118,15 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
             s = scale[..., at]
             for j in range(part.start, part.stop):
                 weight = diagonal[:, j, None]
-                value = (codes[..., j].to(W) - offset[..., j]) * s
+                value = (codes[..., j].to(W) - offset[j]) * s
                 wanted = value - gradient[..., j] / weight.clamp_min(1e-30)
-                q = nearest_level(wanted[..., None], s, offset[..., j, None], top[j, None])[..., 0]
+                q = nearest_level(wanted[..., None], s, top[j, None])[..., 0]
                 # where neither the scale nor the metric says anything, the integer stays
                 q = torch.where((s > 0) & (weight > 0), q, codes[..., j])
-                moved = (q.to(W) - offset[..., j]) * s - value
+                moved = (q.to(W) - offset[j]) * s - value
                 codes[..., j] = q
                 gradient += moved[..., None] * H[:, j : j + 1]
-            levels = codes[..., part].to(W) - offset[..., part]
+            levels = codes[..., part].to(W) - offset[part]
             scale[..., at] = _fit_scale(gradient, H, levels, s, part)
     return start._replace(codes=codes, scale=scale.to(SCALE_DTYPE))
 

@@ -81,8 +81,6 @@ class Packed:
     scale: Tensor
     """(*rows, groups) of bfloat16"""
     grid: Grid
-    zero: Tensor | None = None
-    """(*rows, groups) of uint8; None for a symmetric grid"""
     columns: Tensor | None = None
     """(k,) of bfloat16: what the columns were divided by before they were rounded"""
     turned: int | None = None
@@ -92,24 +90,17 @@ class Packed:
     def of(cls, rounded: Rounded, columns: Tensor | None = None, turned: int | None = None) -> Packed:
         """Pack what was rounded; `columns` are rounded to bfloat16."""
         scales = None if columns is None else columns.to(SCALE_DTYPE)
-        return cls(
-            pack(rounded.codes, rounded.grid), rounded.scale, rounded.grid, rounded.zero, scales, turned
-        )
+        return cls(pack(rounded.codes, rounded.grid), rounded.scale, rounded.grid, scales, turned)
 
     @classmethod
     def joined(cls, parts: Sequence[Packed]) -> Packed:
         """Parts of one factor below each other; they have one grid, and columns and rotation in common."""
-        zeros = [one.zero for one in parts if one.zero is not None]
-        return replace(
-            parts[0],
-            words=torch.cat([one.words for one in parts]),
-            scale=torch.cat([one.scale for one in parts]),
-            zero=torch.cat(zeros) if zeros else None,
-        )
+        words, scale = (torch.cat([getattr(one, name) for one in parts]) for name in ("words", "scale"))
+        return replace(parts[0], words=words, scale=scale)
 
     def rounded(self) -> Rounded:
-        """Integers, scales and offsets again."""
-        return Rounded(unpack(self.words, self.grid), self.scale, self.zero, self.grid)
+        """Return the integers and scales again."""
+        return Rounded(unpack(self.words, self.grid), self.scale, self.grid)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The factor (*rows, k): computed in float32, rounded once to `dtype`, a few rows at a time."""
@@ -124,9 +115,8 @@ class Packed:
         return out
 
     def __getitem__(self, rows: Any) -> Packed:
-        """Some of the first axis."""
-        zero = None if self.zero is None else self.zero[rows]
-        return Packed(self.words[rows], self.scale[rows], self.grid, zero, self.columns, self.turned)
+        """Return some of the first axis."""
+        return replace(self, words=self.words[rows], scale=self.scale[rows])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,7 +129,7 @@ class Packed:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is written, by the names that follow the factor's own and a point."""
-        found = {"words": self.words, "scale": self.scale, "zero": self.zero, "columns": self.columns}
+        found = {"words": self.words, "scale": self.scale, "columns": self.columns}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def layout(self) -> dict[str, Any]:
@@ -161,7 +151,6 @@ def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packe
     expected = {
         "words": ((*rows, packed_bytes(grid)), torch.uint8),
         "scale": ((*rows, grid.group_count), SCALE_DTYPE),
-        "zero": ((*rows, grid.group_count), torch.uint8),
         "columns": ((columns,), SCALE_DTYPE),
     }
     for name, tensor in tensors.items():
@@ -175,14 +164,10 @@ def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packe
         finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
         _require(finite, where, f"{name} that are NaN or infinite")
     _require(bool((scale >= 0).all()), where, "negative scales")
-    zero = tensors.get("zero")
-    if zero is not None:
-        most = grid.top(scale.float())[:: grid.group]
-        _require(bool((zero <= most).all()), where, "offsets beyond the largest integer")
     turned = layout.get("turned")
     seed = turned is None or _whole(turned, 0, (1 << 63) - 1)
     _require(seed and (turned is None or words.dim() == 3), where, f"rows turned by {turned!r}")
-    return Packed(words, scale, grid, zero, tensors.get("columns"), turned)
+    return Packed(words, scale, grid, tensors.get("columns"), turned)
 
 
 def grid_of(layout: Any, where: str) -> Grid:

@@ -1,9 +1,9 @@
 """Round matrices to integers of a few bits: groups of columns share a scale in every row.
 
 A row w of k columns is cut into groups of `group` columns. Column j of b_j bits is stored as an integer q_j in
-0 .. 2^b_j - 1 and read back as (q_j - z_j) s, with one scale s, in bfloat16, for the group and row. On a symmetric grid
-z_j = (2^b_j - 1) / 2: levels lie at .., -s/2, s/2, .. as far as the bits reach, so columns of more bits reach farther
-in steps of the same size. On an asymmetric one z is an integer stored for the group and row.
+0 .. 2^b_j - 1 and read back as (q_j - z_j) s, z_j = (2^b_j - 1) / 2, with one scale s, in bfloat16, for the group and
+row: levels lie at .., -s/2, s/2, .. as far as the bits reach, so columns of more bits reach farther in steps of the
+same size.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Grid(NamedTuple):
         """Number of groups."""
         return -(-len(self.bits) // self.group)
 
-    def nbits(self, rows: int, *, symmetric: bool = True) -> int:
-        """Bits of so many rounded rows: integers, scales of 16 bits, and an offset of 8 where there are any."""
-        return rows * (sum(self.bits) + (16 if symmetric else 24) * self.group_count)
+    def nbits(self, rows: int) -> int:
+        """Return the bits of so many rounded rows: integers, and scales of 16 bits."""
+        return rows * (sum(self.bits) + 16 * self.group_count)
 
     def top(self, like: Tensor) -> Float[Tensor, " k"]:
         """The largest integer of each column."""
@@ -70,152 +70,93 @@ class Grid(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """Integers, scales and offsets of a matrix, or of many: the last axis is that of the columns."""
+    """Integers and scales of a matrix, or of many: the last axis is that of the columns."""
 
     codes: UInt8[Tensor, "*rows k"]
     scale: Shaped[Tensor, "*rows groups"]
     """in bfloat16"""
-    zero: UInt8[Tensor, "*rows groups"] | None
-    """None for a symmetric grid"""
     grid: Grid
 
-    def offsets(self, like: Tensor) -> Float[Tensor, "*axes k"]:
-        """z of each column, for every row alike on a symmetric grid."""
-        return self.grid.top(like) / 2 if self.zero is None else self.grid.spread(self.zero).to(like)
-
     def values(self) -> Float[Tensor, "*rows k"]:
-        """The numbers that the integers stand for, in float32."""
+        """Return the numbers that the integers stand for, in float32."""
         levels = self.codes.float()
-        return (levels - self.offsets(levels)) * self.grid.spread(self.scale.float())
+        return (levels - self.grid.top(levels) / 2) * self.grid.spread(self.scale.float())
 
     @property
     def nbits(self) -> int:
-        """Bits that integers, scales and offsets take."""
-        rows = self.codes.numel() // max(1, self.codes.shape[-1])
-        return self.grid.nbits(rows, symmetric=self.zero is None)
+        """Bits that integers and scales take."""
+        return self.grid.nbits(self.codes.numel() // max(1, self.codes.shape[-1]))
 
 
-def round_nearest(
-    W: Float[Tensor, "*rows k"], grid: Grid, *, symmetric: bool = True, searched: bool = True
-) -> Rounded:
+def round_nearest(W: Float[Tensor, "*rows k"], grid: Grid, *, searched: bool = True) -> Rounded:
     """Round every entry to the nearest level of its group.
 
     searched   choose the scale of every group by least squares among `_TRIED` candidates, and then the best multiple
                of the levels that the best of them gives; without it, the scale reaches the group's largest entry
 
-    The scale of a group of zeros is 0. An asymmetric grid needs one number of bits in a group (ValueError).
+    The scale of a group of zeros is 0.
     """
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    scales, zeros = [], []
+    scales = []
     top = grid.top(W)
     for part in grid.groups:
         own = W[..., part]
-        scale, zero = group_scale(own, grid.bits[part], symmetric=symmetric, searched=searched)
-        offset = top[part] / 2 if zero is None else zero[..., None]
-        codes[..., part] = nearest_level(own, scale, offset, top[part])
+        scale = group_scale(own, grid.bits[part], searched=searched)
+        codes[..., part] = nearest_level(own, scale, top[part])
         scales.append(scale)
-        zeros.append(zero)
-    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), _stack(zeros), grid)
-
-
-def _stack(zeros: Sequence[Tensor | None]) -> UInt8[Tensor, "*rows groups"] | None:
-    present = [zero for zero in zeros if zero is not None]
-    return torch.stack(present, dim=-1).to(torch.uint8) if present else None
+    return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
 
 
 def nearest_level(
-    W: Float[Tensor, "*rows g"],
-    scale: Float[Tensor, "*rows"],
-    offset: Float[Tensor, ...],
-    top: Float[Tensor, " g"],
+    W: Float[Tensor, "*rows g"], scale: Float[Tensor, "*rows"], top: Float[Tensor, " g"]
 ) -> UInt8[Tensor, "*rows g"]:
-    """The integers of the nearest levels; those of a zero scale are as near to the offset as they can be.
-
-    `offset` is one number for each column, for each row, or for both.
-    """
-    return _levels(W, scale, offset, top).to(torch.uint8)
+    """Return the integers of the nearest levels; those of a zero scale are as near to the middle as they can be."""
+    return _levels(W, scale, top).to(torch.uint8)
 
 
-def _levels(W: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Tensor:
+def _levels(W: Tensor, scale: Tensor, top: Tensor) -> Tensor:
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    levels = torch.round(W * inverse[..., None] + offset)
+    levels = torch.round(W * inverse[..., None] + top / 2)
     return torch.minimum(levels.clamp_min_(0), top)
 
 
 def group_scale(
-    W: Float[Tensor, "*rows g"], bits: Sequence[int], *, symmetric: bool, searched: bool
-) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"] | None]:
-    """Scale of each row for one group of columns, in the dtype of W but a number of bfloat16, and its offset.
-
-    Symmetric grids have none. Raises ValueError where an asymmetric one has several numbers of bits.
-    """
-    grid = Grid.of(bits, W.shape[-1], len(bits))
-    if not symmetric:
-        if len(set(bits)) != 1:
-            raise ValueError(f"an asymmetric group has one number of bits, not {sorted(set(bits))}")
-        return _asymmetric(W, bits[0], grid.top(W), searched=searched)
-    top = grid.top(W)
+    W: Float[Tensor, "*rows g"], bits: Sequence[int], *, searched: bool
+) -> Float[Tensor, "*rows"]:
+    """Return the scale of each row for one group of columns, in the dtype of W but a number of bfloat16."""
+    top = Grid.of(bits, W.shape[-1], len(bits)).top(W)
     used = top > 0
     if not bool(used.any()):
-        return torch.zeros_like(W[..., 0]), None
+        return torch.zeros_like(W[..., 0])
     whole = _storable((2 * W.abs() / top.clamp_min(1) * used).amax(dim=-1))
     if not searched:
-        return whole, None
+        return whole
     step = torch.tensor([STEP[b] for b in bits], dtype=W.dtype, device=W.device)
     usual = ((W * step).square() * used).sum(dim=-1).div(used.sum()).sqrt()
-    best, error = whole, _error(W, whole, top / 2, top)
+    best, error = whole, _error(W, whole, top)
     for at in range(_TRIED):
         factor = _SHORTEST * (_LONGEST / _SHORTEST) ** (at / (_TRIED - 1))
-        best, error = _better(W, top / 2, top, best, error, _storable(usual * factor))
-    return _fitted(W, top / 2, top, best, error), None
+        best, error = _better(W, top, best, error, _storable(usual * factor))
+    return _fitted(W, top, best, error)
 
 
-def _asymmetric(
-    W: Float[Tensor, "*rows g"], bits: int, top: Float[Tensor, " g"], *, searched: bool
-) -> tuple[Tensor, Tensor]:
-    """The range of a group, zero included, and shrunk versions of it."""
-    most = 2**bits - 1
-    if most == 0:
-        return torch.zeros_like(W[..., 0]), torch.zeros_like(W[..., 0])
-    low, high = W.amin(dim=-1).clamp_max(0), W.amax(dim=-1).clamp_min(0)
-    least = {1: 0.3, 2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7}.get(bits, 0.8) if searched else 1.0
-    best = zero = error = None
-    for at in range(_TRIED if searched else 1):
-        factor = 1 - (1 - least) * at / (_TRIED - 1)
-        scale = _storable((high - low) * (factor / most))
-        inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-        offset = torch.round(-low * factor * inverse).clamp(0, most)
-        found = _error(W, scale, offset[..., None], top)
-        if best is None or zero is None or error is None:
-            best, zero, error = scale, offset, found
-        wins = found < error
-        best, zero = torch.where(wins, scale, best), torch.where(wins, offset, zero)
-        error = torch.where(wins, found, error)
-    assert best is not None
-    assert zero is not None
-    assert error is not None
-    return (_fitted(W, zero[..., None], top, best, error) if searched else best), zero
-
-
-def _fitted(W: Tensor, offset: Tensor, top: Tensor, scale: Tensor, error: Tensor) -> Tensor:
-    """The best multiple of the levels that a scale gives, where it is any better."""
-    levels = _levels(W, scale, offset, top) - offset
+def _fitted(W: Tensor, top: Tensor, scale: Tensor, error: Tensor) -> Tensor:
+    """Return the best multiple of the levels that a scale gives, where it is any better."""
+    levels = _levels(W, scale, top) - top / 2
     size = levels.square().sum(dim=-1)
     found = torch.where(size > 0, (W * levels).sum(dim=-1) / size.clamp_min(1e-30), scale)
-    return _better(W, offset, top, scale, error, _storable(found.clamp_min(0)))[0]
+    return _better(W, top, scale, error, _storable(found.clamp_min(0)))[0]
 
 
-def _better(
-    W: Tensor, offset: Tensor, top: Tensor, held: Tensor, error: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Row by row, the scale with the smaller error, and that error."""
-    found = _error(W, scale, offset, top)
+def _better(W: Tensor, top: Tensor, held: Tensor, error: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, row by row, the scale with the smaller error, and that error."""
+    found = _error(W, scale, top)
     wins = found < error
     return torch.where(wins, scale, held), torch.where(wins, found, error)
 
 
-def _error(W: Tensor, scale: Tensor, offset: Tensor, top: Tensor) -> Float[Tensor, "*rows"]:
-    levels = _levels(W, scale, offset, top) - offset
+def _error(W: Tensor, scale: Tensor, top: Tensor) -> Float[Tensor, "*rows"]:
+    levels = _levels(W, scale, top) - top / 2
     return (W - levels * scale[..., None]).square().sum(dim=-1)
 
 
