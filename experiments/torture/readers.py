@@ -226,6 +226,15 @@ def run_of(folder: Path) -> object:
     return run.status, read_summary(run.summary_file)
 
 
+def options_of(folder: Path) -> object:
+    from globe.config.plain_yaml import read_yaml
+
+    try:
+        return read_yaml(folder / "config.yaml")
+    except (OSError, ValueError) as error:  # whose reason stands in a sentence of its callers
+        return str(error)
+
+
 def patched_of(folder: Path) -> object:
     from globe.hf.destination import check_destination
 
@@ -285,6 +294,7 @@ def make_sources(folder: Path) -> dict[str, Reader]:
         "compact header": Reader(folder / "compact", "model.safetensors", model_of),
         "status.json": Reader(folder / "state", "status.json", run_of),
         "summary.json": Reader(folder / "state", "summary.json", run_of),
+        "config.yaml": Reader(folder / "state", "config.yaml", options_of),
         "globe_patch.json": Reader(folder / "compact", "globe_patch.json", patched_of),
     }
 
@@ -302,6 +312,8 @@ def make_input(reader: Reader, folder: Path, rng: random.Random) -> str:
         path.write_bytes(damaged_bytes(content, rng))
     elif path.suffix == ".safetensors":
         path.write_bytes(damaged_header(content, rng))
+    elif path.suffix == ".yaml":
+        path.write_bytes(damaged_json({"bank": {"m": 3, "r": [7]}, "layer": "4-9"}, rng))  # JSON is YAML
     else:
         path.write_bytes(damaged_json(json.loads(content), rng))
     return kind

@@ -20,6 +20,7 @@ from hydra.core.override_parser import overrides_parser
 from hydra.core.plugins import Plugins
 from omegaconf import Container, DictConfig, OmegaConf
 
+from globe.config.bounded_hydra import bound_hydra
 from globe.config.identity import run_name
 from globe.config.launchers import SWEPT, cores, jobs_at_once
 from globe.config.schema import Config, InitConfig, ModelConfig, ScheduleConfig, WandbConfig
@@ -39,6 +40,7 @@ def register() -> None:
         store.store(group=group, name=f"{group}_schema", node=schema)
     _replace_plugin_configs()
     _teach_rounding()
+    bound_hydra()
     OmegaConf.register_new_resolver("globe_run_name", _run_name_resolver, replace=True)
     OmegaConf.register_new_resolver("globe_jobs_at_once", _jobs_resolver, replace=True)
 
