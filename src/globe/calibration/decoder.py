@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from globe.calibration.experts_module import ExpertsView, experts_modules
 from globe.checkpoint import Checkpoint
+from globe.checkpoint.quantised.reader import forget_quantisation
+from globe.checkpoint.shards import StoredTensor
 from globe.errors import CheckpointError
 
 
@@ -181,23 +182,15 @@ class Decoder:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        reader = self._checkpoint.reader
         options = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self._dtype,
             dtype_plan=self._model._get_dtype_plan(self._dtype),
             weight_mapping=self._mapping,
         )
-        with ExitStack() as stack:
-            by_file: dict[str, list[str]] = {}
-            for name in names:
-                by_file.setdefault(reader.index[name], []).append(name)
-            state: dict[str, Any] = {}
-            for file, inside in by_file.items():
-                handle = stack.enter_context(safe_open(reader.folder / file, framework="pt"))
-                state |= {name: handle.get_slice(name) for name in inside}
-            with _silent_bars():
-                convert_and_load_state_dict_in_model(self._model, state, options)
+        state = {name: StoredTensor(self._checkpoint.reader, name) for name in names}
+        with _silent_bars():
+            convert_and_load_state_dict_in_model(self._model, state, options)
 
 
 def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -206,6 +199,7 @@ def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from transformers import initialization as init
 
     config = AutoConfig.from_pretrained(str(checkpoint.folder))
+    forget_quantisation(config)
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.set_experts_implementation("eager")  # the grouped product takes rows of a multiple of 16 bytes only

@@ -154,7 +154,7 @@ def prepare(checkpoint: Checkpoint, options: CalibrateConfig) -> Request:
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash of a checkpoint's config, tensor names, shapes, dtypes, and the first row of every tensor."""
-    reader = checkpoint.reader
+    reader = checkpoint.stored
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name in sorted(reader.names):
         shape = reader.shape(name)

@@ -26,9 +26,9 @@ from globe.checkpoint.model_config import (
     read_config,
     refuse_compact,
     refuse_other_weights,
-    refuse_quantised,
     size_of,
 )
+from globe.checkpoint.quantised.reader import DequantisedReader, open_quantised, plain_config
 from globe.checkpoint.shapes import ExpertShape, matrix_shape, routed_shape
 from globe.checkpoint.shards import ShardReader
 from globe.errors import CheckpointError
@@ -57,11 +57,18 @@ class Checkpoint:
         self.model_type = str(self.config["model_type"])
         refuse_compact(self.config, self.folder)
         refuse_other_weights(self.config, self.folder)
-        self.reader = ShardReader(self.folder, source.headers)
-        names = self.reader.names
+        self.stored = self.reader = ShardReader(self.folder, source.headers)
+        """The tensors as they are in the files."""
         if self.model_type not in known_model_types() and not self._mentions_experts():
             raise CheckpointError(self._no_experts())
-        refuse_quantised(self.config, self.folder, self.reader)
+        self.reader = open_quantised(self.stored, self.config)
+        """The tensors as they are read: those of a quantised checkpoint as the plain one has them."""
+        self.quantisation: str | None = None
+        """`quant_method` of the files; `config` is that of the plain checkpoint."""
+        if isinstance(self.reader, DequantisedReader):
+            self.quantisation = self.reader.method
+            self.config = plain_config(self.config)
+        names = self.reader.names
         self.architecture: Architecture = named_as(load_architecture(self.model_type), names)
         found = find_layouts(self.architecture, names)
         self.num_layers = self._count_layers()
@@ -101,7 +108,12 @@ class Checkpoint:
 
     @cached_property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors of the checkpoint, by its headers."""
+        """Bytes of all tensors in the files of the checkpoint, by its headers."""
+        return self.stored.stored_bytes(self.stored.names)
+
+    @cached_property
+    def plain_bytes(self) -> int:
+        """Bytes of all tensors as they are read, which are more than `stored_bytes` if the checkpoint is quantised."""
         return sum(self.reader.entry(name).nbytes for name in self.reader.names)
 
     def source(self) -> dict[str, str | None]:
@@ -237,8 +249,8 @@ class Checkpoint:
             )
         if any(is_quantised(name) for name in self.reader.names):
             return (
-                f"{self.folder} holds quantised experts, which GloBE does not read: convert them to "
-                "bfloat16 first"
+                f"{self.folder} holds quantised experts, and its config.json has no quantization_config that says how: "
+                "save or download both again, or convert them to bfloat16 first"
             )
         example = self.architecture.layouts[0].down.format(layer=0, expert=0)
         return (

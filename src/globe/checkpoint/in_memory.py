@@ -65,6 +65,10 @@ class ExpertsInMemory(Checkpoint):
     def stored_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._experts.values())
 
+    @property
+    def plain_bytes(self) -> int:
+        return self.stored_bytes
+
     def source(self) -> dict[str, str | None]:
         return {"id": "memory", "revision": None, "model_type": self.model_type}
 

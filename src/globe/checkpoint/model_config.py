@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from globe.errors import CheckpointError
 from globe.files import read_json
-
-if TYPE_CHECKING:  # it loads torch, and the names below are needed without
-    from globe.checkpoint.shards import ShardReader
 
 PREFIX = "globe_"
 """What the model_type of a compact checkpoint has in front of the original's."""
@@ -37,11 +35,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_compact(config: Mapping[str, Any]) -> bool:
+    """Is this the configuration of a compact GloBE checkpoint?"""
+    described = [part.get("quantization_config") for part in parts_of(config)]
+    ours = any(isinstance(one, dict) and one.get("quant_method") == "globe" for one in described)
+    return str(config["model_type"]).startswith(PREFIX) or ours
+
+
 def refuse_compact(config: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError for a compact GloBE checkpoint."""
-    described = [part.get("quantization_config") for part in _parts(config)]
-    ours = any(isinstance(one, dict) and one.get("quant_method") == "globe" for one in described)
-    if str(config["model_type"]).startswith(PREFIX) or ours:
+    if is_compact(config):
         raise CheckpointError(
             f"{folder} is compressed by GloBE already: give the original checkpoint, or write this one as a dense one "
             f"first, globe.load(THIS, dequantize=True).save_pretrained(FOLDER)"
@@ -63,34 +66,12 @@ def refuse_other_weights(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def refuse_quantised(config: dict[str, Any], folder: Path, reader: ShardReader) -> None:
-    """Raise CheckpointError if the config declares quantised weights."""
-    for part in _parts(config):
-        record = part.get("quantization_config")
-        if record is None:
-            continue
-        method = record.get("quant_method", "unknown") if isinstance(record, dict) else "unknown"
-        entries = ((name, reader.dtype(name)) for name in reader.names)
-        if all(
-            dtype.is_floating_point and dtype.itemsize > 1 and not is_quantised(name)
-            for name, dtype in entries
-        ):
-            raise CheckpointError(
-                f"{folder}/config.json says that the weights are quantised with {method!r}, but they are not: remove "
-                "its key quantization_config"
-            )
-        raise CheckpointError(
-            f"{folder} holds weights quantised with {method!r}, which GloBE does not read: convert it to "
-            "bfloat16 first (transformers can dequantise while loading)"
-        )
-
-
 def is_quantised(name: str) -> bool:
     """Is this the name of a tensor of a quantised matrix, or of its scales?"""
     return name.endswith(_QUANTISED)
 
 
-def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+def parts_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the configuration, and that of the language model in it."""
     return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
 

@@ -1,17 +1,24 @@
-"""A checkpoint copied with some of its tensors replaced, everything else byte for byte."""
+"""A checkpoint copied with some of its tensors replaced: everything else byte for byte, or dequantised."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from globe.checkpoint.shards import INDEX, ShardReader
+from globe.checkpoint.quantised.reader import DequantisedReader
+from globe.checkpoint.shards import INDEX, ShardReader, ShardWriter
 from globe.checkpoint.support import copy_file, copy_support_files
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
 from globe.errors import CheckpointError
+from globe.files import write_text
+
+_OF_QUANTISATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml")
+"""Files in which GPTQ, AWQ, ModelOpt and llm-compressor say how a checkpoint was quantised."""
 
 
 def copy_checkpoint(
@@ -41,12 +48,43 @@ def copy_checkpoint(
     return left_out
 
 
+def copy_dequantised(
+    reader: DequantisedReader,
+    config: Mapping[str, Any],
+    folder: Path,
+    replace: Mapping[str, Callable[[Tensor], Tensor]],
+) -> tuple[str, ...]:
+    """Write the plain checkpoint that a quantised one stands for, tensors changed as in `copy_checkpoint`.
+
+    All matrices are dequantised and nothing is left of the quantisation: `config` is the plain one, and files that
+    tell of it stay behind. Returns the names of what is not copied. A shard is in memory at a time, and at least one
+    tensor.
+    """
+    left_out = copy_plain_support(reader, config, folder)
+    with ShardWriter(folder) as writer:
+        for name in reader.names:
+            writer.write(name, _changed(reader.read(name), name, replace))
+    return left_out
+
+
+def copy_plain_support(reader: ShardReader, config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """Copy what is beside the weights without what tells of a quantisation; `config` becomes `config.json`."""
+    left_out = copy_support_files(reader, folder)
+    if isinstance(reader, DequantisedReader):
+        told = [name for name in _OF_QUANTISATION if (folder / name).is_file()]
+        for name in told:
+            (folder / name).unlink()
+        left_out = tuple(sorted((*left_out, *told)))
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return left_out
+
+
 def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
     with target.open("xb") as copy:
         copy.write(file.header)
         for name in file.entries:  # in the order of their bytes, which leave no gap
             if name in replace:
-                copy.write(raw_bytes(_replaced(file, name, replace[name])))
+                copy.write(raw_bytes(_changed(file.read(name), name, replace)))
             else:
                 for piece in file.chunks(name):
                     copy.write(piece)
@@ -54,12 +92,13 @@ def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[
         os.fsync(copy.fileno())
 
 
-def _replaced(file: TensorFile, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
-    entry = file.entries[name]
-    new = function(file.read(name))
-    if (tuple(new.shape), new.dtype) != (entry.shape, entry.dtype):
+def _changed(stored: Tensor, name: str, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    if name not in replace:
+        return stored
+    shape, dtype = stored.shape, stored.dtype
+    new = replace[name](stored)
+    if (new.shape, new.dtype) != (shape, dtype):
         raise CheckpointError(
-            f"{name} is {entry.dtype} {list(entry.shape)}, but its replacement {new.dtype} "
-            f"{list(new.shape)}: keep shape and dtype"
+            f"{name} is {dtype} {list(shape)}, but its replacement {new.dtype} {list(new.shape)}: keep shape and dtype"
         )
     return new

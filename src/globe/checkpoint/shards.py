@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -83,6 +84,10 @@ class ShardReader:
     def read(self, name: str, index: Index | None = None) -> Tensor:
         """Return the tensor, or `tensor[index]` (integers and slices) with only those rows read; a fresh copy."""
         return self.file_of(name).read(name, index)
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes that these tensors take in the files."""
+        return sum(self.entry(name).nbytes for name in names)
 
     def hash(self, names: Iterable[str]) -> str:
         """Return the SHA-256, in hexadecimal, of the stored bytes of the tensors, each name once, in name order."""
@@ -170,6 +175,20 @@ class ShardReader:
                 f"{self.folder} has only pickled weights, which GloBE never loads: convert them to safetensors first"
             )
         raise CheckpointError(f"{self.folder} holds no safetensors file: give the folder of a checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is read when it is indexed: transformers takes it in the place of a tensor."""
+
+    reader: ShardReader
+    name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.reader.read(self.name) if index is Ellipsis else self.reader.read(self.name, index)
+
+    def get_shape(self) -> list[int]:
+        return list(self.reader.shape(self.name))
 
 
 def _is_below(name: str) -> bool:

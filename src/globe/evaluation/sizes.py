@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,20 +52,26 @@ def measure_sizes(
     subject: Subject, original: Subject | None, model: nn.Module, dense: nn.Module | None
 ) -> ModelSizes:
     """Return the sizes of a model in memory and of its files, and of the original (`dense`) and its files."""
-    stored = _bytes(subject.reader)
+    stored = subject.checkpoint.stored_bytes if subject.checkpoint else _bytes(subject.reader)
     total = subject.checkpoint.total_parameters if subject.checkpoint else _numbers(subject.reader)
     before = None if original is None or original.checkpoint is None else original.checkpoint
     places, families, kept = _compressed(subject)
     family_bytes = None
     if subject.entries:
         assert subject.checkpoint is not None
-        dense_bytes = families * _width(subject.checkpoint, places)
-        family_bytes = Change(dense_bytes, sum(_bank_bytes(entry.read()) for entry in subject.entries))
-        stored += family_bytes.after - dense_bytes
+        factors = sum(_bank_bytes(entry.read()) for entry in subject.entries)
+        family_bytes = Change(_family_bytes(subject.checkpoint, families, places), factors)
+        # patching dequantises a quantised checkpoint
+        plain = families * subject.checkpoint.dtype(*places[0]).itemsize
+        stored = subject.checkpoint.plain_bytes + factors - plain
     elif places and before is not None:
-        dense_bytes = families * _width(before, places)
-        after = dense_bytes if subject.checkpoint else _bytes(subject.reader, _factors(subject.reader))
-        family_bytes = Change(dense_bytes, after)
+        held = subject.checkpoint
+        after = (
+            families * held.dtype(*places[0]).itemsize
+            if held
+            else _bytes(subject.reader, _factors(subject.reader))
+        )
+        family_bytes = Change(_family_bytes(before, families, places), after)
     if subject.checkpoint is not None:  # its files, or its original's, hold the families dense
         total += kept - families
     return ModelSizes(
@@ -72,7 +79,7 @@ def measure_sizes(
         family_parameters=Change(families, kept) if places else None,
         model_parameters=Change(None if before is None else before.total_parameters, total),
         family_bytes=family_bytes,
-        model_bytes=Change(None if before is None else _bytes(before.reader), stored),
+        model_bytes=Change(None if before is None else before.stored_bytes, stored),
         resident=footprint(model),
         resident_original=None if dense is None else footprint(dense),
     )
@@ -115,9 +122,10 @@ def _factors(reader: ShardReader) -> list[str]:
     return [name for name in own if not name.endswith(".dense")]
 
 
-def _width(checkpoint: Checkpoint, places: tuple[tuple[int, str], ...]) -> int:
-    """Return the bytes of a number of the families, as the checkpoint stores them."""
-    return checkpoint.reader.dtype(checkpoint.locate(*places[0], 0).tensor).itemsize
+def _family_bytes(checkpoint: Checkpoint, families: int, places: tuple[tuple[int, str], ...]) -> int:
+    """Return the bytes of so many numbers of the families in the files, scales of quantised ones among them."""
+    name = checkpoint.locate(*places[0], 0).tensor
+    return round(families * checkpoint.reader.stored_bytes([name]) / math.prod(checkpoint.reader.shape(name)))
 
 
 def _bank_bytes(artefact: BankArtefact) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from globe.checkpoint import Checkpoint, Location, copy_checkpoint
 from globe.checkpoint.experts import SHARED
+from globe.checkpoint.quantised.reader import DequantisedReader
+from globe.checkpoint.rewrite import copy_dequantised
 from globe.errors import ArtefactError
 from globe.hf.destination import destination, inputs_of, write_record
 from globe.hf.run_banks import BankEntry, DenseExperts, verify_source
@@ -22,14 +24,18 @@ def write_dense(
     """Write a checkpoint that any engine loads: upstream names, dtypes, files and everything else kept.
 
     Streams: one tensor of the checkpoint and the matrices of one layer are in memory, the model is never
-    built. Only the bytes of the selected experts differ. `out` appears whole or not at all. Returns the
+    built. Only the bytes of the selected experts differ. A quantised checkpoint is dequantised as a whole, since no
+    format says of single experts that they are not quantised. `out` appears whole or not at all. Returns the
     record written beside the weights. Raises ArtefactError, CheckpointError or ConfigError before anything
     is written if a bank is not of this checkpoint or `out` is taken.
     """
     verify_source(entries, checkpoint)
     replace = rewriters(entries, checkpoint)
     with destination(out, overwrite=overwrite, inputs=inputs_of(entries, checkpoint)) as folder:
-        left_out = copy_checkpoint(checkpoint.folder, folder, replace)
+        if isinstance(checkpoint.reader, DequantisedReader):
+            left_out = copy_dequantised(checkpoint.reader, checkpoint.config, folder, replace)
+        else:
+            left_out = copy_checkpoint(checkpoint.folder, folder, replace)
         return write_record(folder, "dense", entries, checkpoint, left_out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from globe.checkpoint import Checkpoint, ShardWriter, copy_support_files
+from globe.checkpoint import Checkpoint, ShardWriter
 from globe.checkpoint.model_config import PREFIX
+from globe.checkpoint.quantised.reader import forget_quantisation
+from globe.checkpoint.rewrite import copy_plain_support
 from globe.errors import CheckpointError
-from globe.files import write_text
 from globe.hf.dense_checkpoint import rewriters
 from globe.hf.destination import destination, inputs_of, write_record
 from globe.hf.experts import GlobeExperts
@@ -70,8 +70,7 @@ def write_globe(
         "quantization_config": description,
     }
     with destination(out, overwrite=overwrite, inputs=inputs_of(entries, checkpoint)) as folder:
-        left_out = copy_support_files(checkpoint.reader, folder)
-        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        left_out = copy_plain_support(checkpoint.reader, config, folder)
         with ShardWriter(folder, _largest_shard(checkpoint)) as writer:
             for name, tensor in _kept_tensors(entries, checkpoint, modules):
                 writer.write(name, tensor)
@@ -90,6 +89,7 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
 
     with understood(checkpoint.folder):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        forget_quantisation(config)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise CheckpointError(
                 f"transformers has no language model for {checkpoint.model_type}: use format=dense"

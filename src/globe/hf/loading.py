@@ -16,13 +16,22 @@ from torch import nn
 from globe.checkpoint import ShardReader
 from globe.checkpoint.hub import EMBEDDED, resolve
 from globe.checkpoint.location import count_layers
-from globe.checkpoint.model_config import read_config, refuse_other_weights
+from globe.checkpoint.model_config import is_compact, read_config, refuse_other_weights
+from globe.checkpoint.quantised.reader import (
+    DequantisedReader,
+    forget_quantisation,
+    is_readable,
+    open_quantised,
+)
+from globe.checkpoint.shards import StoredTensor
 from globe.errors import CheckpointError, GlobeError
 from globe.files import read_json
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import QUANT_METHOD, VERSION_KEY, BankLayout, from_json
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_OF_FILES = ("trust_remote_code", "revision", "cache_dir", "token", "local_files_only")
+"""Options of `from_pretrained` that say how files are found."""
 _MOST_LAYERS = 1000
 """Where no tensor has the number of a layer in its name."""
 
@@ -34,7 +43,9 @@ def load(
 
     A compact GloBE checkpoint loads factored: `S_cache` bases stay composed per layer and family (None: as the
     file says; 0 recomposes at each call; "all" keeps every one). With `dequantize` it loads as the ordinary
-    dense model, which can be saved as one. Ordinary checkpoints load as always. `kwargs` (`dtype`,
+    dense model, which can be saved as one. Ordinary checkpoints load as always, and quantised ones that GloBE reads as
+    the plain model they stand for, without the kernels of their method (`quantization_config` as one of `kwargs` has
+    transformers load them its own way). `kwargs` (`dtype`,
     `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`. Dense experts too small for
     transformers' grouped product run by its plain loop, unless `experts_implementation` is given.
 
@@ -62,17 +73,47 @@ def load(
         if S_cache is not None:
             description["S_cache"] = check_cache(S_cache)
         description["dequantize"] = dequantize
+    elif reader is None and "quantization_config" not in kwargs and is_readable(config.to_dict()):
+        folder = resolve(str(path), revision=kwargs.pop("revision", None)).folder
+        return load(folder, **kwargs)
     with understood(path):
-        if reader is not None:
+        if isinstance(reader, DequantisedReader) and "quantization_config" not in kwargs:
+            forget_quantisation(config)
             require_sizes(config, reader)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+            model, found = _plain_model(config, reader, kwargs)
+        else:
+            if reader is not None:
+                require_sizes(config, reader)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                str(path), config=config, output_loading_info=True, use_safetensors=True, **kwargs
+            )
     _require_whole(config, found, path)
     model = model.eval()
     if "experts_implementation" not in kwargs and _has_misaligned_experts(model):
         model.set_experts_implementation("eager")
     return model
+
+
+def _plain_model(
+    config: Any, reader: DequantisedReader, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Load the model of a quantised checkpoint with the tensors that its matrices stand for, one by one."""
+    from transformers import GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"transformers has no language model for {config.model_type}: dequantise it first"
+        )
+    config.dtype = config.dtype or reader.plain_dtype
+    tensors = {name: StoredTensor(reader, name) for name in reader.names}
+    options = {key: value for key, value in kwargs.items() if key not in _OF_FILES}
+    model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=tensors, output_loading_info=True, **options
+    )
+    if (reader.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(reader.folder))
+    return model, found
 
 
 def quiet() -> None:
@@ -110,6 +151,8 @@ def _checked_files(folder: Path) -> ShardReader:
     config = read_config(folder)
     refuse_other_weights(config, folder)
     reader = ShardReader(folder)
+    if not is_compact(config) and is_readable(config):
+        reader = open_quantised(reader, config)
     held = count_layers(reader.names) or _MOST_LAYERS
     for part in (config, config.get("text_config")):
         promised = [part.get(key) for key in _LAYERS] if isinstance(part, dict) else []

@@ -36,6 +36,11 @@ def show_model(found: dict[str, Any], console: Console | None = None) -> None:
         console,
         f"{found['parameters']:,} parameters, {size(found['bytes'])} of tensors in {files} ({dtypes})",
     )
+    if method := found.get("quantisation"):
+        say(
+            console,
+            f"quantised with {method}: what follows is said of the dequantised model that GloBE reads from it",
+        )
     if found["kind"] == "checkpoint":
         _experts(console, found)
         _predictions(console, found)

@@ -73,6 +73,8 @@ class Totals:
     """of all artefacts"""
     model_bytes: int
     """of the checkpoint as it is"""
+    dense_bytes: int
+    """of a dense checkpoint; more than `model_bytes` where that is quantised"""
     patched_bytes: tuple[int, int]
     """of a checkpoint with factors, `globe.patch format=globe`"""
 
@@ -143,7 +145,7 @@ def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) 
     alike = list(groups.values())
     sizes = [_span([one.count * one.file_bytes for one in rows]) for rows in alike]
     saved = [_span([one.count * _saved(config, checkpoint, one.bank) for one in rows]) for rows in alike]
-    stored = checkpoint.stored_bytes
+    plain = checkpoint.plain_bytes
     seconds = None
     if all(one.seconds is not None for one in found):
         times = [_span([one.count * (one.seconds_at_most(config) or 0.0) for one in rows]) for rows in alike]
@@ -154,10 +156,11 @@ def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) 
         seconds=seconds,
         bytes=max((one.bytes for one in found if one.bytes is not None), default=None),
         file_bytes=(int(sum(least for least, _ in sizes)), int(sum(most for _, most in sizes))),
-        model_bytes=stored,
+        model_bytes=checkpoint.stored_bytes,
+        dense_bytes=plain,
         patched_bytes=(
-            int(stored - sum(most for _, most in saved)),
-            int(stored - sum(least for least, _ in saved)),
+            int(plain - sum(most for _, most in saved)),
+            int(plain - sum(least for least, _ in saved)),
         ),
     )
 
@@ -262,9 +265,11 @@ def sentences(config: Config, whole: Totals) -> list[str]:
         time = least if least == most else f"{least} to {most}"
         memory = "" if whole.bytes is None else f", in {_size(whole.bytes)} of memory"
         lines.append(f"{whole.banks} bank{plural}: {time} at most, one after the other{memory}")
+    quantised = whole.dense_bytes != whole.model_bytes
+    dense = f"become {_size(whole.dense_bytes)}, dequantised," if quantised else "stay"
     lines.append(
         f"files: {_sizes(whole.file_bytes)} for the bank{plural}; the model's {_size(whole.model_bytes)} become "
-        f"{_sizes(whole.patched_bytes)} with globe.patch format=globe, and stay with format=dense"
+        f"{_sizes(whole.patched_bytes)} with globe.patch format=globe, and {dense} with format=dense"
     )
     return lines
 

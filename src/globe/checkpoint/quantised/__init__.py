@@ -1,0 +1,1 @@
+"""Quantised checkpoints, read as the plain ones they stand for: one file a family, and the table in `schemes`."""
