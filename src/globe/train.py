@@ -227,7 +227,7 @@ def _calibrate(
 def _warn_of_sizes(config: Config, banks: Sequence[BankPlan]) -> None:
     """A sweep may well ask for more than there was, or for more atoms than there are; a person should know."""
     for bank in banks:
-        if bank.kept >= 1:
+        if bank.kept >= 1 and bank.precision is None:
             _log.warning("%s: %.0f %% of the parameters kept is no compression", bank.key, 100 * bank.kept)
         if is_met_by_every_atom(config, bank.sizes.m):
             asked = f"codes.target_support={config.codes.target_support}"

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from globe.bank.packing import Packed
-from globe.bank.rounding import Grid, round_nearest
+from globe.bank.rounding import Grid, LevelGrid, round_nearest
 
 PLUGIN = Path(__file__).parents[2] / "integrations" / "vllm" / "globe_vllm" / "packed.py"
 
 
+@pytest.mark.parametrize("leveled", [False, True])
 @pytest.mark.parametrize("turned", [None, 3])
-def test_the_plugin_reads_the_same_numbers(turned: int | None) -> None:
+def test_the_plugin_reads_the_same_numbers(turned: int | None, leveled: bool) -> None:
     spec = importlib.util.spec_from_file_location("globe_vllm_packed", PLUGIN)
     assert spec is not None
     assert spec.loader is not None
@@ -24,7 +25,10 @@ def test_the_plugin_reads_the_same_numbers(turned: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(5, 12, 11, generator=generator)
     bits = [3, 3, 3, 5, 5, 0, 8, 8, 2, 2, 2]
-    grid = Grid.of(bits, 11, 4)
+    grid: Grid | LevelGrid = Grid.of(bits, 11, 4)
+    if leveled:
+        levels = torch.randint(3, (5, 12), generator=generator).to(torch.uint8)
+        grid = LevelGrid((tuple(bits), (0,) * 11, (1,) * 11), levels)
     columns = torch.rand(11, generator=generator) + 0.5
     packed = Packed.of(round_nearest(W, grid), columns, turned)
     layout = packed.layout() | {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from globe.bank.feedback import metric_errors, round_with_feedback
-from globe.bank.packing import Packed, pack, packed_bytes, read_packed, unpack
+from globe.bank.packing import Packed, pack, read_packed, unpack
 from globe.bank.rotation import hadamard, rotation
-from globe.bank.rounding import NOISE, STEP, Grid, group_scale, nearest_level, round_nearest
+from globe.bank.rounding import NOISE, STEP, Grid, group_scale, nearest_level, round_nearest, row_width
 from globe.errors import ArtefactError, FitError
 
 N, O, K = 3, 5, 11
@@ -120,7 +120,7 @@ def test_packed_integers_come_back(bits: list[int], group: int, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     codes = (torch.rand(2, 3, len(bits), generator=generator) * (grid.top(torch.ones(1)) + 1)).to(torch.uint8)
     words = pack(codes, grid)
-    assert words.shape == (2, 3, packed_bytes(grid))
+    assert words.shape == (2, 3, row_width(grid.bits))
     assert torch.equal(unpack(words, grid), codes)
 
 
@@ -139,7 +139,7 @@ def test_packed_and_unpacked_agree_bit_for_bit(bits: int | tuple[int, ...]) -> N
     assert torch.equal(packed.values(), rounded.values() * columns.float())
     assert torch.equal(packed.values(torch.bfloat16), (rounded.values() * columns.float()).bfloat16())
     assert torch.equal(packed[1:].values(), packed.values()[1:])
-    padding = N * O * (8 * packed_bytes(packed.grid) - sum(packed.grid.bits))
+    padding = N * O * (8 * row_width(packed.grid.bits) - sum(packed.grid.bits))
     assert 8 * packed.nbytes == rounded.nbits + 16 * K + padding
     again = read_packed(packed.tensors(), packed.layout(), "here")
     assert again.grid == packed.grid
@@ -156,7 +156,7 @@ def slow_feedback(w: Tensor, H: Tensor, grid: Grid, *, ridge: float) -> Tensor:
         top = 2 ** grid.bits[j] - 1
         if j % grid.group == 0:
             part = slice(j, j + grid.group)
-            scale = group_scale(w[part], grid.bits[part], searched=True)
+            scale = group_scale(w[part], grid.top(w)[part], searched=True)
         offset = top / 2
         level = min(max(round(float(w[j] / scale) + offset), 0), top) if float(scale) > 0 else offset
         values[j] = (level - offset) * scale

@@ -52,6 +52,21 @@ def test_feedback_is_in_the_moments_of_each_expert() -> None:
     assert error(found) < 0.7 * error(round_weights(W, bits=3, group=8).packed.values())
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_feedback_of_down_is_in_the_moments_of_its_rows(seed: int | None) -> None:
+    W = normal(N, P, D)
+    h = normal(N, 30, P, seed=1) * torch.logspace(0, 1, P) + 4 * normal(N, 30, 1, seed=2)
+    H, eye = h.mT @ h / 30, torch.eye(D).expand(N, D, D)
+
+    def error(**options: object) -> float:
+        one = round_weights(W, bits=3, group=D, seed=seed, **options)
+        E = one.packed.values() @ one.basis - W
+        return float((E * (H @ E)).sum())
+
+    blind = error(moments=lambda part: eye[part])
+    assert error(moments=lambda part: eye[part], coupled=lambda part: H[part]) < 0.7 * blind
+
+
 def test_rotated_rounding_is_rounding_of_the_rotated_weights() -> None:
     W, C = normal(N, P, D), moments()
     found = round_weights(W, bits=3, group=8, moments=lambda part: C[part], seed=5)

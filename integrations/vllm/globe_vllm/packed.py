@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PARTS = ("words", "scale", "zero", "columns")
+"""What every packed factor can have; one whose rows differ in their bits has the levels of its rows too."""
 
 
 class Packed:
@@ -16,7 +17,7 @@ class Packed:
 
     def __init__(self, layout: Mapping[str, Any]) -> None:
         self.layout = layout
-        self.wanted = set(PARTS) - set(layout["absent"])
+        self.wanted = set(PARTS) - set(layout["absent"]) | ({"levels"} if "levels" in layout else set())
         self.parts: dict[str, Tensor] = {}
 
     def take(self, name: str, value: Tensor) -> Tensor | None:
@@ -35,17 +36,44 @@ class Packed:
 
 def values(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tensor:
     """(q - z) s, times a number a column where there are such, rotated back where the rows were rotated."""
-    bits = [run[0] for run in layout["bits"] for _ in range(run[1])]
-    codes = unpack(parts["words"], bits).float()
-    group = torch.arange(len(bits)) // layout["group"]
-    zero = parts.get("zero")
-    offsets = torch.tensor([(2**b - 1) / 2 for b in bits]) if zero is None else zero.float()[..., group]
-    out = (codes - offsets) * parts["scale"].float()[..., group]
+    if "levels" in layout:
+        out = leveled(parts["words"], parts["levels"], [spread(runs) for runs in layout["levels"]])
+        out = out * parts["scale"].float()
+    else:
+        bits = spread(layout["bits"])
+        codes = unpack(parts["words"], bits).float()
+        group = torch.arange(len(bits)) // layout["group"]
+        zero = parts.get("zero")
+        offsets = middle(bits) if zero is None else zero.float()[..., group]
+        out = (codes - offsets) * parts["scale"].float()[..., group]
     if "columns" in parts:
         out = out * parts["columns"].float()
     if layout.get("turned") is not None:
         out = rotation(out.shape[-2], layout["turned"]).T @ out
     return out
+
+
+def spread(runs: Sequence[Sequence[int]]) -> list[int]:
+    """Bits of each column, from runs of columns of equal bits."""
+    return [run[0] for run in runs for _ in range(run[1])]
+
+
+def middle(bits: list[int]) -> Tensor:
+    """The offsets of a symmetric grid."""
+    return torch.tensor([(2**b - 1) / 2 for b in bits])
+
+
+def leveled(words: Tensor, levels: Tensor, tables: list[list[int]]) -> Tensor:
+    """Integers less their offsets of rows that differ in their bits, whose bytes follow each other in one stream."""
+    flat = levels.flatten().long()
+    widths = torch.tensor([-(-sum(bits) // 8) for bits in tables])[flat]
+    starts = widths.cumsum(0) - widths
+    out = torch.zeros(len(flat), len(tables[0]))
+    for level, bits in enumerate(tables):
+        chosen = (flat == level).nonzero()[:, 0]
+        place = starts[chosen, None] + torch.arange(-(-sum(bits) // 8))
+        out[chosen] = unpack(words[place], bits).float() - middle(bits)
+    return out.view(*levels.shape, -1)
 
 
 def unpack(words: Tensor, bits: list[int]) -> Tensor:

@@ -18,6 +18,8 @@ from globe.numerics.precision import to_float64
 
 SEEDINGS = ("random", "kmeans", "group_svd", "aligned", "aligned_svd")
 
+JOINT = ("group_svd", "aligned_svd")
+"""Seedings from all experts of a group together, which give more rows than one expert has, up to d."""
 _LLOYD_STEPS = 50
 """k-means steps at most; on 60 trained experts it settles in fewer than five."""
 _PAIRS = 8
@@ -55,8 +57,9 @@ def seed_bank(
     n, p, d = group.count(X.shape[0]), *X.shape[1:]
     if not 1 <= m <= n:
         raise ValueError(f"bank.m={m} is not between 1 and the {n} experts that share the bank")
-    if not 1 <= r <= min(p, d):
-        raise ValueError(f"bank.r={r} is not between 1 and {min(p, d)}, the smaller side of an expert")
+    most = min(n * p, d) if seeding in JOINT else min(p, d)
+    if not 1 <= r <= most:
+        raise ValueError(f"bank.r={r} is not between 1 and {most}, which init.seeding={seeding} allows")
     order = torch.randperm(n, generator=generator)
     assignment = torch.empty(n, dtype=torch.int64)
     assignment[order] = torch.arange(n) % m

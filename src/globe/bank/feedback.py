@@ -1,7 +1,8 @@
-"""Round matrices so that their error is small in a metric: min over integers of sum_i tr(E_i H_i E_i^T).
+"""Round matrices so that their error is small in a metric: min over integers of sum_i tr(R_i E_i H_i E_i^T).
 
-For the adapters of a bank H_i = M_i M_i^T, the Gram matrix of the expert's own basis, or M_i C M_i^T with a metric C of
-inputs; for the weights themselves H_i is the second moment of the expert's inputs.
+For the adapters of a bank H_i = M_i M_i^T, the Gram matrix of the expert's own basis, or M_i C_i M_i^T with a metric
+C_i of inputs; for the weights themselves H_i is the second moment of the expert's inputs. R_i is the second moment of
+the inputs where these stand for rows, as those of down do, and the identity elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.bank.rounding import SCALE_DTYPE, Grid, Rounded, group_scale, nearest_level, round_nearest
+from globe.bank.rounding import (
+    SCALE_DTYPE,
+    Grid,
+    LevelGrid,
+    Rounded,
+    group_scale,
+    nearest_level,
+    round_nearest,
+)
 from globe.errors import FitError
 from globe.numerics.precision import to_float64
 
@@ -23,38 +32,57 @@ RIDGE = 1e-2
 def round_with_feedback(
     W: Float[Tensor, "n o k"],
     H: Float[Tensor, "n k k"],
-    grid: Grid,
+    grid: Grid | LevelGrid,
     *,
+    rows: Float[Tensor, "n o o"] | None = None,
     sweeps: int = 2,
 ) -> Rounded:
-    """Round the rows of W_i so that their error e counts as e H_i e^T, H_i symmetric and not negative.
+    """Round W_i so that its error E counts as tr(R_i E H_i E^T), H_i and R_i symmetric and not negative.
 
     Column by column, what rounding a column costs is made good by the columns that are still free (GPTQ: Frantar et al.
     2022, arXiv 2210.17323, algorithm 1; the scale of a group is taken when its first column comes, from what the
-    columns have become by then). A row for which plain rounding to the nearest level is better keeps that. `sweeps`
-    rounds of coordinate descent follow: each integer, then each scale, takes the best value there is with all others
-    as they are. So no row is ever worse than `round_nearest` makes it, in the metric, but for the arithmetic's own
-    rounding.
+    columns have become by then). Where `rows` gives R_i, rows are rounded in order instead, and what one costs is made
+    good by the rows below; columns count by the diagonal of H_i for that, which the gauge of a bank makes nearly all of
+    it. Where rows differ in their bits, columns and rows of few bits come first, so that fine ones make good their
+    large errors. A row (with `rows`, a matrix) for which plain rounding to the nearest level is better keeps that.
+    `sweeps` rounds of coordinate descent follow: each integer (with `rows`, each row of them), then each scale, takes
+    the best value there is with all others as they are. So nothing is ever worse than `round_nearest` makes it, in the
+    metric, but for the arithmetic's own rounding.
 
-    Raises FitError where H_i is not finite or can't be factored.
+    Raises FitError where H_i or R_i is not finite or can't be factored.
     """
     n, o, k = W.shape
     parts = []
     size = max(1, _CHUNK // max(1, o * k))
     for start in range(0, n, size):
         part = slice(start, start + size)
-        own = H[part].to(W)
-        fed = _feed(W[part], _elimination(own), grid)
-        parts.append(_descend(W[part], own, _choose(W[part], own, round_nearest(W[part], grid), fed), sweeps))
+        own, below = H[part].to(W), None if rows is None else rows[part].to(W)
+        here = grid.of_rows(part)
+        if below is not None:
+            fed = _feed_rows(W[part], below, here)
+        elif isinstance(here, LevelGrid):
+            back = _feed_columns(W[part].flip(2), own.flip(1, 2), here.flipped())
+            fed = back._replace(codes=back.codes.flip(2), grid=here)
+        else:
+            fed = _feed_columns(W[part], own, here)
+        best = _choose(W[part], own, below, round_nearest(W[part], here), fed)
+        if below is None:
+            parts.append(_descend(W[part], own, best, sweeps))
+        else:
+            parts.append(_descend_in_both(W[part], own, below, best, sweeps))
     return Rounded(torch.cat([one.codes for one in parts]), torch.cat([one.scale for one in parts]), grid)
 
 
 def metric_errors(
-    W: Float[Tensor, "n o k"], values: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"]
+    W: Float[Tensor, "n o k"],
+    values: Float[Tensor, "n o k"],
+    H: Float[Tensor, "n k k"],
+    rows: Float[Tensor, "n o o"] | None = None,
 ) -> Float[Tensor, "n o"]:
-    """e H_i e^T of every row."""
+    """(R_i E H_i E^T)_jj of every row j; what the rows of a matrix have in all is its error."""
     E = values.to(W) - W
-    return ((E @ H.to(W)) * E).sum(dim=2)
+    left = E if rows is None else rows.to(W) @ E
+    return ((left @ H.to(W)) * E).sum(dim=2)
 
 
 def _elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
@@ -75,19 +103,19 @@ def _elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
     return upper.to(H)
 
 
-def _feed(W: Float[Tensor, "n o k"], U: Float[Tensor, "n k k"], grid: Grid) -> Rounded:
+def _feed_columns(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], grid: Grid | LevelGrid) -> Rounded:
     """Round the columns in order; within a group the error is fed column by column, to later groups by one product."""
-    W, top = W.clone(), grid.top(W)
+    U, W, top = _elimination(H), W.clone(), grid.top(W)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scales = []
     for part in grid.groups:
-        scale = group_scale(W[:, :, part], grid.bits[part], searched=True)
+        scale = group_scale(W[:, :, part], top[..., part], searched=True)
         costs = torch.empty_like(W[:, :, part])
         for j in range(part.start, part.stop):
             own = W[:, :, j]
-            q = nearest_level(own[..., None], scale, top[j, None])[..., 0]
+            q = nearest_level(own[..., None], scale, top[..., j, None])[..., 0]
             codes[:, :, j] = q
-            costs[:, :, j - part.start] = (own - (q.to(own) - top[j] / 2) * scale) / U[:, j, j, None]
+            costs[:, :, j - part.start] = (own - (q.to(own) - top[..., j] / 2) * scale) / U[:, j, j, None]
             if j + 1 < part.stop:
                 now, rest = slice(j - part.start, j + 1 - part.start), slice(j + 1, part.stop)
                 W[:, :, rest] -= costs[:, :, now] * U[:, j : j + 1, rest]
@@ -97,9 +125,40 @@ def _feed(W: Float[Tensor, "n o k"], U: Float[Tensor, "n k k"], grid: Grid) -> R
     return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
 
 
-def _choose(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], one: Rounded, other: Rounded) -> Rounded:
-    """Return, row by row, the one with the smaller error in the metric."""
-    wins = (metric_errors(W, other.values(), H) < metric_errors(W, one.values(), H))[..., None]
+def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: Grid | LevelGrid) -> Rounded:
+    """Round all columns of a row at once, with scales taken from what the row has become by then.
+
+    Of rows of equal bits those that count most come first, as is usual.
+    """
+    order = rows.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=isinstance(grid, Grid), stable=True)
+    every = torch.arange(len(W), device=W.device)[:, None]
+    back = order.argsort(dim=1)
+    U = _elimination(rows[every[:, None], order[:, :, None], order[:, None]])
+    W, top = W[every, order], grid.top(W).expand(W.shape)[every, order]
+    codes, scales = torch.empty(W.shape, dtype=torch.uint8, device=W.device), []
+    for i in range(W.shape[1]):
+        own, reach = W[:, i], top[:, i]
+        scale = torch.stack([group_scale(own[:, j], reach[:, j], searched=True) for j in grid.groups], dim=-1)
+        spread = grid.spread(scale)
+        codes[:, i] = nearest_level(own[..., None], spread, reach[..., None])[..., 0]
+        cost = (own - (codes[:, i].to(own) - reach / 2) * spread) / U[:, i, i, None]
+        W[:, i + 1 :] -= U[:, i, i + 1 :, None] * cost[:, None]
+        scales.append(scale)
+    return Rounded(codes[every, back], torch.stack(scales, dim=1)[every, back].to(SCALE_DTYPE), grid)
+
+
+def _choose(
+    W: Float[Tensor, "n o k"],
+    H: Float[Tensor, "n k k"],
+    rows: Float[Tensor, "n o o"] | None,
+    one: Rounded,
+    other: Rounded,
+) -> Rounded:
+    """Row by row, or with `rows` matrix by matrix, the one with the smaller error in the metric."""
+    errors = [metric_errors(W, which.values(), H, rows) for which in (other, one)]
+    if rows is not None:
+        errors = [error.sum(dim=1, keepdim=True).expand_as(error) for error in errors]
+    wins = (errors[0] < errors[1])[..., None]
     codes, scale = (torch.where(wins, *pair) for pair in ((other.codes, one.codes), (other.scale, one.scale)))
     return Rounded(codes, scale, one.grid)
 
@@ -118,17 +177,58 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
             s = scale[..., at]
             for j in range(part.start, part.stop):
                 weight = diagonal[:, j, None]
-                value = (codes[..., j].to(W) - offset[j]) * s
+                value = (codes[..., j].to(W) - offset[..., j]) * s
                 wanted = value - gradient[..., j] / weight.clamp_min(1e-30)
-                q = nearest_level(wanted[..., None], s, top[j, None])[..., 0]
+                q = nearest_level(wanted[..., None], s, top[..., j, None])[..., 0]
                 # where neither the scale nor the metric says anything, the integer stays
                 q = torch.where((s > 0) & (weight > 0), q, codes[..., j])
-                moved = (q.to(W) - offset[j]) * s - value
+                moved = (q.to(W) - offset[..., j]) * s - value
                 codes[..., j] = q
                 gradient += moved[..., None] * H[:, j : j + 1]
-            levels = codes[..., part].to(W) - offset[part]
+            levels = codes[..., part].to(W) - offset[..., part]
             scale[..., at] = _fit_scale(gradient, H, levels, s, part)
     return start._replace(codes=codes, scale=scale.to(SCALE_DTYPE))
+
+
+def _descend_in_both(
+    W: Float[Tensor, "n o k"],
+    H: Float[Tensor, "n k k"],
+    rows: Float[Tensor, "n o o"],
+    start: Rounded,
+    sweeps: int,
+) -> Rounded:
+    """Row by row, all integers at once as if columns did not couple, where that lowers the error; then the scales."""
+    grid, codes, scale = start.grid, start.codes.to(W), start.scale.to(W)
+    top = grid.top(W).expand(W.shape)
+    offset = top / 2
+    diagonal, weights = H.diagonal(dim1=1, dim2=2), rows.diagonal(dim1=1, dim2=2)
+    pulled = rows @ ((codes - offset) * grid.spread(scale) - W)  # R E, kept up to date
+    for _ in range(sweeps):
+        for i in range(W.shape[1]):
+            spread = grid.spread(scale[:, i])
+            slope, size = (pulled[:, i, None] @ H)[:, 0], weights[:, i, None] * diagonal
+            value = (codes[:, i] - offset[:, i]) * spread
+            free = (spread > 0) & (size > 0)
+            wanted = (value - slope / size.clamp_min(1e-30)) / torch.where(
+                free, spread, torch.ones_like(spread)
+            )
+            q = torch.round(wanted + offset[:, i]).clamp_min_(0).minimum(top[:, i])
+            q = torch.where(free, q, codes[:, i])
+            move = (q - codes[:, i]) * spread
+            curve = weights[:, i] * ((move[:, None] @ H)[:, 0] * move).sum(dim=1)
+            gains = (2 * (slope * move).sum(dim=1) + curve < 0)[:, None]
+            codes[:, i] = torch.where(gains, q, codes[:, i])
+            move = torch.where(gains, move, torch.zeros_like(move))
+            for at, part in enumerate(grid.groups):
+                levels = codes[:, i, part] - offset[:, i, part]
+                through = levels[:, None] @ H[:, part]
+                along = slope + weights[:, i, None] * (move[:, None] @ H)[:, 0]
+                size_of = weights[:, i] * (through[:, 0, part] * levels).sum(dim=1)
+                step = _worth(scale[:, i, at], (along[:, part] * levels).sum(dim=1), size_of)
+                scale[:, i, at] += step
+                move[:, part] += step[:, None] * levels
+            pulled += rows[:, :, i, None] * move[:, None]
+    return start._replace(codes=codes.to(torch.uint8), scale=scale.to(SCALE_DTYPE))
 
 
 def _fit_scale(
@@ -142,11 +242,15 @@ def _fit_scale(
     through = levels @ H[:, part]
     size = (through[..., part] * levels).sum(dim=2)
     slope = (gradient[..., part] * levels).sum(dim=2)
-    wanted = torch.where(size > 0, scale - slope / size.clamp_min(1e-30), scale).clamp_min(0)
-    stored = wanted.to(SCALE_DTYPE).to(scale)
-    step = stored - scale
-    # bfloat16 is coarse: what it makes of the best scale need not be better than the one before
-    gains = 2 * step * slope + step.square() * size < 0
-    step = torch.where(gains, step, torch.zeros_like(step))
+    step = _worth(scale, slope, size)
     gradient += step[..., None] * through
     return scale + step
+
+
+def _worth(scale: Tensor, slope: Tensor, size: Tensor) -> Tensor:
+    """The step to the best scale, for an error that falls by `slope` and curves by `size`, as far as it gains."""
+    wanted = torch.where(size > 0, scale - slope / size.clamp_min(1e-30), scale).clamp_min(0)
+    step = wanted.to(SCALE_DTYPE).to(scale) - scale
+    # bfloat16 is coarse: what it makes of the best scale need not be better than the one before
+    gains = 2 * step * slope + step.square() * size < 0
+    return torch.where(gains, step, torch.zeros_like(step))

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from globe.bank.rounding import MOST_BITS, NOISE, SCALE_DTYPE, STEP
+from globe.bank.rounding import MOST_BITS, NOISE, SCALE_DTYPE, STEP, LevelGrid
 
+_LEVELS = 16
+"""At most: of importances further apart than 2^16 the lower ones count as that."""
 _SMALLEST = 1e-12
 """Directions below this share of the mean count as this much: they get no bits whatever the gauge."""
 
@@ -37,6 +39,46 @@ def allocate_bits(importance: Sequence[float], total: int, *, most: int = MOST_B
         if bits[k] < most:
             heapq.heappush(queue, (-importance[k] * (NOISE[bits[k]] - NOISE[bits[k] + 1]), k))
     return tuple(bits)
+
+
+def share_bits(rows: Float[Tensor, "*rows"], columns: Float[Tensor, " k"], total: int) -> LevelGrid | None:
+    """Share out `total` bits over entries that cost rows x columns if they are left out; None if they are too few.
+
+    The same reverse water-filling, where rows differ as much as columns do: an expert that is used a hundred times as
+    often, or a row that the output depends on, gets more bits. Rows are sorted into levels, each twice as important as
+    the one below and at most 16 from the most important one down; rows of a level have equal bits, in whole bytes. The
+    bits of a level are those whose gain is above one bound for all, which is as low as the total allows.
+    """
+    most = float(rows.max())
+    if not most > 0:
+        rows, most = torch.ones_like(rows), 1.0
+    steps = (rows / most).clamp_min(2.0**-_LEVELS).log2().round().clamp_min(1 - _LEVELS)
+    kept, levels = steps.unique(return_inverse=True)  # the least important one first
+    counts = torch.bincount(levels.flatten()).tolist()
+    shares = [most * 2.0**step for step in kept.tolist()]
+    gain = torch.tensor([NOISE[b] - NOISE[b + 1] for b in range(MOST_BITS)], dtype=torch.float64)
+    gains = columns.double().cpu()[:, None] * gain  # of each further bit of a column
+
+    def widths(bound: float) -> list[int]:
+        return [8 * round(int((gains * share > bound).sum()) / 8) for share in shares]
+
+    def fits(bound: float) -> bool:
+        return sum(count * width for count, width in zip(counts, widths(bound), strict=True)) <= total
+
+    low, high = 0.0, float(gains.max()) * most
+    if not high > 0 or not fits(high):
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2 if low == 0 else (low * high) ** 0.5
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    chosen = widths(high)
+    for at in reversed(
+        range(len(chosen))
+    ):  # what is left over, to the most important rows that it is enough for
+        used = sum(count * width for count, width in zip(counts, chosen, strict=True))
+        chosen[at] += 8 * (used + 8 * counts[at] <= total and chosen[at] < MOST_BITS * len(columns))
+    tables = tuple(allocate_bits(columns.tolist(), width) for width in chosen)
+    return LevelGrid(tables, levels.to(torch.uint8))
 
 
 def column_factors(

@@ -46,7 +46,7 @@ def gather(
             one.removeprefix(f"{name}."): plain.pop(one) for one in list(plain) if one.startswith(f"{name}.")
         }
         one = packed[name] = read_packed(parts, layout, f"{where}, tensor {name!r},")
-        numbers = one.words[..., 0].numel() * one.shape[-1]
+        numbers = one.scale[..., 0].numel() * one.shape[-1]
         if numbers > _EMPTY * one.nbytes or len(one.shape) != 3:
             raise ArtefactError(f"{where} can't be used: the packed {name!r} has the shape {one.shape}")
     return plain, packed

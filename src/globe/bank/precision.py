@@ -10,6 +10,8 @@ from globe.bank.rounding import NOISE
 _FEEDBACK = 0.25
 """Share of the noise of plain rounding that is left with feedback, for the ridge: of bits 3 and 4, SiLU and tanh, the
 best ridges of a trained layer lay at 0.1 to 0.3 of that noise."""
+_FEEDBACK_OF_ROWS = 0.02
+"""The same where bits are shared out over rows: those that matter have many, and want hardly any ridge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Precision:
         low = int(self.adapters)
         share = self.adapters - low
         noise = NOISE[low] ** (1 - share) * NOISE[min(low + 1, len(NOISE) - 1)] ** share
-        return _FEEDBACK * noise
+        return (_FEEDBACK_OF_ROWS if self.group_adapters is None else _FEEDBACK) * noise
 
     def row_bits(self, r: int) -> int:
         """Bits of the integers of an adapter's row, to be shared out over its r columns."""
@@ -39,7 +41,10 @@ class Precision:
 
     def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
         """Bits that factors of these sizes take in a file: rows of whole bytes, scales and codes of 16 bits."""
-        adapters = n * p * (8 * -(-self.row_bits(r) // 8) + 16 * -(-r // (self.group_adapters or r))) + 16 * r
+        if self.group_adapters is None:  # rows of different bits, each with its scale and level
+            adapters = n * p * (self.row_bits(r) + 24) + 16 * r
+        else:
+            adapters = n * p * (8 * -(-self.row_bits(r) // 8) + 16 * -(-r // self.group_adapters)) + 16 * r
         if k is None:
             atoms = m * r * _row_bits(d, self.atoms, self.group_atoms)
         else:

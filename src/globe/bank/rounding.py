@@ -9,7 +9,8 @@ same size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -64,9 +65,66 @@ class Grid(NamedTuple):
         """The largest integer of each column."""
         return torch.tensor([2**b - 1 for b in self.bits], dtype=like.dtype, device=like.device)
 
+    def of_rows(self, rows: Any) -> Grid:
+        """Return the grid of some of the first axis: the same, since all rows are alike."""
+        return self
+
     def spread(self, per_group: Shaped[Tensor, "*rows groups"]) -> Shaped[Tensor, "*rows k"]:
         """Repeat what there is once a group for each of its columns."""
         return per_group.repeat_interleave(self.group, dim=-1)[..., : len(self.bits)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LevelGrid:
+    """How the columns of matrices are rounded whose rows differ in what they matter: a row of level l has the bits
+    `tables[l]`, and one scale, on a symmetric grid."""
+
+    tables: tuple[tuple[int, ...], ...]
+    levels: UInt8[Tensor, "*rows"]
+
+    @property
+    def group(self) -> int:
+        """All columns share a scale."""
+        return len(self.tables[0])
+
+    @property
+    def groups(self) -> Iterator[slice]:
+        """The only group."""
+        yield slice(0, self.group)
+
+    @property
+    def group_count(self) -> int:
+        """One."""
+        return 1
+
+    def nbits(self, rows: int) -> int:
+        """Bits of the integers, the scales and the levels of all rows, each row in whole bytes."""
+        counts = torch.bincount(self.levels.flatten().long(), minlength=len(self.tables)).tolist()
+        return sum(
+            count * (row_width(table) * 8 + 24) for count, table in zip(counts, self.tables, strict=True)
+        )
+
+    def top(self, like: Tensor) -> Float[Tensor, "*rows k"]:
+        """The largest integer of each entry."""
+        tops = torch.tensor([[2**b - 1 for b in table] for table in self.tables], dtype=like.dtype)
+        return tops.to(like.device)[self.levels.long()]
+
+    def spread(self, per_group: Shaped[Tensor, "*rows 1"]) -> Shaped[Tensor, "*rows k"]:
+        """Repeat what there is once a row for each of its columns."""
+        return per_group.expand(*per_group.shape[:-1], self.group)
+
+    def flipped(self) -> LevelGrid:
+        """Return the grid of the columns in reverse order."""
+        return LevelGrid(tuple(table[::-1] for table in self.tables), self.levels)
+
+    def of_rows(self, rows: Any) -> LevelGrid:
+        """Return the grid of some of the first axis."""
+        return LevelGrid(self.tables, self.levels[rows])
+
+
+def row_width(bits: Sequence[int]) -> int:
+    """Return the bytes of the packed integers of a row."""
+    return -(-sum(bits) // 8)
 
 
 class Rounded(NamedTuple):
@@ -75,7 +133,7 @@ class Rounded(NamedTuple):
     codes: UInt8[Tensor, "*rows k"]
     scale: Shaped[Tensor, "*rows groups"]
     """in bfloat16"""
-    grid: Grid
+    grid: Grid | LevelGrid
 
     def values(self) -> Float[Tensor, "*rows k"]:
         """Return the numbers that the integers stand for, in float32."""
@@ -88,7 +146,7 @@ class Rounded(NamedTuple):
         return self.grid.nbits(self.codes.numel() // max(1, self.codes.shape[-1]))
 
 
-def round_nearest(W: Float[Tensor, "*rows k"], grid: Grid, *, searched: bool = True) -> Rounded:
+def round_nearest(W: Float[Tensor, "*rows k"], grid: Grid | LevelGrid, *, searched: bool = True) -> Rounded:
     """Round every entry to the nearest level of its group.
 
     searched   choose the scale of every group by least squares among `_TRIED` candidates, and then the best multiple
@@ -101,14 +159,14 @@ def round_nearest(W: Float[Tensor, "*rows k"], grid: Grid, *, searched: bool = T
     top = grid.top(W)
     for part in grid.groups:
         own = W[..., part]
-        scale = group_scale(own, grid.bits[part], searched=searched)
-        codes[..., part] = nearest_level(own, scale, top[part])
+        scale = group_scale(own, top[..., part], searched=searched)
+        codes[..., part] = nearest_level(own, scale, top[..., part])
         scales.append(scale)
     return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
 
 
 def nearest_level(
-    W: Float[Tensor, "*rows g"], scale: Float[Tensor, "*rows"], top: Float[Tensor, " g"]
+    W: Float[Tensor, "*rows g"], scale: Float[Tensor, "*rows"], top: Float[Tensor, ...]
 ) -> UInt8[Tensor, "*rows g"]:
     """Return the integers of the nearest levels; those of a zero scale are as near to the middle as they can be."""
     return _levels(W, scale, top).to(torch.uint8)
@@ -121,18 +179,20 @@ def _levels(W: Tensor, scale: Tensor, top: Tensor) -> Tensor:
 
 
 def group_scale(
-    W: Float[Tensor, "*rows g"], bits: Sequence[int], *, searched: bool
+    W: Float[Tensor, "*rows g"], top: Float[Tensor, ...], *, searched: bool
 ) -> Float[Tensor, "*rows"]:
-    """Return the scale of each row for one group of columns, in the dtype of W but a number of bfloat16."""
-    top = Grid.of(bits, W.shape[-1], len(bits)).top(W)
+    """Return the scale of each row for one group of columns, in the dtype of W but a number of bfloat16.
+
+    `top` is the largest integer of each column, or of each entry.
+    """
     used = top > 0
     if not bool(used.any()):
         return torch.zeros_like(W[..., 0])
     whole = _storable((2 * W.abs() / top.clamp_min(1) * used).amax(dim=-1))
     if not searched:
         return whole
-    step = torch.tensor([STEP[b] for b in bits], dtype=W.dtype, device=W.device)
-    usual = ((W * step).square() * used).sum(dim=-1).div(used.sum()).sqrt()
+    step = torch.tensor(STEP, dtype=W.dtype, device=W.device)[(top + 1).log2().round().long()]
+    usual = ((W * step).square() * used).sum(dim=-1).div(used.sum(dim=-1).clamp_min(1)).sqrt()
     best, error = whole, _error(W, whole, top)
     for at in range(_TRIED):
         factor = _SHORTEST * (_LONGEST / _SHORTEST) ** (at / (_TRIED - 1))

@@ -33,11 +33,13 @@ def round_weights(
     bits: int,
     group: int,
     moments: Moments | None = None,
+    coupled: Moments | None = None,
     seed: int | None = None,
 ) -> RoundedWeights:
     """Round every row of W_i to `bits` bits, with one searched scale for each `group` columns.
 
     moments   error feedback in the metric C_i of each expert (GPTQ, arXiv 2210.17323); None rounds to the nearest level
+    coupled   second moments of what the rows stand for, where these are inputs, as those of down are
     seed      rounds R W_i S^T in the place of W_i, with the rotations R and S of this seed and the next, and the metric
               S C_i S^T (incoherence: QuIP, arXiv 2307.13304, section 4)
     """
@@ -51,7 +53,9 @@ def round_weights(
         if moments is None:
             rounded = round_nearest(own, grid)
         else:
-            C = moments(part)
-            rounded = round_with_feedback(own, C if seed is None else basis @ C @ basis.T, grid)
+            C, R = moments(part), None if coupled is None else coupled(part)
+            if rows is not None:
+                C, R = basis @ C @ basis.T, None if R is None else rows @ R @ rows.T
+            rounded = round_with_feedback(own, C, grid, rows=R)
         parts.append(Packed.of(rounded, turned=seed))
     return RoundedWeights(Packed.joined(parts), basis)

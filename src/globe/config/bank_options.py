@@ -71,15 +71,17 @@ class BankConfig:
     """Share of the experts' bytes in bfloat16 that the bank may take, 0 to 1, and never exceeds: chooses m, r and the
     bits of adapters and atoms by short fits that are rounded, for method=globe. Null takes what is given."""
     bits: float | None = None
-    """Bits of the factors' numbers, which are then packed as integers with scales: the average over the columns of the
-    adapters, 1 to 8, shared out by what these matter. Atoms are few and have 3 bits more, 8 at most. Null leaves the
-    factors in `export_dtype`."""
+    """Bits of the factors' numbers, which are then packed as integers with scales: the average over the entries of the
+    adapters, 1 to 8, shared out over their rows and columns by what these matter, so that an expert that is used more
+    has more. Atoms are few and have 3 bits more, 8 at most. With bits an atom may have up to d rows (`bank.r=d`). Null
+    leaves the factors in `export_dtype`."""
     bits_A: float | None = None
     """Bits of the adapters, where they are to be others than `bank.bits` says."""
     bits_B: int | None = None
     """Bits of the atoms, 2 to 8, where they are to be others than `bank.bits` says."""
     group_A: int | None = None
-    """Columns of the adapters that share a scale in every row; null is all of them (64 where weights are rounded)."""
+    """Columns of the adapters that share a scale in every row, and then all rows have equal bits; null is one scale for
+    a row and bits by row (64 columns and equal bits where weights are rounded)."""
     group_B: int = 64
     """Columns of the atoms that share a scale in every row."""
     scope: Scope = Scope.family

@@ -12,11 +12,12 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from globe.am.records import Sizes
+from globe.am.seeding import JOINT
 from globe.bank.precision import Precision
 from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
-from globe.config.choices import FAMILIES_OF, WEIGHT_METHODS, Centre, Method, Scope
+from globe.config.choices import FAMILIES_OF, WEIGHT_METHODS, Centre, FirstCodes, Method, Scope
 from globe.config.identity import DEFAULT_SIZES
 from globe.config.layers import parse_layers, ranges
 from globe.config.schema import Config
@@ -245,7 +246,10 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
         rank = f"min(p, d)={min(p, d)}, the rank of a {p} x {d} expert"
         if r is None:
             r = default_size(DEFAULT_SIZES["r"], {"p": p, "d": d}, min(p, d))
-        r = resolve_size("bank.r", r, {"p": p, "d": d}, min(p, d), rank)
+        most = min(p, d)
+        if precision_of(config) is not None and can_be_wide(config):
+            most, rank = d, f"d={d}, the columns of an expert"
+        r = resolve_size("bank.r", r, {"p": p, "d": d}, most, rank)
         k = config.bank.atom_rank
         if k is not None:
             rank = f"min(r, d)={min(r, d)}, the rank of an {r} x {d} atom"
@@ -259,6 +263,16 @@ def is_met_by_every_atom(config: Config, m: int) -> bool:
     """Return whether the support typed is a number above m, so that codes that use all m atoms are within it."""
     support = config.codes.target_support
     return isinstance(support, int) and support > m
+
+
+def can_be_wide(config: Config) -> bool:
+    """Return whether a mixed basis may have more rows than an expert, which bits are better spent on than numbers.
+
+    A basis of d rows takes no rank from anybody: bits by row and column then decide alone what each expert keeps.
+    """
+    joint = config.init.seeding in JOINT and config.init.codes is FirstCodes.mixed
+    beta = config.schedule.beta
+    return joint and min(beta.start, beta.end) >= 1
 
 
 def is_search(config: Config) -> bool:

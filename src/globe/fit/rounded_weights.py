@@ -35,16 +35,24 @@ def fit_rounded_weights(read: ReadExperts, config: Config, *, seed: int) -> tupl
     n, _, d = W.shape
 
     def moments(part: slice) -> torch.Tensor:
-        if metric is None or metric.columns is None:  # of down: its inputs are rows here
+        if metric is None or metric.columns is None:
             return torch.eye(d, dtype=W.dtype, device=W.device).expand(len(range(n)[part]), d, d)
         L = metric.columns.of(part)
         return (L @ L.mT).expand(len(range(n)[part]), d, d)
 
+    def coupled(part: slice) -> torch.Tensor:
+        """Of down, whose inputs are rows here."""
+        assert metric is not None
+        assert metric.rows is not None
+        return metric.rows[part].mT @ metric.rows[part]
+
+    both = metric is not None and metric.rows is not None and metric.rows.dim() == 3
     rounded = round_weights(
         W,
         bits=int(precision.adapters),
         group=precision.group_adapters or _GROUP,
         moments=None if config.method is Method.rtn else moments,
+        coupled=coupled if both else None,
         seed=seed if config.method is Method.gptq_rotated else None,
     )
     del W

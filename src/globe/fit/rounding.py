@@ -22,19 +22,19 @@ from globe.am.refit import refit
 from globe.am.state import Atoms, Constraint, low_rank_atoms
 from globe.bank.compose import factor_bases
 from globe.bank.feedback import round_with_feedback
-from globe.bank.gauge import allocate_bits, balanced_gauge, column_factors
+from globe.bank.gauge import allocate_bits, balanced_gauge, column_factors, share_bits
 from globe.bank.packing import Packed
 from globe.bank.precision import Precision
-from globe.bank.rounding import Grid, round_nearest
+from globe.bank.rounding import Grid, LevelGrid, round_nearest
 from globe.errors import FitError
 from globe.numerics.activation import phi_prime
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.figures import squared_norms
 from globe.numerics.input_metric import InputMetric
 
-_ROUNDS = 4
+_ROUNDS = 3
 """At most: moves of the atoms around rounded adapters."""
-_WORTH = 1e-3
+_WORTH = 5e-3
 """A round that lowers the error by less than this share of it is the last."""
 _ITERATIONS, _DAMPING = 20, 1e-4
 
@@ -79,8 +79,29 @@ class _Task:
 
     def stored(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """Adapters of D_i X_i L_i as those of the experts W_i themselves."""
-        own = A if self.metric is None else self.metric.adapters(A, part)
+        own = self.unscaled(A, part)
         return own if self.scale is None else own * self._row_scale(part)
+
+    def unscaled(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
+        """Adapters of D_i X_i L_i as those of X_i."""
+        return A if self.metric is None else self.metric.adapters(A, part)
+
+    def row_weights(self, part: slice, p: int) -> Float[Tensor, "c p"]:
+        """The diagonal of D_i^T D_i."""
+        rows = None if self.metric is None else self.metric.rows
+        if rows is None:
+            return self.X.new_ones(len(self.X[part]), p)
+        return rows[part].square() if rows.dim() == 2 else rows[part].square().sum(dim=1)
+
+    def coupled(self, part: slice) -> Float[Tensor, "c p p"] | None:
+        """D_i^T D_i where rows are coupled, as seen by what is stored."""
+        rows = None if self.metric is None else self.metric.rows
+        if rows is None or rows.dim() == 2:
+            return None
+        own = rows[part]
+        if self.scale is not None and self.scale.dim() == 2:
+            own = own / self.scale[part, None].to(own)
+        return own.mT @ own
 
     def fitted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """Undo `stored`."""
@@ -161,23 +182,21 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
     atoms, packed = _round_atoms(task, wanted)
     n, p, _ = task.X.shape
     r = atoms.bank.shape[1]
-    A = task.X.new_empty(n, p, r)
-    weights, ridge = task.X.new_zeros(r), task.precision.ridge
+    A, ridge = task.X.new_empty(n, p, r), task.precision.ridge
+    weights = task.X.new_empty(n, r)
     for part in task.parts(r):
         M = task.seen_bases(atoms, part)
         A[part] = refit(task.target(part), M, lambda_A=ridge).adapters
-        weights += M.square().sum(dim=(0, 2))
-    squares = A.square().mean(dim=(0, 1))
-    weights /= n
-    bits = allocate_bits((squares * weights).tolist(), task.precision.row_bits(r))
-    columns = column_factors(squares, weights, bits)
-    grid = Grid.of(bits, r, task.precision.group_adapters or r)
+        weights[part] = M.square().sum(dim=2)
+    grid, columns = _shared_bits(task, A, weights)
     words, exported = [], task.X.new_empty(n, p, r, dtype=task.dtype)
     error = 0.0
     for part in task.parts(r):
         M = task.seen_bases(atoms, part)
         seen = M * columns[:, None]
-        own = round_with_feedback(task.stored(A[part], part) / columns, seen @ seen.mT, grid)
+        own = round_with_feedback(
+            task.stored(A[part], part) / columns, seen @ seen.mT, grid.of_rows(part), rows=task.coupled(part)
+        )
         words.append(Packed.of(own, columns))
         exported[part] = words[-1].values(task.dtype)
         left = task.target(part) - task.fitted(exported[part].to(M), part) @ M
@@ -194,6 +213,29 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
     if not bool(torch.isfinite(torch.tensor(error))):
         raise FitError("the rounded factors are not finite: give more bits, or export_dtype=bfloat16")
     return RoundedFactors(factors, packed, error, rounds), atoms
+
+
+def _shared_bits(
+    task: _Task, A: Float[Tensor, "n p r"], weights: Float[Tensor, "n r"]
+) -> tuple[Grid | LevelGrid, Float[Tensor, " r"]]:
+    """How the adapters are rounded, and what their columns are divided by before.
+
+    `weights` are |row k of M_i L_i|^2. Without groups of columns the bits are shared out over rows as well.
+    """
+    n, p, r = A.shape
+    squares, mean = A.square().mean(dim=(0, 1)), weights.mean(dim=0)
+    bits = allocate_bits((squares * mean).tolist(), task.precision.row_bits(r))
+    group = task.precision.group_adapters
+    if group is not None:
+        return Grid.of(bits, r, group), column_factors(squares, mean, bits)
+    rows = A.new_empty(n, p)
+    for part in task.parts(r):
+        own = task.unscaled(A[part], part)
+        rows[part] = (own.square() @ weights[part, :, None])[..., 0] * task.row_weights(part, p)
+    grid = share_bits(rows, squares * mean, n * p * task.precision.row_bits(r))
+    if grid is None:
+        return Grid.of(bits, r, r), column_factors(squares, mean, bits)
+    return grid, column_factors(squares, mean, bits)
 
 
 def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed]]:

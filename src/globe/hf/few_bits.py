@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from globe.bank.packing import Packed, grid_of, packed_bytes, read_packed
+from globe.bank.packing import Packed, grid_of, read_packed
+from globe.bank.rounding import LevelGrid, row_width
 from globe.errors import CheckpointError
 
 PARAMETERS = {"adapters": "adapters", "bank": "atoms", "atoms_left": "left", "atoms_right": "right"}
@@ -21,12 +23,17 @@ class FewBits(nn.Module):
         super().__init__()
         self.layout = layout
         grid = grid_of(layout, "a packed factor")
+        levelled = isinstance(grid, LevelGrid)
+        width = (layout["bytes"],) if isinstance(grid, LevelGrid) else (*rows, row_width(grid.bits))
+        columns = grid.group if isinstance(grid, LevelGrid) else len(grid.bits)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "words": ((*rows, packed_bytes(grid)), torch.uint8),
+            "words": (width, torch.uint8),
             "scale": ((*rows, grid.group_count), torch.bfloat16),
             "zero": ((*rows, grid.group_count), torch.uint8),
-            "columns": ((len(grid.bits),), torch.bfloat16),
+            "columns": ((columns,), torch.bfloat16),
         }
+        if levelled:
+            shapes["levels"] = (rows, torch.uint8)
         for name, (shape, dtype) in shapes.items():
             if name not in layout["absent"]:
                 empty = torch.empty(shape, dtype=dtype)
@@ -38,10 +45,21 @@ class FewBits(nn.Module):
         return read_packed(tensors, self.layout, where).values(dtype)
 
 
-def describe(packed: Packed) -> dict[str, Any]:
-    """What a module has to know before it sees the tensors."""
+def describe(packed: Packed, members: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What a module has to know before it sees the tensors; `members` are rows of the factor that modules hold."""
     absent = sorted({"words", "scale", "zero", "columns"} - set(packed.tensors()))
-    return packed.layout() | {"absent": absent}
+    described = packed.layout() | {"absent": absent}
+    if isinstance(packed.grid, LevelGrid):
+        described["bytes"] = [packed[list(rows)].words.numel() for rows in members]
+    return described
+
+
+def of_member(layouts: Mapping[str, Mapping[str, Any]], position: int) -> dict[str, dict[str, Any]]:
+    """The layouts of packed factors as the module of one member needs them."""
+    return {
+        name: {**layout, "bytes": layout["bytes"][position]} if "bytes" in layout else dict(layout)
+        for name, layout in layouts.items()
+    }
 
 
 def place(

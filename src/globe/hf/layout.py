@@ -13,6 +13,7 @@ from typing import Any
 from globe.bank.file import BankArtefact
 from globe.bank.packing import grid_of
 from globe.bank.record import ACTIVATIONS
+from globe.bank.rounding import LevelGrid
 from globe.errors import ArtefactError
 from globe.files import parse_record, plain_record
 from globe.hf.few_bits import PARAMETERS, describe
@@ -66,6 +67,9 @@ class BankLayout:
 def layout_of(artefact: BankArtefact) -> BankLayout:
     """The layout of a bank. The shared expert (number -1), if the bank has it, is left out: it stays dense."""
     mean = artefact.mean
+    routed = [
+        [one.start + row for row, expert in enumerate(one.experts) if expert >= 0] for one in artefact.members
+    ]
     return BankLayout(
         m=artefact.m,
         r=artefact.r,
@@ -79,7 +83,7 @@ def layout_of(artefact: BankArtefact) -> BankLayout:
             MemberLayout(member.layer, member.family, tuple(one for one in member.experts if one >= 0))
             for member in artefact.members
         ),
-        packed={name: describe(one) for name, one in artefact.packed.items()},
+        packed={name: describe(one, routed) for name, one in artefact.packed.items()},
     )
 
 
@@ -133,9 +137,23 @@ def _require_possible(layout: BankLayout) -> None:
         if name not in PARAMETERS or not isinstance(described.get("absent"), list):
             raise ValueError(f"there is no packed {name!r}")
         width = {"adapters": layout.r, "atoms_left": layout.atom_rank}.get(name, layout.d)
-        if len(grid_of(described, name).bits) != width:
+        grid = grid_of(described, name)
+        columns = grid.group if isinstance(grid, LevelGrid) else len(grid.bits)
+        if columns != width:
             raise ValueError(f"the packed {name!r} has not the {width} columns of its bank")
+        if isinstance(grid, LevelGrid):
+            _require_bytes(described.get("bytes"), name, layout)
     for member in layout.members:
         experts = member.experts
         if member.layer < 0 or len(set(experts)) < len(experts) or min(experts, default=0) < 0:
             raise ValueError(f"the experts of layer {member.layer} {member.family} are not possible")
+
+
+def _require_bytes(each: Any, name: str, layout: BankLayout) -> None:
+    """Raises ValueError unless every member has a number of bytes that its rows could take."""
+    most = [len(member.experts) * layout.p * layout.r for member in layout.members]
+    known = isinstance(each, list | tuple) and len(each) == len(most)
+    if name != "adapters" or not known or not all(type(one) is int for one in each):
+        raise ValueError(f"the packed {name!r} does not say how many bytes its members take")
+    if not all(0 <= one <= bound for one, bound in zip(each, most, strict=True)):
+        raise ValueError(f"the packed {name!r} can't take {each} bytes")

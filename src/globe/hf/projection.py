@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from globe.bank.compose import BasisCache, mixed_bases
 from globe.hf.atoms import Atoms, Bank
-from globe.hf.few_bits import place
+from globe.hf.few_bits import of_member, place
 from globe.hf.layout import BankLayout, Mean, MemberLayout
 from globe.numerics.activation import phi
 
@@ -78,7 +78,9 @@ class Projection(nn.Module):
                 self.bank = Atoms(layout, dtype)
         # a tuple hides a shared bank from the layer's state dict: it is saved once, at the root of the model
         self._shared = (bank,)
-        packed = {} if layout is None else layout.packed
+        packed = {}
+        if layout is not None and member is not None:
+            packed = of_member(layout.packed, layout.members.index(member))
         for name, shape in shapes.items():
             place(self, name, shape, packed.get(name), dtype)
 

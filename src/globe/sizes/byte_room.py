@@ -27,6 +27,8 @@ class ByteRoom(NamedTuple):
     bits: int
     group_adapters: int | None = None
     group_atoms: int = 64
+    wide: bool = False
+    """whether a basis may have more rows than an expert, up to d"""
 
     def precision(self, size: BankSize) -> Precision:
         assert size.bits_A is not None
@@ -40,7 +42,7 @@ class ByteRoom(NamedTuple):
     def filled(self, m: int, average: float, k: int | None = None) -> BankSize | None:
         """Sizes near an average of bits that leave less than half a percent, or else the least; None if nothing fits.
 
-        Bytes of a row of the adapters are whole, which is coarse; rows of the atoms are fine. So every number of rows
+        Bytes of a row of the adapters are whole where all rows are alike, which is coarse. So every number of rows
         gets the bits that are left, and among those that fill the room the average nearest to the one asked for wins.
         """
         found = [one for one in self._all(m, k) if self.count(one) <= self.bits]
@@ -54,12 +56,19 @@ class ByteRoom(NamedTuple):
     def _all(self, m: int, k: int | None) -> Iterator[BankSize]:
         """Every number of rows, with the most bits for the adapters that there is room for."""
         for atoms in ATOM_BITS:
-            for r in range(1 if k is None else k + 1, min(self.p, self.d) + 1):
-                rest = self.count(BankSize(m, r, k, _LEAST, atoms)) - self.n * self.p * 8 * -(-r // 8)
-                row_bytes = (self.bits - rest) // (8 * self.n * self.p)
-                average = min(_MOST, 8 * row_bytes / r)
+            most = self.d if self.wide and k is None else min(self.p, self.d)
+            for r in range(1 if k is None else k + 1, most + 1):
+                rest = self.count(BankSize(m, r, k, _LEAST, atoms)) - self.n * self.p * self._row(r)
+                row_bits = (self.bits - rest) // (self.n * self.p)
+                if self.group_adapters is not None:
+                    row_bits -= row_bits % 8
+                average = min(_MOST, row_bits / r)
                 if average >= _LEAST:
                     yield BankSize(m, r, k, average, atoms)
+
+    def _row(self, r: int) -> int:
+        """Bits of a row of the fewest bits: whole bytes where rows are alike, which rows of levels are on the whole."""
+        return r if self.group_adapters is None else 8 * -(-r // 8)
 
 
 def least_share(room: ByteRoom) -> float:

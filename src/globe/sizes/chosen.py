@@ -23,7 +23,7 @@ from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.files import read_record, write_json
 from globe.fit.input_metric import metric_of
-from globe.fit.plan import BankSize, Outline, allowed, mean_parameters, target_support
+from globe.fit.plan import BankSize, Outline, allowed, can_be_wide, mean_parameters, target_support
 from globe.fit.provenance import bank_options, source_of
 from globe.fit.reading import read_experts
 from globe.numerics.device import bank_seed
@@ -72,7 +72,7 @@ def byte_room_of(config: Config, bank: Outline) -> ByteRoom:
     # a scalar mean is stored in the dtype of the fit
     means = mean_parameters(config, bank) * (32 if config.normalise.centre is Centre.scalar else 16)
     bits = math.floor(config.bank.size * 16 * n * p * d) - means
-    room = ByteRoom(n, p, d, bits, config.bank.group_A, config.bank.group_B)
+    room = ByteRoom(n, p, d, bits, config.bank.group_A, config.bank.group_B, can_be_wide(config))
     if room.filled(1, 1.0) is None:
         raise bytes_too_small(config.bank.size, room)
     return room
