@@ -1,23 +1,21 @@
-"""What the factored forward costs: bytes resident and tokens per second beside the dense model, in one run.
+"""What the factored forward costs: one layer's experts, dense and in every form, timed in turn in one process.
 
-    python experiments/bench/forward.py                                  # embedded model, random banks
-    python experiments/bench/forward.py CHECKPOINT --run RUN             # the banks of a run
-    python experiments/bench/forward.py --experts 60 --p 352 --d 512 --layers 4 --m 15 --r 176 --dtype bfloat16
+    python experiments/bench/forward.py                               # 60 experts of 1408 x 2048, r = p/2, float32
+    python experiments/bench/forward.py --r 352 --m 8 --dtype bfloat16 --threads 2
+    python experiments/bench/forward.py --activation identity         # the linear case, with the latent form
 
-Speed does not depend on how good a bank is, so without --run its factors are random, of the sizes given, in gate
-and up of every layer; with --experts there is no checkpoint either, but a Qwen2-MoE of these sizes. Every variant
-decodes: each sequence of the batch adds one token per step to a short context. Dense and factored steps alternate
-and a figure is the median over the rounds, so that a busy machine slows both.
+Speed does not depend on how good a bank is, so factors are random, of the sizes given, in gate and up; down stays
+dense, and is the same tensor in all. Dense is transformers' own module, by the faster of its implementations. Every
+call draws other tokens and experts, as decoding does; the variants take turns at every call, and a ratio is the median
+over the calls of the dense time by the variant's, so that a busy machine slows both.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,33 +24,30 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from globe.bank.file import BankArtefact, Member, write_artefact
-from globe.hf import patch_model
 from globe.hf.experts import GlobeExperts
-from globe.hf.footprint import Footprint, footprint
-from globe.hf.quantizer import set_cache
+from globe.hf.layout import BankLayout, Mean, MemberLayout
+
+DENSE = ("eager", "grouped_mm")
+"""Implementations of transformers that run on every device"""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", help="folder or hub id; left out, the embedded model")
-    parser.add_argument("--run", help="run folder; left out, random banks of --m and --r in every layer")
-    parser.add_argument("--experts", type=int, help="no checkpoint: a Qwen2-MoE of this many experts")
-    parser.add_argument("--p", type=int, default=352, help="with --experts: rows of an expert")
-    parser.add_argument("--d", type=int, default=512, help="with --experts: hidden size")
-    parser.add_argument("--layers", type=int, default=4, help="with --experts")
-    parser.add_argument("--top-k", type=int, default=4, help="with --experts")
-    parser.add_argument("--m", type=int, help="atoms of random banks; n/4 if left out")
-    parser.add_argument("--r", type=int, help="rows of an atom of random banks; p/2 if left out")
-    parser.add_argument("--activation", default="silu", help="of random banks; identity is the linear case")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="sequences decoded together")
-    parser.add_argument("--context", type=int, default=8, help="tokens in the cache before decoding")
-    parser.add_argument("--steps", type=int, default=8, help="decoding steps in a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--experts", type=int, default=60)
+    parser.add_argument("--p", type=int, default=1408, help="rows of an expert")
+    parser.add_argument("--d", type=int, default=2048, help="hidden size")
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--m", type=int, help="atoms; n/4 if left out")
+    parser.add_argument("--r", type=int, help="rows of an atom; p/2 if left out")
+    parser.add_argument("--activation", default="silu", help="of the bank; identity is the linear case")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 512], help="tokens of a call")
+    parser.add_argument(
+        "--calls", type=int, default=12, help="calls of batch 1; of larger ones fewer, at least 5"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -61,160 +56,182 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def dense_model(options: argparse.Namespace) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def dense_experts(options: argparse.Namespace) -> Any:
+    """The experts module of a Qwen2-MoE of these sizes, with random weights."""
+    from transformers import AutoConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-    import globe.embedded
-
-    dtype = getattr(torch, options.dtype)
-    if options.experts is None:
-        path = options.checkpoint or str(globe.embedded.path())
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(options.device)
     config = AutoConfig.for_model(
         "qwen2_moe",
-        vocab_size=512,
         hidden_size=options.d,
-        intermediate_size=4 * options.p,
         moe_intermediate_size=options.p,
-        shared_expert_intermediate_size=64,
-        num_hidden_layers=options.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
         num_experts=options.experts,
         num_experts_per_tok=options.top_k,
-        decoder_sparse_step=1,
     )
-    torch.manual_seed(options.seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(options.device)
+    module = Qwen2MoeExperts(config).to(options.device, getattr(torch, options.dtype))
+    return fill(module, options)
 
 
-def random_run(model: nn.Module, options: argparse.Namespace, folder: Path) -> Path:
-    """A run of random banks for gate and up of every layer of the model."""
-    from globe.hf.structure import experts_modules
-
-    generator = torch.Generator().manual_seed(options.seed)
-    for layer, name in experts_modules(model).items():
-        experts, double, d = model.get_submodule(name).gate_up_proj.shape
-        p = double // 2
-        m, r = options.m or experts // 4, options.r or p // 2
-        for family in ("gate", "up"):
-            artefact = BankArtefact(
-                members=(Member(layer, family, 0, experts, tuple(range(experts))),),
-                codes=torch.rand(experts, m, generator=generator) / m,
-                adapters=torch.randn(experts, p, r, generator=generator) / r**0.5,
-                bank=torch.randn(m, r, d, generator=generator) / d**0.5,
-                activation=options.activation,
-                lam=1.0,
-                source={"model_type": model.config.model_type},
-                config={},
-                metrics={},
-            )
-            write_artefact(artefact, folder / "banks" / f"layer{layer:03d}.{family}")
-    return folder
-
-
-class Decoder:
-    """Decodes the same random tokens with one model; a call is one round, its result seconds per step."""
-
-    def __init__(self, model: Any, batch: int, options: argparse.Namespace) -> None:
-        generator = torch.Generator().manual_seed(options.seed)
-        shape = (batch, options.context + options.steps)
-        tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-        self.tokens, self.model, self.options = tokens.to(options.device), model, options
-
-    @torch.no_grad()
-    def __call__(self) -> float:
-        context = self.options.context
-        past = self.model(self.tokens[:, :context], use_cache=True).past_key_values
-        self._wait()
-        clock = time.perf_counter()
-        for step in range(context, self.tokens.shape[1]):
-            past = self.model(self.tokens[:, step : step + 1], past_key_values=past, use_cache=True)
-            past = past.past_key_values
-        self._wait()
-        return (time.perf_counter() - clock) / self.options.steps
-
-    def _wait(self) -> None:
-        if self.options.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-
-def variants(model: nn.Module, factored: nn.Module) -> dict[str, Callable[[], nn.Module]]:
-    """Name -> the model, its cache set and empty. The factored variants share one model."""
-    experts = max(one.num_experts for one in factored.modules() if isinstance(one, GlobeExperts))
-
-    def cached(S_cache: int | str) -> Callable[[], nn.Module]:
-        def prepare() -> nn.Module:
-            set_cache(factored, S_cache)
-            return factored
-
-        return prepare
-
-    return {
-        "dense": lambda: model,
-        "S_cache=0": cached(0),
-        f"S_cache={experts // 2}": cached(experts // 2),
-        "S_cache=all": cached("all"),
+def factored_experts(dense: nn.Module, options: argparse.Namespace) -> GlobeExperts:
+    """Gate and up of random banks; the parameter of down is that of `dense`."""
+    twin = type(dense)(dense.config)  # type: ignore[operator]
+    down = dense.down_proj
+    with torch.device("meta"):
+        twin.gate_up_proj = nn.Parameter(torch.empty(*dense.gate_up_proj.shape, dtype=down.dtype))  # type: ignore
+    twin.down_proj = down
+    members = {one: MemberLayout(0, one, tuple(range(options.experts))) for one in ("gate", "up")}
+    sizes = {"m": options.m, "r": options.r, "p": options.p, "d": options.d, "atom_rank": None}
+    rest = {"activation": options.activation, "lam": 1.0, "mean": Mean.none}
+    served = {
+        name: (BankLayout(**sizes, **rest, members=(member,)), member, None)  # type: ignore[arg-type]
+        for name, member in members.items()
     }
+    module = GlobeExperts(twin, served).to(options.device)
+    return fill(module, options, but=down)
 
 
-def measure(model: nn.Module, factored: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
+@torch.no_grad()
+def fill(module: Any, options: argparse.Namespace, but: Tensor | None = None) -> Any:
+    """Draw all parameters with a spread at which activations stay near one."""
+    generator = torch.Generator().manual_seed(options.seed)
+    for name, parameter in module.named_parameters():
+        if parameter is not but:
+            drawn = torch.randn(parameter.shape[1:], generator=generator) / parameter.shape[-1] ** 0.5
+            for row in parameter:  # rolled, not drawn anew: numbers don't matter, and drawing takes long
+                row.copy_(drawn)
+            if name.endswith("codes"):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) / options.m)
+    return module.requires_grad_(False).eval()
+
+
+def variants(
+    dense: Any, factored: GlobeExperts, options: argparse.Namespace
+) -> dict[str, Callable[..., Tensor]]:
+    """Name -> a call of the experts."""
+
+    def by(implementation: str) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            dense.config._experts_implementation = implementation
+            return dense(*inputs)
+
+        return run
+
+    def keeping(share: int) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            for projection in factored.projections.values():
+                projection.cache.capacity = share * len(projection.row)
+            return factored(*inputs)
+
+        return run
+
+    found = {f"dense, {one}": by(one) for one in DENSE}
+    return found | {"composed (S_cache=all)": keeping(1), "bank (S_cache=0)": keeping(0)}
+
+
+@torch.inference_mode()
+def measure(dense: Any, factored: GlobeExperts, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per variant and batch."""
+    generator = torch.Generator().manual_seed(options.seed)
+    dtype, device = getattr(torch, options.dtype), options.device
+    runs = variants(dense, factored, options)
+    held = resident(dense, factored)
     rows = []
     for batch in options.batch:
-        seconds: dict[str, list[float]] = {}
-        held: dict[str, Footprint] = {}
-        for _ in range(options.rounds):
-            for name, prepare in variants(model, factored).items():
-                chosen = prepare()
-                decode = Decoder(chosen, batch, options)
-                decode()  # fills the cache
-                seconds.setdefault(name, []).append(decode())
-                held[name] = footprint(chosen)
-        dense = statistics.median(seconds["dense"])
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        calls = max(5, options.calls // (1 + batch // 32))
+        for call in range(calls + 1):
+            x = torch.randn(batch, options.d, generator=generator).to(device, dtype)
+            picks = torch.rand(batch, options.experts, generator=generator).topk(options.top_k).indices
+            weights = torch.full(picks.shape, 1 / options.top_k, dtype=dtype, device=device)
+            for name, run in runs.items():
+                taken = timed(run, (x, picks.to(device), weights), device)
+                if call:  # the first one of each warms up
+                    seconds[name].append(taken)
+        best = min(
+            (name for name in runs if name.startswith("dense")),
+            key=lambda one: statistics.median(seconds[one]),
+        )
         for name, times in seconds.items():
-            step = statistics.median(times)
+            ratios = [d / t for d, t in zip(seconds[best], times, strict=True)]
             rows.append(
                 {
                     "variant": name,
                     "batch": batch,
-                    "tokens_per_second": batch / step,
-                    "ratio": dense / step,
-                    "model_bytes": held[name].total,
-                    "expert_bytes": held[name].experts,
-                    "cache_bytes": held[name].cache,
+                    "tokens_per_second": batch / statistics.median(times),
+                    "ratio": statistics.median(ratios),
+                    "bytes": held[name.split(",")[0].split(" ")[0]],
+                    "read": read_numbers(name, batch, options) / read_numbers("dense", batch, options),
                 }
             )
     return rows
 
 
+def timed(run: Callable[..., Tensor], inputs: tuple[Tensor, ...], device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    clock = time.perf_counter()
+    run(*inputs)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock
+
+
+def resident(dense: Any, factored: GlobeExperts) -> dict[str, int]:
+    """Bytes of each form; composed bases stand beside the bank they were made of."""
+    bank = sum(one.nbytes for one in factored.parameters())
+    for projection in factored.projections.values():
+        projection.compose()
+    composed = sum(projection.composed_bytes for projection in factored.projections.values())
+    return {"dense": sum(one.nbytes for one in dense.parameters()), "composed": bank + composed, "bank": bank}
+
+
+def read_numbers(name: str, batch: int, options: argparse.Namespace) -> float:
+    """Numbers that one call reads on average; those of a linear bank are of the latent form."""
+    n, p, d, m, r = options.experts, options.p, options.d, options.m, options.r
+    hit = n * (1 - (1 - options.top_k / n) ** batch)
+    if name.startswith("dense"):
+        return 3 * hit * p * d
+    form = hit * r * d if name.startswith("composed") else m * r * d
+    return hit * p * d + 2 * (form + hit * p * r)
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    dense = next(row for row in rows if row["variant"] == "dense")
+    dense = next(row for row in rows if row["variant"].startswith("dense"))
     table = Table()
-    for heading in ("variant", "experts MB", "of dense", "cached MB", "batch", "tokens/s", "of dense"):
+    for heading in (
+        "variant",
+        "MB",
+        "of dense",
+        "batch",
+        "tokens/s",
+        "speed, of dense",
+        "numbers read, of dense",
+    ):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for row in rows:
         table.add_row(
             row["variant"],
-            f"{row['expert_bytes'] / 1e6:.2f}",
-            f"{row['expert_bytes'] / dense['expert_bytes']:.3f}",
-            f"{row['cache_bytes'] / 1e6:.2f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['bytes'] / dense['bytes']:.2f}",
             str(row["batch"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['ratio']:.2f}",
+            f"{row['read']:.2f}",
         )
-    Console(width=100).print(table)
+    Console(width=110).print(table)
 
 
 def main() -> None:
     options = arguments()
+    options.m, options.r = options.m or options.experts // 4, options.r or options.p // 2
     torch.set_num_threads(options.threads)
-    model = dense_model(options)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(options.run) if options.run else random_run(model, options, Path(folder))
-        factored = patch_model(copy.deepcopy(model), run)
-    rows = measure(model, factored, options)
-    print(f"{platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, {options.dtype}")
+    dense = dense_experts(options)
+    factored = factored_experts(dense, options)
+    rows = measure(dense, factored, options)
+    print(
+        f"{platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, {options.dtype}, "
+        f"{options.experts} x {options.p} x {options.d}, m={options.m}, r={options.r}, {options.activation}"
+    )
     show(rows)
     if options.json:
         Path(options.json).write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1) + "\n")

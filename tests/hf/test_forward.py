@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import globe.hf.products as products_module
 import globe.hf.projection as projection_module
 from globe.hf.atoms import Atoms
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import BankLayout, Mean, MemberLayout
-from globe.hf.projection import COMPOSED_AT_ONCE
 from globe.numerics.activation import phi
 
 P, D, R, M, K = 5, 7, 4, 3, 2
@@ -201,7 +201,7 @@ def test_frozen_factors_are_cached_and_pass_gradients_to_the_input() -> None:
     x, index, weight = call(6, 8)
     x.requires_grad_()
     (found,) = torch.autograd.grad(module(x, index, weight).square().sum(), x)
-    assert module.globe_up.cache.nbytes > 0
+    assert module.globe_up.composed_bytes > 0
     (expected,) = torch.autograd.grad(dense_twin(module)(x, index, weight).square().sum(), x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -220,7 +220,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return phi(Y, **options)
 
     monkeypatch.setattr(projection_module, "mixed_bases", counting)
-    monkeypatch.setattr(projection_module, "phi", counting_phi)
+    monkeypatch.setattr(products_module, "phi", counting_phi)
     return sizes
 
 
@@ -236,8 +236,8 @@ def test_only_experts_that_got_a_token_are_composed(monkeypatch: pytest.MonkeyPa
     _, index, _ = call(11, 30)
     assert index.unique().numel() == 11
     module(x, index, weight)
-    assert sizes == [COMPOSED_AT_ONCE, 11 - COMPOSED_AT_ONCE]
-    assert module.globe_up.cache.nbytes == 0
+    assert sizes == [11]
+    assert module.globe_up.composed_bytes == 0
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def test_the_cache_keeps_the_most_recently_used(monkeypatch: pytest.MonkeyPatch)
     x, weight = torch.randn(1, D), torch.ones(1, K)
     sizes = composed(monkeypatch)
     for pair, new in (
-        ([0, 1], [2]),
+        ([0, 1], [1, 1]),
         ([1, 2], [1]),
         ([0, 2], []),
         ([5, 0], [1]),
@@ -258,8 +258,8 @@ def test_the_cache_keeps_the_most_recently_used(monkeypatch: pytest.MonkeyPatch)
         module(x, torch.tensor([pair]), weight)
         assert sizes == new, pair
         # after [5, 0] the least recently used of 0, 1, 2 and 5 is 1: it goes, and has to be made again
-        assert module.globe_up.cache.nbytes <= 3 * R * D * 4
-    assert module.globe_up.cache.nbytes == 3 * R * D * 4
+        assert module.globe_up.composed_bytes <= 3 * R * D * 4
+    assert module.globe_up.composed_bytes == 3 * R * D * 4
 
 
 @torch.no_grad()
@@ -282,7 +282,7 @@ def test_a_full_cache_composes_every_expert_once(monkeypatch: pytest.MonkeyPatch
     for seed in range(6):
         module(*call(11, 30, seed=seed))
     assert sum(sizes) == 2 * 11
-    assert module.globe_up.cache.nbytes == 11 * R * D * 4
+    assert module.globe_up.composed_bytes == 11 * R * D * 4
 
 
 @pytest.mark.parametrize("change", ["step", "state", "dtype"])

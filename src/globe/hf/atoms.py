@@ -20,33 +20,13 @@ class Bank(NamedTuple):
     left: Float[Tensor, "m r k"] | None
     right: Float[Tensor, "m k d"] | None
 
+    def factors(self) -> tuple[Tensor, ...]:
+        """The atoms, or both factors of low-rank ones."""
+        return tuple(one for one in self if one is not None)
+
     def to(self, device: torch.device) -> Bank:
         """On the device of a layer; nothing is copied if it is there already."""
         return Bank(*(None if one is None else one.to(device) for one in self))
-
-    def formed(self, experts: int) -> Bank:
-        """The bank as it serves `experts` compositions best: with dense atoms, or as it is for a single one."""
-        if self.atoms is not None or experts < 2:
-            return self
-        assert self.left is not None
-        assert self.right is not None
-        return Bank(self.left @ self.right, None, None)
-
-    def mix(self, codes: Float[Tensor, "h m"]) -> Float[Tensor, "h r d"]:
-        """Y_i = sum_j codes_ij B_j in the dtype of the factors, over all atoms: a code of zero has a gradient too.
-
-        For one expert low-rank atoms are not formed: [codes_1 U_1 .. codes_m U_m] [V_1; ..; V_m].
-        """
-        if self.atoms is not None:
-            m, r, d = self.atoms.shape
-            return (codes @ self.atoms.reshape(m, r * d)).view(-1, r, d)
-        assert self.left is not None
-        assert self.right is not None
-        if len(codes) > 1:
-            return self.formed(len(codes)).mix(codes)
-        m, r, k = self.left.shape
-        wide = (codes.view(m, 1, 1) * self.left).transpose(0, 1).reshape(r, m * k)
-        return (wide @ self.right.reshape(m * k, -1)).unsqueeze(0)
 
     def apply_each(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t m r"]:
         """B_j x for every atom."""

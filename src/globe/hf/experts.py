@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from globe.hf.atoms import Atoms
 from globe.hf.layout import BankLayout, MemberLayout
-from globe.hf.projection import Group, OutputProjection, Projection
+from globe.hf.products import Routing, grouped
+from globe.hf.projection import OutputProjection, Projection
 
 
 class GlobeExperts(nn.Module):
@@ -69,35 +68,22 @@ class GlobeExperts(nn.Module):
         An index of `num_experts` or more, with which expert parallelism marks pairs of other devices, adds
         nothing. The sum over the k experts of a token is taken in the precision of the weighted outputs.
         """
-        flat = top_k_index.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat.clamp(max=self.num_experts), minlength=self.num_experts + 1)
-        groups = _groups(counts[:-1].tolist())
-        if not groups:
-            return torch.zeros_like(hidden_states)
-        order = order[: groups[-1].stop]
-        tokens = order // top_k_index.shape[1]
-        sizes = [stop - start for _, start, stop in groups]
-        rows = hidden_states[tokens].split(sizes)
-        gate = self.globe_gate(hidden_states, rows, tokens, groups)
-        up = self.globe_up(hidden_states, rows, tokens, groups)
-        outputs = self._down(self._activate(gate, up), sizes, groups)
+        flat = top_k_index.reshape(-1).clamp(max=self.num_experts)
+        experts, order = torch.sort(flat, stable=True)
+        ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=flat.device), right=True)
+        routing = Routing(order // top_k_index.shape[1], experts, ends)
+        pairs = hidden_states[routing.tokens]
+        gate = self.globe_gate(hidden_states, pairs, routing)
+        up = self.globe_up(hidden_states, pairs, routing)
+        inner = self._activate(gate, up)
+        if "down" in self.families:
+            outputs = self.globe_down(inner, inner, routing)
+        else:
+            outputs = grouped(inner, self.down_proj, ends, range(self.num_experts))
         weighted = outputs * top_k_weights.reshape(-1)[order, None]
         # back to one row per pair, then a sum over k: deterministic, unlike adding rows by index on a GPU
-        pairs = weighted.new_zeros(flat.shape[0], weighted.shape[1]).index_copy(0, order, weighted)
-        summed = pairs.view(*top_k_index.shape, -1).sum(1)
-        return summed.to(hidden_states.dtype)
-
-    def _down(
-        self, inner: Float[Tensor, "s p"], sizes: Sequence[int], groups: Sequence[Group]
-    ) -> Float[Tensor, "s d"]:
-        parts = inner.split(list(sizes))
-        if "down" in self.families:
-            return self.globe_down(inner, parts, torch.arange(len(inner), device=inner.device), groups)
-        down = self.down_proj
-        return torch.cat(
-            [F.linear(part, down[group.expert]) for part, group in zip(parts, groups, strict=True)]
-        )
+        back = torch.empty_like(weighted).index_copy(0, order, weighted)
+        return back.view(*top_k_index.shape, back.shape[1]).sum(1).to(hidden_states.dtype)
 
     def _activate(self, gate: Float[Tensor, "s p"], up: Float[Tensor, "s p"]) -> Float[Tensor, "s p"]:
         """The dense module's own gating, which in some architectures is more than a product."""
@@ -119,13 +105,3 @@ class GlobeExperts(nn.Module):
         dense.gate_up_proj = nn.Parameter(fused.to(dtype), requires_grad=trained)
         dense.down_proj = nn.Parameter(down.to(dtype), requires_grad=trained)
         return dense
-
-
-def _groups(counts: Sequence[int]) -> list[Group]:
-    """The group of every expert that got a pair, in the order of the sorted pairs."""
-    groups, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            groups.append(Group(expert, start, start + count))
-        start += count
-    return groups

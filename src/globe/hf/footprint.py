@@ -45,7 +45,7 @@ def footprint(model: nn.Module) -> Footprint:
             else:
                 dense += parameter.nbytes
         if isinstance(module, GlobeExperts):
-            cache += sum(projection.cache.nbytes for projection in module.projections.values())
+            cache += sum(projection.composed_bytes for projection in module.projections.values())
     shared = getattr(model, SHARED_BANKS, None)
     factors += sum(one.nbytes for one in shared.parameters()) if shared is not None else 0
     whole = sum(one.nbytes for one in model.parameters())  # a tied tensor counts once

@@ -1,35 +1,27 @@
 """One family of one layer's experts, multiplied factored: A_e M_e x for gate and up, M_e^T A_e^T h for down.
 
-M_e = phi_lam(sum_j alpha_ej B_j) is composed for the experts that got tokens, kept for as many as the cache
-may hold, and never made for all experts at once unless the cache is asked to hold them all.
+There are three forms. Composed: all bases M_e = phi_lam(sum_j alpha_ej B_j) are made at the first call and kept. Bank:
+they are made tile by tile in every call, for the experts that got tokens. Latent, for a linear phi: every atom is
+applied to the tokens once, and its results are mixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from globe.bank.compose import BasisCache, mixed_bases
 from globe.hf.atoms import Atoms, Bank
 from globe.hf.few_bits import of_member, place
 from globe.hf.layout import BankLayout, Mean, MemberLayout
-from globe.numerics.activation import phi
+from globe.hf.products import Routing, grouped, spans_of, through_bank
 
-COMPOSED_AT_ONCE = 8
-"""Bases composed together on the way through the experts; bounds memory when nothing is cached."""
-
-
-class Group(NamedTuple):
-    """Rows [start, stop) of the sorted tokens go to one expert."""
-
-    expert: int
-    start: int
-    stop: int
+READ = 8
+"""Multiplications that take as long as reading one number from memory."""
 
 
 class Projection(nn.Module):
@@ -61,10 +53,13 @@ class Projection(nn.Module):
         factored = member.experts if member is not None else ()
         self.row = {expert: row for row, expert in enumerate(factored)}
         self.dense_row = {e: row for row, e in enumerate(sorted(set(range(experts)) - set(factored)))}
+        self.rows = [self.row.get(expert, -1) for expert in range(experts)]
+        self.dense_rows = [self.dense_row.get(expert, -1) for expert in range(experts)]
         self.size = size
         self.layout = layout
         self.cache = BasisCache(len(factored))
-        """Its capacity is S_cache: how many experts' bases stay composed"""
+        """Its capacity is S_cache: how many experts' bases stay composed; it holds them where that is not all"""
+        self._stack: Tensor | None = None
         self._signature: tuple[tuple[int, int], ...] = ()
         shapes: dict[str, tuple[int, ...]] = {}
         if self.dense_row:
@@ -85,36 +80,22 @@ class Projection(nn.Module):
             place(self, name, shape, packed.get(name), dtype)
 
     def forward(
-        self,
-        x: Float[Tensor, "t d"],
-        rows: Sequence[Float[Tensor, "_ d"]],
-        tokens: Int[Tensor, " s"],
-        groups: Sequence[Group],
+        self, x: Float[Tensor, "t d"], pairs: Float[Tensor, "s d"], routing: Routing
     ) -> Float[Tensor, "s p"]:
-        """W_e x for every pair: `tokens` is sorted by expert as `groups` says, `rows` are x[tokens] per group."""
+        """Return W_e x for every pair; `pairs` is x[routing.tokens], for pairs of other devices anything."""
         bank = self.bank_here()
-        each = bank.apply_each(x) if bank is not None and self._through_atoms(len(x), groups) else None
-        shift = self._shift(x)
-        hit = {group.expert for group in groups}
-        if bank is not None and each is None and self.cache.capacity == 0:
-            bank = bank.formed(len(hit))
-        parts = []
-        for first in range(0, len(groups), COMPOSED_AT_ONCE):
-            chunk = groups[first : first + COMPOSED_AT_ONCE]
-            wanted = [group.expert for group in chunk if group.expert in self.row]
-            bases = self._bases(wanted, bank, hit) if bank is not None and each is None else {}
-            for (expert, start, stop), own in zip(chunk, rows[first:], strict=False):
-                if expert in self.dense_row:
-                    parts.append(F.linear(own, self.dense[self.dense_row[expert]]))
-                    continue
-                row = self.row[expert]
-                if each is None:
-                    inner = F.linear(own, bases[expert])
-                else:
-                    inner = torch.einsum("m,smr->sr", self.codes[row], each[tokens[start:stop]])
-                out = F.linear(inner, self.adapters[row])
-                parts.append(out if shift is None else out + shift[tokens[start:stop]])
-        return torch.cat(parts)
+        if self.layout is None or bank is None:
+            return grouped(pairs, self.dense, routing.ends, self.dense_rows)
+        if self._latent(bank, len(x), len(pairs)):
+            inner = self._through_atoms(x, bank, routing)
+        else:
+            inner = self._times_bases(pairs, bank, routing)
+        out = grouped(inner, self.adapters, routing.ends, self.rows)
+        if self.layout.mean is Mean.scalar:
+            out = out + self._held(routing, (x.sum(-1, keepdim=True) * self.mean)[routing.tokens])
+        elif self.layout.mean is Mean.matrix:
+            out = out + self._held(routing, F.linear(x, self.mean)[routing.tokens])
+        return out + grouped(pairs, self.dense, routing.ends, self.dense_rows) if self.dense_row else out
 
     def bank_here(self) -> Bank | None:
         """The atoms, this projection's own or those it shares, on its device; None if nothing is factored."""
@@ -123,71 +104,118 @@ class Projection(nn.Module):
         atoms = self._shared[0] or self.bank
         return atoms().to(self.codes.device)
 
-    def _through_atoms(self, tokens: int, groups: Sequence[Group]) -> bool:
-        """Return whether every atom times the tokens costs less than the bases of the experts that are hit.
+    def _held(self, routing: Routing, shift: Float[Tensor, "s q"]) -> Float[Tensor, "s q"]:
+        """Return the shift of pairs whose experts are factored, and zeros for the others."""
+        held = torch.tensor([row >= 0 for row in [*self.rows, -1]], device=shift.device)
+        return torch.where(held[routing.experts][:, None], shift, 0)
 
-        Only a linear phi allows it: M_e x = sum_j alpha_ej (B_j x). In units of r d multiplications the atoms take m a
-        token, the products with bases one a pair of token and expert, and composing takes m an expert.
+    def _latent(self, bank: Bank, tokens: int, pairs: int) -> bool:
+        """Return whether every atom times the tokens costs less than the products with bases.
+
+        Only a linear phi allows it: M_e x = sum_j alpha_ej (B_j x). In units of r d numbers the atoms take m to read and
+        m multiplications a token. The bases take one to read for each expert that is hit, or with the bank m for all
+        and m multiplications for each, and one multiplication a pair. The number of experts hit is estimated.
         """
         assert self.layout is not None
-        m, pairs = self.layout.m, groups[-1].stop
-        linear = self.layout.lam == 0.0 or self.layout.activation == "identity"
-        composing = m * len(groups) if self.cache.capacity == 0 else 0
-        return linear and tokens * m < composing + pairs
+        if not (self.layout.lam == 0.0 or self.layout.activation == "identity"):
+            return False
+        m, experts = self.layout.m, len(self.rows)
+        hit = experts * pairs // max(1, experts + pairs)
+        kept = self.cache.capacity >= len(self.row) and not self._differentiable(bank)
+        bases = READ * hit if kept else READ * m + m * hit
+        return READ * m + tokens * m <= bases + pairs
 
-    def _shift(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t q"] | None:
-        """What the stored mean adds: (t, p), or (t, 1) for a scalar mean, a multiple of the sum of x."""
-        if self.layout is None or self.layout.mean is Mean.none:
-            return None
-        if self.layout.mean is Mean.scalar:
-            return x.sum(-1, keepdim=True) * self.mean
-        return F.linear(x, self.mean)
+    def _through_atoms(self, x: Float[Tensor, "t d"], bank: Bank, routing: Routing) -> Float[Tensor, "s r"]:
+        """The latent form: mix the products B_j x of the token of every pair."""
+        codes = self.codes.new_zeros(len(self.rows) + 1, self.codes.shape[1])
+        codes = codes.index_copy(0, torch.tensor(list(self.row), device=codes.device), self.codes)
+        each = bank.apply_each(x)[routing.tokens]
+        return torch.bmm(codes[routing.experts].to(each.dtype)[:, None], each)[:, 0]
 
-    def _bases(
-        self, wanted: Sequence[int], bank: Bank, hit: Collection[int]
-    ) -> dict[int, Float[Tensor, "r d"]]:
-        """M_e of factored experts, from the cache or composed together; `hit` are all those of the call."""
-        if not wanted:
-            return {}
-        factors = [self.codes, *(one for one in bank if one is not None)]
-        differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in factors)
-        if differentiable or self.cache.capacity == 0:  # a stored basis would stop the gradients
-            assert self.layout is not None
-            mixed = bank.mix(self.codes[[self.row[expert] for expert in wanted]])
-            activated = phi(mixed, lam=self.layout.lam, activation=self.layout.activation)
-            return dict(zip(wanted, activated.unbind(), strict=True))
-        self._drop_stale(factors)
-        found = self.cache.take(wanted)
-        absent = [expert for expert in wanted if expert not in found]
-        return found | self._compose_and_keep(absent, bank, hit) if absent else found
-
-    def _compose_and_keep(
-        self, experts: Sequence[int], bank: Bank, hit: Collection[int]
-    ) -> dict[int, Float[Tensor, "r d"]]:
-        """Bases of experts that the cache lacks; as many go into it as it has room for."""
-        kept = experts[: self.cache.make_room(len(experts), hit)]
-        no_autocast = torch.autocast(self.codes.device.type, enabled=False)
-        # ordinary tensors, whatever mode the call is in, and no views of the block: they outlive it
-        with torch.inference_mode(False), torch.no_grad(), no_autocast:
-            found = dict(zip(experts, self._compose(experts, bank).unbind(), strict=True))
-            found |= {expert: found[expert].clone() for expert in kept}
-        self.cache.keep({expert: found[expert] for expert in kept})
-        return found
-
-    def _compose(self, experts: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
+    def _times_bases(
+        self, x: Float[Tensor, "s a"], bank: Bank, routing: Routing, *, transposed: bool = False
+    ) -> Float[Tensor, "s b"]:
+        """Multiply pairs by the bases of their experts, or by the transposed ones; zeros where an expert is dense."""
         assert self.layout is not None
-        return mixed_bases(
-            self.codes[[self.row[expert] for expert in experts]],
-            bank.atoms,
-            atoms_left=bank.left,
-            atoms_right=bank.right,
+        rows, found = self.rows, None
+        keeping = self.cache.capacity > 0 and not self._differentiable(bank)
+        if keeping and self.cache.capacity >= len(self.row):
+            _compose_once(self)
+            assert self._stack is not None
+            return grouped(x, self._stack, routing.ends, rows, transposed=transposed)
+        if keeping and not torch.compiler.is_compiling():
+            hit = [span.row for span in spans_of(routing.ends, rows)]
+            if some := self._from_cache(hit, bank):
+                held = list(some)
+                places = {row: at for at, row in enumerate(held)}
+                found = grouped(
+                    x,
+                    torch.stack([some[row] for row in held]),
+                    routing.ends,
+                    [places.get(row, -1) for row in rows],
+                    transposed=transposed,
+                )
+                rows = [-1 if row in some else row for row in rows]
+        out = through_bank(
+            x,
+            self.codes,
+            bank.factors(),
+            routing.ends,
+            rows,
             lam=self.layout.lam,
             activation=self.layout.activation,
-            dtype=self.codes.dtype,
+            transposed=transposed,
         )
+        return out if found is None else out + found
 
-    def _drop_stale(self, factors: Sequence[Tensor]) -> None:
+    def _differentiable(self, bank: Bank) -> bool:
+        """Return whether bases must be composed anew: kept ones would stop the gradients of their factors."""
+        return torch.is_grad_enabled() and any(one.requires_grad for one in (self.codes, *bank.factors()))
+
+    def compose(self) -> None:
+        """Compose all bases, in float32 before they are rounded, unless those of the same factors are there."""
+        bank = self.bank_here()
+        assert bank is not None
+        self._drop_stale(bank)
+        if self._stack is None:
+            with torch.inference_mode(False):
+                out = self.codes.new_empty(
+                    len(self.row), bank.factors()[0].shape[1], bank.factors()[-1].shape[2]
+                )
+            for row in range(len(out)):
+                out[row] = self._compose([row], bank)[0]
+            self._stack = out
+
+    def _from_cache(self, rows: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
+        """Bases of as many of the rows that a call needs as the cache has or has room for."""
+        self._drop_stale(bank)
+        found = self.cache.take(rows)
+        absent = [row for row in rows if row not in found]
+        new = absent[: self.cache.make_room(len(absent), set(rows))]
+        if new:
+            made = {row: self._compose([row], bank)[0] for row in new}
+            self.cache.keep(made)
+            found |= made
+        return found
+
+    def _compose(self, rows: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
+        """Bases to keep: ordinary tensors, whatever mode the call is in."""
+        assert self.layout is not None
+        no_autocast = torch.autocast(self.codes.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), no_autocast:
+            return mixed_bases(
+                self.codes[list(rows)],
+                bank.atoms,
+                atoms_left=bank.left,
+                atoms_right=bank.right,
+                lam=self.layout.lam,
+                activation=self.layout.activation,
+                dtype=self.codes.dtype,
+            )
+
+    def _drop_stale(self, bank: Bank) -> None:
         """Forget bases composed from other values: an optimiser step or a loaded state changes the version."""
+        factors = (self.codes, *bank.factors())
         signature = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in factors)
         if signature != self._signature:
             self.clear_cache()
@@ -206,13 +234,20 @@ class Projection(nn.Module):
         for expert, row in self.row.items():
             assert bank is not None
             assert self.layout is not None
-            weight = self.adapters[row].float() @ self._compose([expert], bank)[0].float()
+            weight = self.adapters[row].float() @ self._compose([row], bank)[0].float()
             out[expert] = weight if self.layout.mean is Mean.none else weight + self.mean.float()
         return out
 
     def clear_cache(self) -> None:
+        """Forget all bases: after the factors have changed, or to give the memory back."""
         self.cache.clear()
+        self._stack = None
         self._signature = ()
+
+    @property
+    def composed_bytes(self) -> int:
+        """Bytes of the bases that are composed now."""
+        return self.cache.nbytes + (0 if self._stack is None else self._stack.nbytes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
         """Every move to another device or dtype ends here; what was composed before is of no more use."""
@@ -227,33 +262,25 @@ class OutputProjection(Projection):
     """
 
     def forward(
-        self,
-        x: Float[Tensor, "s p"],
-        rows: Sequence[Float[Tensor, "_ p"]],
-        tokens: Int[Tensor, " s"],
-        groups: Sequence[Group],
+        self, x: Float[Tensor, "s p"], pairs: Float[Tensor, "s p"], routing: Routing
     ) -> Float[Tensor, "s d"]:
-        """W_e^T h for every pair: x are the rows h of all pairs, sorted by expert, `rows` the same per group."""
+        """Return W_e^T h for every pair; x and `pairs` are the rows h of the pairs both."""
         bank = self.bank_here()
-        hit = {group.expert for group in groups}
-        if bank is not None and self.cache.capacity == 0:
-            bank = bank.formed(len(hit))
-        parts = []
-        for first in range(0, len(groups), COMPOSED_AT_ONCE):
-            chunk = groups[first : first + COMPOSED_AT_ONCE]
-            wanted = [group.expert for group in chunk if group.expert in self.row]
-            bases = self._bases(wanted, bank, hit) if bank is not None else {}
-            for group, own in zip(chunk, rows[first:], strict=False):
-                if group.expert in self.dense_row:
-                    parts.append(own @ self.dense[self.dense_row[group.expert]])
-                else:
-                    inner = own @ self.adapters[self.row[group.expert]]
-                    parts.append(self._add_mean(inner @ bases[group.expert], own))
-        return torch.cat(parts)
-
-    def _add_mean(self, out: Float[Tensor, "t d"], h: Float[Tensor, "t p"]) -> Float[Tensor, "t d"]:
-        if self.layout is None or self.layout.mean is Mean.none:
-            return out
+        assert self.layout is not None
+        assert bank is not None
+        inner = grouped(x, self.adapters, routing.ends, self.rows, transposed=True)
+        out = self._times_bases(inner, bank, routing, transposed=True)
         if self.layout.mean is Mean.scalar:
-            return out + h.sum(-1, keepdim=True) * self.mean
-        return out + h @ self.mean
+            out = out + self._held(routing, x.sum(-1, keepdim=True) * self.mean)
+        elif self.layout.mean is Mean.matrix:
+            out = out + self._held(routing, x @ self.mean)
+        if self.dense_row:
+            out = out + grouped(x, self.dense, routing.ends, self.dense_rows, transposed=True)
+        return out
+
+
+@torch.compiler.assume_constant_result
+def _compose_once(projection: Projection) -> bool:
+    """Compose all bases; `torch.compile` does so while it traces and finds them as tensors."""
+    projection.compose()
+    return True

@@ -73,6 +73,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 class GlobeQuantizer(HfQuantizer):
     """Swaps the factored experts in before weights are loaded, and out again to dequantise."""
 
+    is_compileable = True
     requires_calibration = True  # transformers' name for: loads compressed checkpoints only
     quantization_config: GlobeQuantizationConfig
 
