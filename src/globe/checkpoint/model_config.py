@@ -12,6 +12,10 @@ from globe.files import read_json
 PREFIX = "globe_"
 """What the model_type of a compact checkpoint has in front of the original's."""
 
+_PER_TOKEN = (
+    *("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token", "experts_per_token"),
+    "moe_k",
+)
 _LARGEST = 16 << 20
 """Bytes of the largest config.json that is read."""
 _QUANTISED = (
@@ -40,6 +44,12 @@ def is_compact(config: Mapping[str, Any]) -> bool:
     described = [part.get("quantization_config") for part in parts_of(config)]
     ours = any(isinstance(one, dict) and one.get("quant_method") == "globe" for one in described)
     return str(config["model_type"]).startswith(PREFIX) or ours
+
+
+def experts_per_token(config: Mapping[str, Any]) -> int | None:
+    """Return how many routed experts a token goes to, by whichever name the architecture has for it."""
+    found = (part.get(name) for part in parts_of(config) for name in _PER_TOKEN)
+    return next((count for count in found if isinstance(count, int) and count > 0), None)
 
 
 def refuse_compact(config: dict[str, Any], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from globe.config.checks import check, positive
 from globe.config.choices import Activation, Centre, Metric, Over, SampleMethod, Scale, Scope, Store
@@ -138,3 +138,37 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         check(positive(self.seconds), "budget.seconds", self.seconds, "a positive number")
+
+
+@dataclass
+class ServeConfig:
+    """Limits that the sizes keep to: sizes that are chosen are cut to the rows that do, given ones are refused.
+
+    Both are predicted from numbers resident and read (`globe.sizes.serving`) for all experts of a layer, and some form
+    of serving, composed, bank or latent, keeps to both.
+    """
+
+    speed: float | None = None
+    """Least speed of the experts in decoding, as a multiple of the dense ones', by the numbers that are read; null is
+    none. The rows of an atom buy speed."""
+    memory: float | None = None
+    """Most bytes that a layer's experts take in memory, as a share of the dense ones'; null is none. The number of
+    atoms and their rank buy bytes."""
+    batch: list[int] = field(default_factory=lambda: [1, 8, 64])
+    """Tokens of a decoding step at which `serve.speed` is kept, and that the dry run reports."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.speed is None or positive(self.speed),
+            "serve.speed",
+            self.speed,
+            "a positive number, or null",
+        )
+        share = self.memory is None or 0 < self.memory <= 1
+        check(share, "serve.memory", self.memory, "a share above 0 and at most 1, or null")
+        good = bool(self.batch) and all(one >= 1 for one in self.batch)
+        check(good, "serve.batch", self.batch, "one or more integers of at least 1")
+
+    @property
+    def limited(self) -> bool:
+        return self.speed is not None or self.memory is not None

@@ -42,6 +42,8 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
         if group:
             kept[group] = {key: value for key, value in kept[group].items() if key not in blind}
     kept["bank"] = _with_default_sizes(kept["bank"])
+    if kept["serve"]["speed"] is None and kept["serve"]["memory"] is None:
+        del kept["serve"]
     if kept["normalise"]["metric"] == "auto":
         metric = "none" if kept["calibrate"]["text"] is None else "inputs"
         kept["normalise"] = kept["normalise"] | {"metric": metric}

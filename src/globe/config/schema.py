@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from globe.config.bank_options import BankConfig, BudgetConfig, ModelConfig, NormaliseConfig
+from globe.config.bank_options import BankConfig, BudgetConfig, ModelConfig, NormaliseConfig, ServeConfig
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.checks import check, positive
 from globe.config.choices import (
@@ -47,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "NormaliseConfig",
     "ScheduleConfig",
+    "ServeConfig",
     "TrainConfig",
     "WandbConfig",
     "chosen_metric",
@@ -124,6 +125,7 @@ class Config:
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     init: InitConfig = field(default_factory=InitConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     codes: CodesConfig = field(default_factory=CodesConfig)
@@ -159,6 +161,9 @@ def _check_method(config: Config) -> None:
         support = config.codes.target_support
         check(support is None, "codes.target_support", support, "null with bank.size, or sizes instead")
         check(not config.dry_run, "dry_run", True, "false with bank.size, whose choice takes fits")
+    if config.serve.limited:
+        check(method is Method.globe, "serve", "limits", f"without limits with method={method}")
+        check(bank.size is None, "bank.size", bank.size, "null with limits of serve; give bank.kept or sizes")
     if method is Method.globe:
         dense_only = config.train.dictionary is Dictionary.mod and bank.atom_rank is not None
         check(not dense_only, "train.dictionary", "mod", "gauss_newton, or dense atoms (bank.atom_rank=null)")

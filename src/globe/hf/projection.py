@@ -112,8 +112,8 @@ class Projection(nn.Module):
     def _latent(self, bank: Bank, tokens: int, pairs: int) -> bool:
         """Return whether every atom times the tokens costs less than the products with bases.
 
-        Only a linear phi allows it: M_e x = sum_j alpha_ej (B_j x). In units of r d numbers the atoms take m to read and
-        m multiplications a token. The bases take one to read for each expert that is hit, or with the bank m for all
+        Only a linear phi allows it: M_e x = sum_j alpha_ej (B_j x). In units of r d numbers, atoms take m to read and m
+        multiplications a token. The bases take one to read for each expert that is hit, or with the bank m for all
         and m multiplications for each, and one multiplication a pair. The number of experts hit is estimated.
         """
         assert self.layout is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from globe.am.records import Sizes
@@ -11,7 +11,7 @@ from globe.checkpoint import Checkpoint, ShardReader
 from globe.checkpoint.architecture import FAMILIES
 from globe.checkpoint.experts import SHARED
 from globe.checkpoint.hub import Source
-from globe.checkpoint.model_config import PREFIX, read_config
+from globe.checkpoint.model_config import PREFIX, experts_per_token, read_config
 from globe.checkpoint.remote import headers_only
 from globe.config.choices import Centre
 from globe.config.schema import NormaliseConfig
@@ -23,13 +23,6 @@ from globe.hf.destination import RECORD
 EMBEDDED = "embedded"
 COMPRESSED = ("up", "gate")
 """The families that banks are learned for."""
-_PER_TOKEN = (
-    "num_experts_per_tok",
-    "moe_topk",
-    "top_k_experts",
-    "num_experts_per_token",
-    "experts_per_token",
-)
 
 
 def inspect_model(path: str, revision: str | None, *, ms: Sequence[str], rs: Sequence[str]) -> dict[str, Any]:
@@ -54,7 +47,7 @@ def _checkpoint(checkpoint: Checkpoint, ms: Sequence[str], rs: Sequence[str]) ->
         "model_type": checkpoint.model_type,
         "layers": checkpoint.num_layers,
         "moe_layers": list(checkpoint.moe_layers),
-        "experts_per_token": _experts_per_token(checkpoint.config),
+        "experts_per_token": experts_per_token(checkpoint.config),
         "parameters": checkpoint.total_parameters,
         "routed_parameters": sum(group["parameters"] for group in groups),
         "files": len(checkpoint.reader.files),
@@ -177,13 +170,6 @@ def _compact(source: Source) -> dict[str, Any]:
         "dtypes": _dtypes(reader),
         "patched": record,
     }
-
-
-def _experts_per_token(config: dict[str, Any]) -> int | None:
-    text = config.get("text_config")
-    parts: Iterable[Any] = (config, text if isinstance(text, dict) else {})
-    found = (part[name] for part in parts for name in _PER_TOKEN if isinstance(part.get(name), int))
-    return next(found, None)
 
 
 def _numbers(reader: ShardReader) -> int:

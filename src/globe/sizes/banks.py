@@ -15,6 +15,7 @@ from globe.errors import ConfigError
 from globe.fit.plan import BankPlan, Outline, is_search, plan_bank
 from globe.runs.folder import RunFolder
 from globe.sizes.chosen import choose_sizes
+from globe.sizes.serving import require_served, serving_of
 from globe.sizes.whole_budget import FILE, spread_budget
 
 
@@ -73,7 +74,10 @@ def _of_one_share(
         config = replace(config, bank=replace(config.bank, kept=share))
         file = file.with_name(f"frontier-{share:.4f}.json")
     if not is_search(config):
-        return [plan_bank(config, bank) for bank in banks]
+        plans = [plan_bank(config, bank) for bank in banks]
+        for plan in plans:
+            require_served(serving_of(config, sizing.checkpoint, plan.outline), plan.sizes)
+        return plans
     show = _nothing if sizing.quiet else None
     chosen = choose_sizes(
         config,

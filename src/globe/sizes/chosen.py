@@ -32,6 +32,7 @@ from globe.sizes.byte_room import ByteRoom
 from globe.sizes.byte_room import too_small as bytes_too_small
 from globe.sizes.byte_search import search_bytes
 from globe.sizes.search import RATIO, Frontier, Probe, search
+from globe.sizes.serving import Serving, costs_of, served, serving_of, unservable
 
 _log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -63,6 +64,16 @@ def room_of(config: Config, bank: Outline) -> Room:
             f"codes.target_support={config.codes.target_support} needs: give a larger share or a smaller support"
         )
     return room
+
+
+def limits_of(config: Config, checkpoint: Checkpoint, bank: Outline, room: Room) -> Serving | None:
+    """What `serve` asks for. Raises ConfigError where no sizes in the room keep to it."""
+    serving = serving_of(config, checkpoint, bank)
+    if serving is not None:
+        found = candidates(room, ratio=RATIO, low_rank=False, allows=lambda m: allows(config, m))
+        if not served(found, serving, room.p, room.d):
+            raise unservable(serving, room.p, room.d)
+    return serving
 
 
 def byte_room_of(config: Config, bank: Outline) -> ByteRoom:
@@ -121,6 +132,8 @@ def choose_sizes(
             (show or print_frontier)(searched)
         chosen[shape] = searched.frontier.chosen
         _log.info("%s: %s", _name(shape), searched.frontier.chosen.text)
+        for form, cost in costs_of(config, checkpoint, probed, searched.frontier.chosen).items():
+            _log.info("served %s, the experts of a layer take %s of dense", form, cost.text)
     return chosen
 
 
@@ -137,7 +150,15 @@ def _search(
     seed = bank_seed(config.seed, f"sizes of {_name(probed.shape)}")
     if isinstance(room, ByteRoom):
         return search_bytes(experts, room, config, metric=metric, seed=seed)
-    return search(experts, room, config, metric=metric, seed=seed, allows=lambda m: allows(config, m))
+    return search(
+        experts,
+        room,
+        config,
+        metric=metric,
+        seed=seed,
+        allows=lambda m: allows(config, m),
+        serving=limits_of(config, checkpoint, probed, room),
+    )
 
 
 def _fingerprint(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
 from globe.sizes.budget import enlarged
-from globe.sizes.chosen import allows, room_of
+from globe.sizes.chosen import allows, limits_of, room_of
 from globe.sizes.costs import fit_bytes, in_metric
 from globe.sizes.search import plan_search
+from globe.sizes.serving import Cost, costs_of, require_served, served, serving_of, serving_table, size_of
 from globe.sizes.timing import is_curved, seconds_of_steps
 from globe.sizes.whole_budget import FILE, spread_budget
 
@@ -52,6 +53,8 @@ class Prediction:
     """per step"""
     share: float | None = None
     """what the bank may keep, where sizes follow from it"""
+    serving: Mapping[str, Cost] = field(default_factory=dict)
+    """what each form costs to serve (`globe.sizes.serving`); empty for a baseline"""
 
     def seconds_at_most(self, config: Config) -> float | None:
         """Seconds of the fit of one bank, if it takes all its steps."""
@@ -88,7 +91,7 @@ def predict(
     """
     banks = outline(config, checkpoint)
     kept = {bank.key: config.bank.kept for bank in banks} if shares is None else dict(shares)
-    rows = _rows(config, [bank for bank in banks if shares is None or kept[bank.key] != 1], kept)
+    rows = _rows(config, checkpoint, [bank for bank in banks if shares is None or kept[bank.key] != 1], kept)
     seconds: dict[Sizes, float] = {}
     base = 0
     if config.method is Method.globe:
@@ -102,13 +105,14 @@ def predict(
             base + bytes_of(config, checkpoint, bank) if bank.sizes in seconds else None,
             seconds.get(bank.sizes),
             kept[bank.key],
+            costs_of(config, checkpoint, bank.outline, size_of(bank.sizes)) if bank.sizes in seconds else {},
         )
         for bank, count in rows
     )
 
 
 def _rows(
-    config: Config, banks: Sequence[Outline], kept: Mapping[str, float | None]
+    config: Config, checkpoint: Checkpoint, banks: Sequence[Outline], kept: Mapping[str, float | None]
 ) -> list[tuple[BankPlan, int]]:
     """Every bank once; where sizes are to be chosen, every candidate of a shape and share, with its number of banks."""
     found = []
@@ -116,23 +120,31 @@ def _rows(
         alike = [one for one in banks if (one.shape, kept[one.key]) == (shape, share)]
         own = replace(config, bank=replace(config.bank, kept=share))
         if is_search(config):
-            found += [(bank, len(alike)) for bank in candidate_plans(own, alike[0])]
+            found += [(bank, len(alike)) for bank in candidate_plans(own, alike[0], checkpoint)]
         else:
-            found += [(plan_bank(own, one), 1) for one in alike]
+            plans = [plan_bank(own, one) for one in alike]
+            for plan in plans:
+                require_served(serving_of(own, checkpoint, plan.outline), plan.sizes)
+            found += [(plan, 1) for plan in plans]
     order = {bank.key: at for at, bank in enumerate(banks)}
     return sorted(found, key=lambda row: order[row[0].key])
 
 
-def candidate_plans(config: Config, bank: Outline) -> list[BankPlan]:
-    """The sizes that the search begins with, for the whole experts: it may probe them in a smaller block of these."""
+def candidate_plans(config: Config, bank: Outline, checkpoint: Checkpoint | None = None) -> list[BankPlan]:
+    """The sizes that the search begins with, for the whole experts: it may probe them in a smaller block of these.
+
+    `checkpoint` is asked what serving costs, where `serve` has limits.
+    """
     room = room_of(config, bank)
+    serving = None if checkpoint is None else limits_of(config, checkpoint, bank, room)
 
     def allowed(m: int) -> bool:
         return allows(config, m)
 
-    search = plan_search(room, config, allowed)
+    search = plan_search(room, config, allowed, serving)
     block = search.room
     sizes = [one if block == room else enlarged(room, one, block, allows=allowed) for one in search.first]
+    sizes = list(served(sizes, serving, room.p, room.d))
     return [plan_bank(config, bank, size) for size in dict.fromkeys(sizes)]
 
 
@@ -246,6 +258,8 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
             shares = {one.key: one.kept for one in spread.shares}
         found = predict(config, checkpoint, device, shares)
     console.print(_table(config, found, str(device)))
+    if any(one.serving for one in found):
+        console.print(serving_table({one.bank.sizes: one.serving for one in found}, config.serve.batch))
     for line in sentences(config, totals(config, checkpoint, found)):
         say(console, line)
     return found

@@ -27,6 +27,7 @@ from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import Metric
 from globe.sizes.budget import Room, candidates, enlarged, neighbours
 from globe.sizes.costs import average_work, reference_seconds
+from globe.sizes.serving import Serving, served
 
 _log = logging.getLogger(__name__)
 
@@ -73,17 +74,20 @@ class Frontier:
     """sizes for `room`"""
 
 
-def plan_search(room: Room, config: Config, allows: Callable[[int], bool]) -> Plan:
+def plan_search(
+    room: Room, config: Config, allows: Callable[[int], bool], serving: Serving | None = None
+) -> Plan:
     """Rungs of equal cost within `budget.seconds` of the reference core.
 
     Where the experts are too large for even the fewest steps, a block of them stands for all: rows and columns in one
-    proportion, in which the same share is kept by as many atoms. `room` must have a candidate.
+    proportion, in which the same share is kept by as many atoms. `room` must have a candidate that serves as asked.
     """
     low_rank = config.train.dictionary is Dictionary.gauss_newton
     factor = 1.0
     while True:
         block = room if factor == 1 else room.shrunk(factor)
-        first = candidates(block, ratio=RATIO, low_rank=low_rank, allows=allows)
+        found = candidates(block, ratio=RATIO, low_rank=low_rank, allows=allows)
+        first = served(found, serving, block.p, block.d)
         smallest = min(block.p, block.d) <= _SMALLEST_BLOCK
         if first:
             each = sum(_seconds(block, size, config) for size in first) / len(first)
@@ -91,12 +95,11 @@ def plan_search(room: Room, config: Config, allows: Callable[[int], bool]) -> Pl
             steps = [int(config.budget.seconds / 3 / number / each) for number in numbers]
             if steps[0] >= FEWEST_STEPS or smallest:
                 most = config.train.steps
-                found = [min(max(FEWEST_STEPS, step), most) for step in steps]
-                return Plan(block, first, (found[0], max(found[:2]), max(found)))
+                rungs = [min(max(FEWEST_STEPS, step), most) for step in steps]
+                return Plan(block, first, (rungs[0], max(rungs[:2]), max(rungs)))
         elif smallest:
-            return Plan(
-                room, candidates(room, ratio=RATIO, low_rank=low_rank, allows=allows), (FEWEST_STEPS,) * 3
-            )
+            found = candidates(room, ratio=RATIO, low_rank=low_rank, allows=allows)
+            return Plan(room, served(found, serving, room.p, room.d), (FEWEST_STEPS,) * 3)
         factor *= 2**0.5
 
 
@@ -108,12 +111,13 @@ def search(
     metric: InputMetric | None = None,
     seed: int,
     allows: Callable[[int], bool],
+    serving: Serving | None = None,
 ) -> Frontier:
     """Fit the candidates to normalised experts for a few steps, the better third and what lies between for more steps,
     the best three for the most, and take the one with the least error, in the metric of the fit. Raises FitError if all
     break.
     """
-    plan = plan_search(room, config, allows)
+    plan = plan_search(room, config, allows, serving)
     block = plan.room
     if block is not room:
         X, metric = _block(X, metric, block, seed)
@@ -133,7 +137,8 @@ def search(
         running.sort(key=merits.__getitem__)
         if rung == 0:
             leaders = running[: _second(len(running))]
-            running = [*leaders, *_halfway(block, leaders, tuple(seen), allows)]
+            between = served(_halfway(block, leaders, tuple(seen), allows), serving, block.p, block.d)
+            running = [*leaders, *(size for size in between if size not in seen)]
         else:
             running = running[:FINALISTS]
     if not math.isfinite(merits[running[0]]):
@@ -141,7 +146,13 @@ def search(
             "no size within bank.kept could be fitted: use dtype=float64, or give bank.m and bank.r"
         )
     probes = tuple(Probe(size, block.parameters(size), tried) for size, tried in seen.items())
-    chosen = running[0] if block is room else enlarged(room, running[0], block, allows=allows)
+    chosen = running[0]
+    if block is not room:
+        whole = enlarged(room, chosen, block, allows=allows)
+        # rounded in the block, it may serve there alone: then the first size that serves whole
+        (chosen, *_) = served(
+            (whole, *candidates(room, ratio=RATIO, low_rank=False, allows=allows)), serving, room.p, room.d
+        )
     return Frontier(room, block, plan.steps, probes, chosen)
 
 
