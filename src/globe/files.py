@@ -288,7 +288,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         _log.warning("%s is ignored, it can't be read: %s", path, error)
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        _log.warning("%s is ignored, it can't be read: it holds no object", path)
+        return None
+    return value
 
 
 def parse_record(kind: type[T], value: Any) -> T:

@@ -18,10 +18,7 @@ import globe.fit.one_bank
 from globe.bank.file import read_artefact
 from globe.config.composition import conf_dir, plain
 from globe.config.identity import identity
-from globe.errors import SweepError
 from globe.hf.run_banks import recorded_cache
-from globe.processes import watch
-from globe.runs.folder import RunFolder, State
 from run_support import FakeFit, bytes_of, composed, lines, load, run_in
 
 SMALL = ("model.max_experts=4", "bank.m=2", "bank.r=5")
@@ -249,37 +246,6 @@ def test_a_run_returns_the_objectives_it_is_asked_for(
     assert folder == same
     assert one == summary["relfrob"]
     assert both == (summary["kept"], summary["relfrob"])
-
-
-# --- what failed ----------------------------------------------------------------------------------------------------
-
-
-def failed(folder: Path, why: str) -> None:
-    run = RunFolder(folder)
-    run.begin({})
-    run.end(State.failed, why)
-
-
-def test_only_what_failed_in_this_sweep_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_sweep", None)
-    with watch.outcome():
-        pass
-    failed(tmp_path / "old", "long ago")
-    monkeypatch.setattr(watch, "_sweep", watch._Begun(tmp_path, watch._statuses(tmp_path)))
-    with watch.outcome():
-        RunFolder(tmp_path / "good").begin({})
-
-    def fail(name: str, why: str, error: Exception | None = None) -> None:
-        with watch.outcome():
-            failed(tmp_path / name, why)
-            if error is not None:
-                raise error
-
-    with pytest.raises(SweepError, match=r"1 run of .* failed, such as new \(a reason\): the same command"):
-        fail("new", "a reason")
-    with pytest.raises(SweepError, match="2 runs of") as caught:
-        fail("newer", "another", KeyError("the first"))
-    assert isinstance(caught.value.__cause__, KeyError)
 
 
 # --- one fit for several runs ---------------------------------------------------------------------------------------

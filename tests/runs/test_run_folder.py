@@ -58,10 +58,14 @@ def test_json_that_is_not_finite_is_a_mistake_of_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\x00\x01"])
-def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_said_and_counts_as_none(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "x.json").write_text(content)
-    assert read_record(tmp_path / "x.json") is None
     assert read_record(tmp_path / "absent.json") is None
+    assert not caplog.text
+    assert read_record(tmp_path / "x.json") is None
+    assert f"{tmp_path / 'x.json'} is ignored, it can't be read" in caplog.text
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
@@ -81,9 +85,12 @@ def test_status_survives_a_round_trip_and_ends_what_was_running(tmp_path: Path) 
     assert again.status.ended is not None
 
 
-def test_a_status_of_another_version_is_ignored(tmp_path: Path) -> None:
+def test_a_status_of_another_version_is_said_and_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "status.json").write_text('{"state": "dreaming", "started": "", "banks": {}}')
     assert RunFolder(tmp_path).status is None
+    assert f"{tmp_path / 'status.json'} is ignored" in caplog.text
 
 
 def test_recording_does_not_hide_the_error_when_the_disk_is_full(

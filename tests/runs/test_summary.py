@@ -90,13 +90,17 @@ def test_a_summary_without_charts_is_still_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"format_version": 99}, {"banks": [{}]}, {"name": None, "device": 3}])
-def test_a_file_of_another_version_counts_as_none(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_file_of_another_version_is_said_and_counts_as_none(
+    tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
     record = summary_of(REPORT).to_dict() | change
     if "device" in change:
         del record["device"]
     (tmp_path / "summary.json").write_text(json.dumps(record))
-    assert read_summary(tmp_path / "summary.json") is None
     assert read_summary(tmp_path / "absent.json") is None
+    assert not caplog.text
+    assert read_summary(tmp_path / "summary.json") is None
+    assert f"{tmp_path / 'summary.json'} is ignored, it is damaged or of another version" in caplog.text
 
 
 def test_a_run_without_a_bank_is_plain_json_too() -> None:

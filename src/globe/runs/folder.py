@@ -97,7 +97,7 @@ class RunFolder:
         self.status_file = self.path / "status.json"
         self.log_file = self.path / "train.log"
         self.banks = self.path / "banks"
-        self.status = _parse_status(read_record(self.status_file))
+        self.status = _read_status(self.status_file)
 
     def bank(self, key: str) -> Path:
         """Return the folder of a bank's artefact."""
@@ -121,7 +121,7 @@ class RunFolder:
         """
         if self.status is not None or not os.path.lexists(self.path):
             return
-        if _parse_status(read_record(self.path / ".repeated" / "status.json")) is not None:
+        if _read_status(self.path / ".repeated" / "status.json") is not None:
             return  # cut off by a kill where results change places
         if not self.path.is_dir():
             raise ConfigError(
@@ -227,11 +227,11 @@ class RunFolder:
         self._keep_what_is_not_ours(aside)
         shutil.rmtree(ready)
         shutil.rmtree(aside)
-        self.status = _parse_status(read_record(self.status_file))
+        self.status = _read_status(self.status_file)
 
     def _keep_what_is_not_ours(self, aside: Path) -> None:
         """Move back into `banks` what a user has put beside the banks of the old results."""
-        old = _parse_status(read_record(aside / "status.json"))
+        old = _read_status(aside / "status.json")
         ours = {name for key in (old.banks if old else {}) for name in (key, f"{key}.json", f"{key}.partial")}
         for one in (aside / "banks").iterdir() if (aside / "banks").is_dir() else ():
             if one.name not in ours and not os.path.lexists(self.banks / one.name):
@@ -293,13 +293,14 @@ def open_to_append(path: Path) -> TextIO:
     return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
-def _parse_status(record: dict[str, Any] | None) -> Status | None:
+def _read_status(file: Path) -> Status | None:
+    record = read_record(file)
     if record is None:
         return None
     try:
         return parse_record(Status, record)
     except ValueError:
-        _log.warning("a status.json of another version is ignored")
+        _log.warning("%s is ignored, it is damaged or of another version", file)
         return None
 
 

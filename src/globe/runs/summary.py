@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from globe.config.console import add_row, new_table, say, wide_console
 from globe.files import parse_record, plain_record, read_record
 from globe.runs.chart_data import BankCharts
 
+_log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _SHOWN_GROUPS = 6
 """Families or layers at most whose figures are printed after a run."""
@@ -219,11 +221,12 @@ class RunSummary:
 
 
 def read_summary(path: Path) -> RunSummary | None:
-    """Return the summary in a file; None when there is none, or none of this version."""
+    """Return the summary in a file; None when there is none or, with a warning, when it is not one of this version."""
     record = read_record(path)
     try:
         return None if record is None else RunSummary.from_dict(record)
     except (KeyError, TypeError, ValueError):
+        _log.warning("%s is ignored, it is damaged or of another version", path)
         return None
 
 
