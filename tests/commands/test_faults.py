@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import globe.fit.one_bank
-from globe.config.commands import explain, is_out_of_memory
+from globe.config.commands import explain, is_out_of_memory, start
 from globe.config.composition import conf_dir, register
 from globe.errors import FitError
 from globe.numerics import chunks
@@ -162,20 +163,54 @@ def test_a_disk_that_fails_is_a_sentence(number: int) -> None:
         assert "\n" not in sentence
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
-def test_a_signal_is_recorded_and_the_same_command_goes_on(tmp_path: Path, name: str) -> None:
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """What a shell or nohup has the tests ignore, GloBE would ignore too."""
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in SIGNALS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_is_recorded_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def struck(fit: int, step: int) -> None:
+        if fit == 0 and step == 1:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    install(monkeypatch, FakeFit(struck))
+    with pytest.raises(SystemExit) as ended:
+        start(lambda: run_in(tmp_path, "train.steps=2"))
+    assert ended.value.code == 128 + getattr(signal, name)
+    assert capsys.readouterr().err == f"stopped by {name}: the same command goes on from here\n"
+    (folder,) = tmp_path.iterdir()
+    assert load(folder / "status.json")["state"] == "interrupted"
+    start(lambda: run_in(tmp_path, "train.steps=2"))
+    assert load(folder / "status.json")["state"] == "finished"
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_ends_the_program_as_it_is_typed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "globe.train", "layer=4-9", "train.steps=100000", "train.patience=0"]
     command += ["bank.m=3", "model.max_experts=8", "hydra.run.dir=run", "train.checkpoint_every=0"]
     running = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.send_signal(getattr(signal, name))
-    _, said = running.communicate(timeout=120)
-    assert said == f"stopped by {name}: the same command goes on from here\n"
-    assert running.returncode == 128 + getattr(signal, name)
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and running.poll() is None:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=500)
+    finally:
+        running.kill()
+    assert said == "stopped by SIGTERM: the same command goes on from here\n"
+    assert running.returncode == 128 + signal.SIGTERM
     assert load(tmp_path / "run" / "status.json")["state"] == "interrupted"
 
 

@@ -80,7 +80,8 @@ def test_a_call_that_takes_too_long_is_killed() -> None:
 def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deaf: bool, end: str
 ) -> None:
-    monkeypatch.setattr(forks, "_PATIENCE", (0.01, 0.25, 0.25) if deaf else (0.01, 5, 55))
+    # one that hears is waited for as long as it takes, unless Python drops the first interrupt
+    monkeypatch.setattr(forks, "_PATIENCE", (0.01, 0.01, 0.01) if deaf else (0.01, 30, 600))
     calls, ends = Forks(), []
 
     def job() -> None:
@@ -104,6 +105,21 @@ def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
     assert ends == [end]
     with pytest.raises(LostProcessError, match="interrupted"):
         calls.call(lambda: None)
+
+
+def test_a_second_interrupt_at_the_end_of_a_process_does_not_change_how_it_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def leave(code: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(code)
+
+    def job() -> None:
+        monkeypatch.setattr(sys, "exit", leave)  # in the fork alone
+        raise KeyboardInterrupt
+
+    with pytest.raises(LostProcessError, match="interrupted"):
+        Forks().call(job)
 
 
 def test_a_process_that_uses_cuda_does_not_fork(monkeypatch: pytest.MonkeyPatch) -> None:
