@@ -13,11 +13,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
+from globe.am.options import FitOptions
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.refit import refit
 from globe.config.composition import conf_dir, plain, register
 from globe.config.identity import run_name
-from globe.config.schema import Config
 from globe.embedded import path as embedded_path
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.train import run
@@ -84,10 +84,9 @@ class FakeFit:
         self,
         experts: torch.Tensor,
         sizes: Sizes,
-        config: Config,
+        options: FitOptions,
         *,
         generator: torch.Generator,
-        export_dtype: torch.dtype | None = None,
         resume: FitState | None = None,
         on_step: Callable[[StepRecord], None],
         on_checkpoint: Callable[[FitState], None],
@@ -102,13 +101,13 @@ class FakeFit:
         else:
             bank, step = resume.tensors["bank"], int(resume.numbers["step"] or 0)
             generator.set_state(resume.tensors["generator"])
-        while step < config.train.steps:
+        while step < options.steps:
             self.trouble(number, step)
             bank = bank + 0.1 * torch.randn(bank.shape, generator=generator)
             step += 1
             on_step(step_record(step, relfrob=1 / (1 + step)))
             # like the real one it writes none after the last step
-            if config.train.checkpoint_every == 0 and step < config.train.steps:
+            if options.checkpoint_every == 0 and step < options.steps:
                 state = {"bank": bank, "generator": generator.get_state()}
                 on_checkpoint(FitState(state, {"step": step, "best": float("inf")}))
         codes = torch.rand(sizes.n, sizes.m, generator=generator) + 0.1
