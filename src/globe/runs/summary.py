@@ -319,9 +319,8 @@ def _footer(summary: RunSummary, folder: Path) -> list[str]:
     if sized:
         held = sum(bank.metrics["bytes"] or 0 for bank in sized)
         lines.append(f"bytes: {held:,.0f} for the family, {summary.bits:.2f} bits a weight")
-    peaks = [("host", "peak_host_bytes"), ("device", "peak_device_bytes")]
     memory = []
-    for label, name in peaks:
+    for label, name in (("host", "peak_host_bytes"), ("device", "peak_device_bytes")):
         sizes = [getattr(one, name) for one in summary.runtimes.values() if getattr(one, name) is not None]
         if sizes:
             memory.append(f"{label} {max(sizes) / 2**20:,.0f} MiB")
