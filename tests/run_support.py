@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from globe.am.options import FitOptions
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.refit import refit
+from globe.checkpoint import open_checkpoint
 from globe.config.composition import conf_dir, plain, register
 from globe.config.identity import run_name
 from globe.embedded import path as embedded_path
@@ -23,6 +24,9 @@ from globe.numerics.group import ALONE, ProcessGroup
 from globe.train import run
 
 register()
+
+EMBEDDED = open_checkpoint(None).shape(12, "up")
+"""n, p and d of every up and gate family of the embedded model."""
 
 
 def composed(*overrides: str) -> DictConfig:
