@@ -17,7 +17,7 @@ from globe.bank.rounding import Grid, round_nearest
 from globe.baselines.rounded_weights import round_weights
 from globe.config.composition import to_config
 from globe.errors import ConfigError
-from run_support import composed, run_in
+from run_support import EMBEDDED, composed, run_in
 
 N, P, D = 3, 12, 20
 
@@ -89,7 +89,7 @@ def test_runs_store_rounded_weights(tmp_path: Path, options: list[str]) -> None:
     summary = json.loads((folder / "summary.json").read_text())["banks"][0]
     artefact = read_artefact(folder / "banks" / "layer012.up")
     assert set(artefact.packed) == {"adapters"}
-    assert artefact.family_parameters == 16 * 44 * 64
+    assert artefact.family_parameters == EMBEDDED.n * EMBEDDED.p * EMBEDDED.d
     assert summary["metrics"]["bits_per_weight"] == pytest.approx(3 + 16 / 64, abs=0.01)
     assert artefact.mean is not None
     assert summary["metrics"]["bytes"] == artefact.packed["adapters"].nbytes + artefact.mean.nbytes

@@ -64,7 +64,7 @@ def test_memory_that_no_smaller_chunk_cures_is_a_sentence(
         raise RuntimeError(ALLOCATOR)
 
     fit = install(monkeypatch, FakeFit(exhausted))
-    with pytest.raises(FitError, match=r"\(16 x 44 x 64\) does not fit into the memory of device=cpu: lower"):
+    with pytest.raises(FitError, match=r"\(16 x 48 x 64\) does not fit into the memory of device=cpu: lower"):
         run_in(tmp_path, "train.steps=1")
     assert fit.fits == 3
     assert is_out_of_memory(RuntimeError(ALLOCATOR))

@@ -16,7 +16,7 @@ from globe.config.schema import BankConfig, Config, ModelConfig, NormaliseConfig
 from globe.errors import ConfigError
 from globe.fit.plan import Matrices, Outline, outline, plan
 from outlined_model import Model
-from run_support import FakeFit, bytes_of, load, run_in
+from run_support import EMBEDDED, FakeFit, bytes_of, load, run_in
 
 FEW = ("train.steps=3", "model.max_experts=6", "bank.m=5", "bank.r=11")
 
@@ -119,9 +119,11 @@ def test_a_real_run_of_joined_families_leaves_true_figures(tmp_path: Path, norma
         (9, "up", 0, 6),
         (9, "gate", 6, 12),
     ]
-    means = 2 if "family" in normalise else 2 * 44 * 64
+    means = 2 if "family" in normalise else 2 * EMBEDDED.p * EMBEDDED.d
     assert (
-        report["kept_parameters"] == 12 * 44 * 11 + 5 * 11 * 64 + 12 * 5 + means == artefact.kept_parameters
+        report["kept_parameters"]
+        == 12 * EMBEDDED.p * 11 + 5 * 11 * EMBEDDED.d + 12 * 5 + means
+        == artefact.kept_parameters
     )
     # each member's error, in its own units, from nothing but the checkpoint and the artefact
     rebuilt = rebuild(artefact).double()
@@ -151,7 +153,7 @@ def test_a_bank_of_layers_joins_members_that_are_normalised_by_themselves(
     monkeypatch.setattr(globe.fit.one_bank, "fit_bank", watching)
     _, folder = run_in(tmp_path, "layer=2-4", "bank.scope=layers", *FEW)
     (X,) = seen
-    assert X.shape == (18, 44, 64)
+    assert X.shape == (18, EMBEDDED.p, EMBEDDED.d)
     for index, layer in enumerate((2, 3, 4)):
         part = X[6 * index : 6 * index + 6].double()
         W = weights_of(layer, "up")
@@ -222,7 +224,8 @@ def test_a_run_of_joined_banks_patches_the_model(tmp_path: Path, monkeypatch: py
                 artefact = read_artefact(artefact_folder.parent)
                 W = rebuild(artefact)
                 for member in artefact.members:
-                    half = slice(0, 44) if member.family == "gate" else slice(44, 88)
+                    p = EMBEDDED.p
+                    half = slice(0, p) if member.family == "gate" else slice(p, 2 * p)
                     experts[member.layer].gate_up_proj[:, half] = W[member.start : member.stop]  # type: ignore
             wanted = dense(tokens).logits
             patch_model(factored, folder)

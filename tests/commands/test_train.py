@@ -26,7 +26,17 @@ from globe.config.composition import config_dict, to_config
 from globe.errors import ArtefactError, CheckpointError, ConfigError, FitError
 from globe.runs.folder import RunFolder
 from globe.train import run
-from run_support import FakeFit, bytes_of, change_tensor, composed, lines, load, run_in, small_checkpoint
+from run_support import (
+    EMBEDDED,
+    FakeFit,
+    bytes_of,
+    change_tensor,
+    composed,
+    lines,
+    load,
+    run_in,
+    small_checkpoint,
+)
 
 FEW = ("train.steps=3", "model.max_experts=8", "bank.m=3", "bank.r=11")
 
@@ -54,10 +64,11 @@ def test_a_real_run_leaves_a_whole_folder_and_a_true_figure(
     assert summary["relfrob"] == figure
     assert to_config(composed()) is not None
     (bank,) = summary["banks"]
-    assert (bank["n"], bank["p"], bank["d"], bank["m"], bank["r"]) == (8, 44, 64, 3, 11)
-    kept = 8 * 44 * 11 + 3 * 11 * 64 + 8 * 3 + 1  # and the stored mean
-    assert bank["kept"] == pytest.approx(kept / (8 * 44 * 64))
-    assert bank["kept_model"] == pytest.approx(1 - (8 * 44 * 64 - kept) / summary["total_parameters"])
+    p, d = EMBEDDED.p, EMBEDDED.d
+    assert (bank["n"], bank["p"], bank["d"], bank["m"], bank["r"]) == (8, p, d, 3, 11)
+    kept = 8 * p * 11 + 3 * 11 * d + 8 * 3 + 1  # and the stored mean
+    assert bank["kept"] == pytest.approx(kept / (8 * p * d))
+    assert bank["kept_model"] == pytest.approx(1 - (8 * p * d - kept) / summary["total_parameters"])
     assert [line["step"] for line in lines(folder)] == [1, 2, 3]
     assert all(not isinstance(value, dict | list) for line in lines(folder) for value in line.values())
     # the figure, from nothing but the checkpoint and the artefact
@@ -67,7 +78,7 @@ def test_a_real_run_leaves_a_whole_folder_and_a_true_figure(
     assert not list((folder / "banks").glob("*.partial"))
     printed = capsys.readouterr().out
     assert "layer012.up" in printed
-    assert "8 x 44 x 64" in printed
+    assert "8 x 48 x 64" in printed
     assert f"{figure:.4f}" in printed
 
 
@@ -478,7 +489,7 @@ def test_memory_that_runs_out_names_the_bank_and_the_remedy(
 
     fit = install(monkeypatch, FakeFit(exhausted))
     with pytest.raises(
-        FitError, match=r"layer012\.up \(16 x 44 x 64\) does not fit into the memory of device=cpu"
+        FitError, match=r"layer012\.up \(16 x 48 x 64\) does not fit into the memory of device=cpu"
     ):
         run_in(tmp_path, "train.steps=1")
     assert 1 < fit.fits < 8  # with smaller chunks each time, as long as they can be halved

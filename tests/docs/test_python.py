@@ -26,7 +26,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, capsys: pytest.Capture
     for code in blocks:
         exec(compile(code, "docs/python.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert "Bank(n=16, p=44, d=64, m=4, r=22, kept=0.4702, relfrob=0.3" in printed
+    assert "Bank(n=16, p=48, d=64, m=4, r=24, kept=0.5013, relfrob=0.3" in printed
     assert "bank.m=99 is more than the 16 experts" in printed
     assert (tmp_path / "outputs" / "mine" / "banks" / "layer012.up" / "bank.safetensors").is_file()
 

@@ -431,11 +431,20 @@ def test_a_bank_of_another_model_leaves_the_model_in_memory_alone(
 
 
 def test_small_dense_experts_in_half_precision_run(tmp_path: Path) -> None:
-    """The embedded model's rows of 44 numbers are no multiple of 16 bytes in bfloat16, as a grouped product needs."""
-    checkpoint = open_checkpoint(None)
-    run = write_run(tmp_path / "run", [random_bank(checkpoint, [(12, "up")])])
+    """Rows of 20 numbers are no multiple of 16 bytes in bfloat16, as a grouped product needs."""
+    small = load_tiny(write_tiny("qwen2_moe", tmp_path / "float"), "qwen2_moe")
+    small.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    run = write_run(tmp_path / "run", [random_bank(open_checkpoint(str(tmp_path / "half")), [(1, "up")])])
     model = load(write(run, tmp_path / "out"))
     assert model.dtype == torch.bfloat16
     assert model.config._experts_implementation == "eager"
-    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 11)
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, IDS.shape[1] + 2)
     assert load(tmp_path / "out", dtype=torch.float32).config._experts_implementation != "eager"
+
+
+def test_aligned_dense_experts_keep_the_grouped_product(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [random_bank(open_checkpoint(None), [(12, "up")])])
+    model = load(write(run, tmp_path / "out"))
+    assert model.dtype == torch.bfloat16
+    assert model.config._experts_implementation != "eager"
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, IDS.shape[1] + 2)

@@ -29,7 +29,7 @@ from globe.inspection.show import size
 from globe.patch import parse as parse_patch
 from globe.patch import patch
 from globe.runs.folder import RunFolder
-from run_support import FakeFit, load, run_in
+from run_support import EMBEDDED, FakeFit, load, run_in
 from tiny_models import write_tiny
 
 
@@ -74,15 +74,15 @@ def test_the_embedded_model_is_told_without_reading_a_weight(
     text = capsys.readouterr().out
     for part in (
         "qwen2_moe",
-        "4,006,976 parameters",
+        f"{open_checkpoint(None).total_parameters:,} parameters",
         "24 of 24 layers",
         "0-23",
-        "16 x 44 x 64",
+        "16 x 48 x 64",
         "bfloat16",
         "4 experts a",
     ):
         assert part in text, part
-    assert "8 x 44" in text  # n/2 x p
+    assert "8 x 48" in text  # n/2 x p
 
 
 def test_figures_of_a_checkpoint_agree_with_its_tensors(tmp_path: Path) -> None:
@@ -111,13 +111,14 @@ def test_figures_of_a_checkpoint_agree_with_its_tensors(tmp_path: Path) -> None:
 def test_what_is_predicted_is_what_a_run_keeps(original: Path) -> None:
     checkpoint = open_checkpoint(None)
     (row,) = predictions(checkpoint, ["2"], ["11"])
-    one = 16 * 44 * 11 + 2 * 11 * 64 + 16 * 2 + 1  # adapters, atoms, codes, mean
-    dense = 16 * 44 * 64
+    n, p, d = EMBEDDED.n, EMBEDDED.p, EMBEDDED.d
+    one = n * p * 11 + 2 * 11 * d + n * 2 + 1  # adapters, atoms, codes, mean
+    dense = n * p * d
     assert row["kept"] == pytest.approx(one / dense)
     assert row["parameters"] == checkpoint.total_parameters - 48 * (dense - one)
     assert row["kept_model"] == pytest.approx(row["parameters"] / checkpoint.total_parameters)
     summary = load(original / "summary.json")["banks"][0]
-    few = 6 * 44 * 11 + 2 * 11 * 64 + 6 * 2 + 1
+    few = 6 * p * 11 + 2 * 11 * d + 6 * 2 + 1
     assert summary["kept_parameters"] == few  # the same formula, for the six experts of the run
 
 
@@ -232,7 +233,14 @@ def test_a_run_is_told_with_its_banks(made: Path, capsys: pytest.CaptureFixture[
     banks = {bank["key"]: bank for bank in found["banks"]}
     assert sorted(banks) == ["layer012.gate", "layer012.up"]
     up = banks["layer012.up"]
-    assert [up[name] for name in ("n", "p", "d", "m", "r", "intact")] == [6, 44, 64, 2, 11, True]
+    assert [up[name] for name in ("n", "p", "d", "m", "r", "intact")] == [
+        6,
+        EMBEDDED.p,
+        EMBEDDED.d,
+        2,
+        11,
+        True,
+    ]
     assert up["members"] == [{"layer": 12, "family": "up", "experts": 6}]
     assert up["figures"]["relfrob"] == summary["banks"][0]["relfrob"]
     assert up["source"]["id"] == "globe-tiny"

@@ -24,7 +24,7 @@ from globe.fit.plan import BankSize, plan
 from globe.sizes.budget import Room, candidates, enlarged, grid, neighbours
 from globe.sizes.search import FEWEST_STEPS, plan_search, search
 from outlined_model import Model
-from run_support import FakeFit, bytes_of, load, run_in
+from run_support import EMBEDDED, FakeFit, bytes_of, load, run_in
 
 ROOM = Room(9, 20, 28, 2600)
 
@@ -227,7 +227,9 @@ def test_a_run_within_a_budget_is_searched_once_for_all_its_banks(
     assert fit.fits == 2  # two of the four banks were finished
     run_in(tmp_path, *options)
     assert fit.fits == 2
-    assert searches == [torch.Size([7, 44, 64])]  # the second and third process read the first one's choice
+    assert searches == [
+        torch.Size([7, EMBEDDED.p, EMBEDDED.d])
+    ]  # the second and third process read the first one's choice
     chosen = (record["chosen"]["m"], record["chosen"]["r"], record["chosen"]["atom_rank"])
     for bank in load(folder / "summary.json")["banks"]:
         assert (bank["m"], bank["r"], bank["atom_rank"]) == chosen
@@ -315,9 +317,10 @@ def test_a_run_with_low_rank_atoms_exports_their_halves_and_counts_them(
     assert artefact.bank is None
     assert artefact.atoms_left is not None
     assert artefact.atoms_left.shape == (7, 13, 3)
-    kept = 9 * 44 * 13 + 7 * 3 * (13 + 64) + 9 * 7 + 1  # no gauge fixing is counted
+    p, d = EMBEDDED.p, EMBEDDED.d
+    kept = 9 * p * 13 + 7 * 3 * (13 + d) + 9 * 7 + 1  # no gauge fixing is counted
     assert bank["kept_parameters"] == kept == artefact.kept_parameters
-    assert bank["kept"] == pytest.approx(kept / (9 * 44 * 64))
+    assert bank["kept"] == pytest.approx(kept / (9 * p * d))
     W = open_checkpoint(None).read_experts(12, "up", max_experts=9).weights.double()
     left = (W - rebuild(artefact).double()).norm()
     assert figure == pytest.approx(float(left / (W - W.mean()).norm()), rel=1e-5)

@@ -33,7 +33,7 @@ from globe.runs.folder import RunFolder, State
 from globe.sizes.chosen import choose_sizes
 from globe.sizes.costs import average_work, chunk_of, fit_bytes, reference_seconds, step_work
 from globe.sizes.dry_run import bytes_of, metric_numbers
-from run_support import composed, run_in
+from run_support import EMBEDDED, composed, run_in
 
 SIZES = Sizes(12, 20, 28, 5, 9)
 
@@ -61,9 +61,9 @@ def test_a_dry_run_prints_every_bank_and_leaves_no_trace(
     assert math.isnan(figure)
     assert not folder.exists()
     printed = capsys.readouterr().out
-    for key in ("layer003.up", "layer003.gate", "layer004.up", "layer004.gate", "16 x 44 x 64", "MiB"):
+    for key in ("layer003.up", "layer003.gate", "layer004.up", "layer004.gate", "16 x 48 x 64", "MiB"):
         assert key in printed
-    assert "40.7%" in printed  # 22/64 + 2 22/(16 44) + 2/(44 64)
+    assert "43.8%" in printed  # 24/64 + 2 24/(16 48) + 2/(48 64)
 
 
 def test_a_dry_run_of_a_run_that_is_there_leaves_its_status_alone(tmp_path: Path, quick: None) -> None:
@@ -84,7 +84,7 @@ def test_within_a_budget_it_shows_the_candidates_and_does_not_search(
 ) -> None:
     run_in(tmp_path, "dry_run=true", "bank.kept=0.47", "layer=3-5")
     printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if "16 x 44 x 64" in line]
+    rows = [line for line in printed.splitlines() if "16 x 48 x 64" in line]
     assert len(rows) > 5  # once, for all three layers
     assert all("3 banks" in row for row in rows)
     assert "chooses among these" in printed
@@ -340,7 +340,7 @@ def test_a_metric_is_counted(tmp_path: Path) -> None:
             bytes_of(config, checkpoint, bank),
         )
 
-    n, p, d = 16, 44, 64
+    n, p, d = EMBEDDED.n, EMBEDDED.p, EMBEDDED.d
     plain, experts, inputs = predicted(), predicted("normalise.metric=experts"), predicted(*text)
     assert (plain[1], experts[1], inputs[1]) == (0, 2 * d * d, n * d * d + n * p)
     assert predicted("family=both", "bank.scope=families", *text)[1] == n * d * d + 2 * n * p

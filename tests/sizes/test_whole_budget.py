@@ -25,7 +25,7 @@ from globe.fit.normalise import join, normalise
 from globe.fit.plan import outline
 from globe.sizes.curves import approximated, limits, spectrum
 from globe.sizes.whole_budget import Allocation, spread_budget
-from run_support import composed, load, run_in
+from run_support import EMBEDDED, composed, load, run_in
 
 N, P, D = 7, 11, 13
 
@@ -93,7 +93,7 @@ def felt(loud: Sequence[tuple[int, str]]) -> Any:
         found = []
         for layer, family in places:
             (weights,) = candidates(layer, family)
-            assert weights.shape == (16, 44, 64) or family == "down"
+            assert weights.shape == (EMBEDDED.n, EMBEDDED.p, EMBEDDED.d) or family == "down"
             found.append(Sensitivity(layer, family, 0, 1.0 if (layer, family) in loud else 1e-3))
         return tuple(found)
 
@@ -199,7 +199,7 @@ def test_a_run_keeps_to_the_budget_and_leaves_the_rest_alone(
     shares = {one["key"]: one["kept"] for one in plan["shares"]}
     banks = {one["key"]: one for one in load(folder / "summary.json")["banks"]}
     assert set(banks) == {key for key, share in shares.items() if share < 1}
-    numbers = 16 * 44 * 64
+    numbers = EMBEDDED.n * EMBEDDED.p * EMBEDDED.d
     for key, bank in banks.items():
         assert bank["kept_parameters"] <= shares[key] * numbers
         assert bank["kept_parameters"] > 0.8 * shares[key] * numbers
@@ -264,4 +264,4 @@ def test_from_python(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "allocation.json").is_file()
     original = globe.load("embedded")
     saved = original.num_parameters() - model.num_parameters()
-    assert saved >= 0.3 * 4 * 16 * 44 * 64 * 0.99
+    assert saved >= 0.3 * 4 * EMBEDDED.n * EMBEDDED.p * EMBEDDED.d * 0.99

@@ -1,6 +1,6 @@
-"""Start vLLM on one compact checkpoint and print what it generates, as one line of JSON after "RESULT ".
+"""Start vLLM on one checkpoint, compact or dense, and print what it generates, as one line of JSON after "RESULT ".
 
-python engine.py CHECKPOINT FORM [--compile] [--tp N]       # in the environment of vLLM
+python engine.py CHECKPOINT FORM [--compile] [--tp N] [--dtype TYPE]       # in the environment of vLLM
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ def resident(model) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint")
-    parser.add_argument("form")
+    parser.add_argument("form", help="bank, composed, or dense: no plugin")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    os.environ["GLOBE_VLLM_FORM"] = options.form
+    if options.form == "dense":
+        os.environ["VLLM_PLUGINS"] = ""  # as where the plugin is not installed
+    else:
+        os.environ["GLOBE_VLLM_FORM"] = options.form
     if options.tp == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # of the function below, into this very process
@@ -45,7 +49,7 @@ def main() -> None:
 
     llm = LLM(
         model=options.checkpoint,
-        dtype="float32",
+        dtype=options.dtype,
         enforce_eager=not options.compile,
         max_model_len=128,
         max_num_batched_tokens=256,
@@ -60,7 +64,7 @@ def main() -> None:
             [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)]
             for one in outputs
         ],
-        "bytes": llm.apply_model(resident)[0] if options.tp == 1 else None,
+        "bytes": llm.apply_model(resident)[0] if options.tp == 1 and options.form != "dense" else None,
     }
     print("RESULT " + json.dumps(result))
 

@@ -3,7 +3,8 @@
     python models.py FOLDER [CASE ...]      # in GloBE's environment
 
 Writes FOLDER/CASE/globe (a compact checkpoint) and FOLDER/CASE/reference.json: greedy tokens, their
-log-probabilities in float32, and the bytes of experts that each form should hold.
+log-probabilities in float32, and the bytes of experts that each form should hold; of the embedded model dense and
+dense.json too.
 """
 
 from __future__ import annotations
@@ -79,26 +80,17 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"intermediate_size": 80, "num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4},
         ["family=up", "bank.m=3", "bank.r=20", "normalise.centre=none"],
     ),
+    "embedded": ("", {}, ["family=both", "bank.m=n/4", "bank.r=p/2"]),
 }
 
 
 def write(folder: Path, case: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     model_type, sizes, options = CASES[case]
-    torch.manual_seed(len(case))
-    config = AutoConfig.for_model(
-        model_type, **{**SMALL, **sizes}, eos_token_id=None, bos_token_id=None, pad_token_id=None
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.5 if "embed" in name or "lm_head" in name else 0.1)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder / "original")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(Path(globe.embedded.path()) / name, folder / "original" / name)
+    if model_type:
+        write_original(folder / "original", case, model_type, sizes)
+    else:
+        shutil.copytree(globe.embedded.path(), folder / "original")
     run = [
         f"model.path={folder / 'original'}",
         "layer=all",
@@ -109,6 +101,27 @@ def write(folder: Path, case: str) -> None:
     command(["globe.train", *run])
     command(["globe.patch", f"run={folder / 'run'}", f"out={folder / 'globe'}", "format=globe", "S_cache=0"])
     (folder / "reference.json").write_text(json.dumps(reference(folder / "globe")))
+    if case == "embedded":
+        command(["globe.patch", f"run={folder / 'run'}", f"out={folder / 'dense'}", "format=dense"])
+        (folder / "dense.json").write_text(json.dumps(reference(folder / "dense")))
+
+
+def write_original(folder: Path, case: str, model_type: str, sizes: dict[str, Any]) -> None:
+    """Write a model of random weights with the tokenizer of the embedded one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(len(case))
+    config = AutoConfig.for_model(
+        model_type, **{**SMALL, **sizes}, eos_token_id=None, bos_token_id=None, pad_token_id=None
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5 if "embed" in name or "lm_head" in name else 0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(globe.embedded.path()) / name, folder / name)
 
 
 def command(words: list[str]) -> None:

@@ -26,7 +26,7 @@ PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(
     not PYTHON, reason="VLLM_PYTHON names no Python with vLLM: use make test-vllm"
 )
-CASES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "packed")
+CASES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "packed", "embedded")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")},
     "OMP_NUM_THREADS": "1",
@@ -62,9 +62,11 @@ def engine(
     return (json.loads(lines[0][7:]) if lines else None), done.stdout + done.stderr
 
 
-def assert_same(found: dict[str, Any] | None, text: str, folder: Path) -> dict[str, Any]:
+def assert_same(
+    found: dict[str, Any] | None, text: str, folder: Path, reference: str = "reference.json"
+) -> dict[str, Any]:
     assert found is not None, text[-3000:]
-    expected = json.loads((folder / "reference.json").read_text())
+    expected = json.loads((folder / reference).read_text())
     assert found["tokens"] == expected["tokens"]
     pairs = zip(found["logprobs"], expected["logprobs"], strict=True)
     assert max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)) < 1e-3
@@ -82,6 +84,17 @@ def test_tokens_are_those_of_transformers_and_bytes_those_predicted(
     assert found["bytes"] == pytest.approx(expected["bytes"][form], rel=0.03)
     if form == "bank":
         assert found["bytes"] < expected["bytes"]["dense"]
+
+
+def test_the_dense_form_needs_no_plugin(models: Path) -> None:
+    """The model of the package, compressed and written dense, is one that vLLM knows."""
+    dense = models / "embedded" / "dense"
+    found, text = engine(dense, "dense")
+    assert_same(found, text, models / "embedded", "dense.json")
+    for checkpoint in (dense, models / "embedded" / "original"):
+        found, text = engine(checkpoint, "dense", "--dtype", "bfloat16")
+        assert found is not None, text[-3000:]
+        assert all(len(tokens) == 16 for tokens in found["tokens"])
 
 
 def test_compiled(models: Path) -> None:

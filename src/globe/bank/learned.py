@@ -102,7 +102,7 @@ def load_bank(folder: str | os.PathLike[str]) -> Bank:
     Raises ArtefactError when a file is missing, damaged, foreign or of another format version.
 
     >>> import globe
-    >>> bank = globe.fit(globe.extract_expert_weights("embedded", single_layer=3)["up"], m=4, r=22, steps=3)
+    >>> bank = globe.fit(globe.extract_expert_weights("embedded", single_layer=3)["up"], m=4, r=24, steps=3)
     >>> bank.save("my-bank")
     >>> globe.load_bank("my-bank").sizes.m
     4

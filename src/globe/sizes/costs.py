@@ -10,7 +10,7 @@ from globe.numerics.chunks import chunk_size, product_chunk_size
 REFERENCE_RATE = 2e10
 """Multiply-adds a second of the reference core, in float32: what one thread of a recent x86 server does in this mix."""
 REFERENCE_OVERHEAD = 0.018
-"""Seconds a step in the starting of kernels on that core: nearly all there is for experts of 44 x 64."""
+"""Seconds a step in the starting of kernels on that core: nearly all there is for experts of 48 x 64."""
 EVALUATIONS = 1.15
 """Of a Gauss-Newton step: one, and another when the extrapolated point is refused."""
 USUAL_ITERATIONS = 9

@@ -103,11 +103,11 @@ def fit(
 
     >>> import globe
     >>> experts = globe.extract_expert_weights("embedded", single_layer=12)["up"]
-    >>> bank = globe.fit(experts, m=4, r=22, steps=20)
+    >>> bank = globe.fit(experts, m=4, r=24, steps=20)
     >>> bank
-    Bank(n=16, p=44, d=64, m=4, r=22, kept=0.4702, relfrob=0.37...)
+    Bank(n=16, p=48, d=64, m=4, r=24, kept=0.5013, relfrob=0.35...)
     >>> bank.reconstruct([3, 7]).shape
-    torch.Size([2, 44, 64])
+    torch.Size([2, 48, 64])
     """
     groups = _groups(experts)
     given = {"kept": kept, "m": m, "r": r, "k": k, "metric": metric, "activation": activation, "steps": steps}
