@@ -115,6 +115,9 @@ def _patch_and_say(options: PatchOptions) -> None:
     if options.check is Check.true or (options.check is Check.auto and fits_in_memory(Path(options.out))):
         quiet()
         print(f"checked: {look(options.out, open_run(options.run)).sentence}")
+    print(
+        f"next: python -m globe.evaluate model={options.out}; hf upload USER/NAME {options.out} --private shares it"
+    )
 
 
 if __name__ == "__main__":

@@ -130,6 +130,11 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
                 force_download=model.force_download and group.leads,
             )
         )
+        if checkpoint.dense_only and group.leads:
+            _log.warning(
+                "%s: globe.patch takes format=dense, whose files are as large as before",
+                checkpoint.dense_only,
+            )
         outlines = outline(config, checkpoint)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
         banks = () if is_chosen(config) else plan(config, checkpoint)

@@ -37,6 +37,7 @@ from run_support import (
     run_in,
     small_checkpoint,
 )
+from tiny_models import write_tiny
 
 FEW = ("train.steps=3", "model.max_experts=8", "bank.m=3", "bank.r=11")
 
@@ -150,6 +151,21 @@ def test_one_bank_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(globe.fit.one_bank, "fit_bank", watching)
     run_in(tmp_path, "layer=2-4", "train.steps=1")
     assert len(alive) == 3
+
+
+def test_a_model_that_stays_dense_is_told_so_before_the_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_tiny("gpt_oss", tmp_path / "model")
+    run_in(tmp_path, f"model.path={model}", "layer=0", "bank.m=2", "bank.r=3", "train.steps=1")
+    messages = [record.getMessage() for record in caplog.records]
+    said = next(
+        at
+        for at, one in enumerate(messages)
+        if "gpt_oss can't run with factors (its experts have biases)" in one
+    )
+    assert "format=dense, whose files are as large as before" in messages[said]
+    assert not [one for one in messages[:said] if "step" in one]
 
 
 def test_a_bank_larger_than_its_experts_is_warned_about(

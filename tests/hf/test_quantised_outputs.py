@@ -15,6 +15,7 @@ from torch import Tensor
 
 import quantised_models as made
 from globe.checkpoint import open_checkpoint
+from globe.errors import CheckpointError
 from globe.hf.loading import load
 from globe.patch import parse, patch
 from quantised_models import write_quantised
@@ -77,6 +78,11 @@ def test_a_lossless_run_is_the_dequantised_model(
     record = patch(parse([f"run={run}", f"out={out}", f"format={form}"]))
     assert record["left_out"] == ["quantize_config.json"]
     assert not (out / "quantize_config.json").exists()
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert (
+        f"The original is quantised ({method}); here all its weights are bfloat16."
+        in (out / "README.md").read_text()
+    )
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert ("quantization_config" in config) == (form == "globe")
@@ -89,3 +95,13 @@ def test_a_lossless_run_is_the_dequantised_model(
     for model in (patched, original):
         model.set_experts_implementation("eager")
     torch.testing.assert_close(logits(patched), logits(original), atol=0 if form == "dense" else 1e-5, rtol=0)
+
+
+def test_gpt_oss_is_not_written_as_factors(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = checkpoint_of("mxfp4")
+    run = write_run(tmp_path / "run", [lossless_bank(open_checkpoint(str(folder)), (0, "up"))])
+    with pytest.raises(
+        CheckpointError, match=r"gpt_oss can't run with factors \(its experts have biases\).*use format=dense"
+    ):
+        patch(parse([f"run={run}", f"out={tmp_path / 'out'}", "format=globe"]))
+    assert not (tmp_path / "out").exists()

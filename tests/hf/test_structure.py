@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from globe.checkpoint import load_architecture
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf.layout import BankLayout, Mean, MemberLayout
 from globe.hf.structure import experts_modules, irregularity, require_regular
 from globe.hf.swap import check_fit, swap_in
+from tiny_models import TINY, tiny_config
 
 N, P, D = 3, 5, 7
 
@@ -107,3 +109,16 @@ def test_a_bank_that_does_not_fit_changes_nothing(bank: BankLayout, sentence: st
         swap_in(model, [layout(MemberLayout(0, "gate", (0,))), bank])
     assert isinstance(model.layers[0].mlp.experts, MyExperts)
     assert SimpleNamespace(**model.layers[0].mlp.experts._parameters).gate_up_proj is not None
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_architectures_know_which_models_can_not_run_factored(model_type: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if model_type in ("llama4", "qwen3_5_moe") else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(tiny_config(model_type))
+    modules = [model.get_submodule(name) for name in experts_modules(model).values()]
+    assert modules
+    irregular = any(irregularity(one) is not None for one in modules)
+    assert irregular == (load_architecture(model_type).dense_only is not None)

@@ -107,6 +107,8 @@ class Architecture:
     shared: Layout | None
     """Layout of the always-on shared expert, if there is one; its templates have no `{expert}`."""
     config: ConfigKeys
+    dense_only: str | None = None
+    """Why a model can't run with factors in the place of its experts, where transformers keeps them in its own way."""
 
 
 def with_prefix(architecture: Architecture, prefix: str) -> Architecture:
@@ -153,17 +155,20 @@ def parse_architecture(text: str, where: str, model_type: str) -> Architecture:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{where} is not JSON ({error}): correct it") from error
-    _check_keys(record, Architecture, where, optional={"shared"})
+    _check_keys(record, Architecture, where, optional={"shared", "dense_only"})
     if record["model_type"] != model_type:
         raise CheckpointError(f"{where} describes {record['model_type']!r}: rename it, or correct model_type")
     if not isinstance(record["layouts"], list) or not record["layouts"]:
         raise CheckpointError(f"{where} has no layouts: give a list of at least one")
-    shared = record.get("shared")
+    shared, dense_only = record.get("shared"), record.get("dense_only")
+    if not isinstance(dense_only, str | None):
+        raise CheckpointError(f"{where}: dense_only={dense_only!r} must be a reason, or null")
     return Architecture(
         model_type=model_type,
         layouts=tuple(_layout(one, f"{where}: layouts") for one in record["layouts"]),
         shared=None if shared is None else _layout(shared, f"{where}: shared", shared=True),
         config=_config_keys(record["config"], f"{where}: config"),
+        dense_only=dense_only,
     )
 
 

@@ -96,6 +96,15 @@ class Checkpoint:
         return tuple(self._layouts)
 
     @property
+    def dense_only(self) -> str | None:
+        """A sentence that says why the model can't run with factors in the place of its experts; None if it can."""
+        reason = self.architecture.dense_only
+        return (
+            reason
+            and f"{self.model_type} can't run with factors ({reason}), so that a patched model is dense"
+        )
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of tensors read so far."""
         return self.reader.bytes_read

@@ -54,6 +54,10 @@ class ExpertsInMemory(Checkpoint):
         return tuple(sorted({layer for layer, _ in self._experts}))
 
     @property
+    def dense_only(self) -> str | None:
+        return None
+
+    @property
     def bytes_read(self) -> int:
         return 0
 

@@ -106,10 +106,12 @@ def advice(result: Evaluation) -> list[str]:
             "composes at each call)"
         )
     if result.is_run:
+        as_original = sizes.dense_bytes in (None, sizes.model_bytes.before)
+        what = "as the original has" if as_original else "the original dequantised"
         lines.append(
             f"next: python -m globe.patch run={result.model} out=FOLDER format=globe writes files of "
-            f"{sizes.model_bytes.after:,} bytes; format=dense writes {sizes.model_bytes.before or 0:,}, as the "
-            "original has, for engines that know dense experts alone"
+            f"{sizes.model_bytes.after:,} bytes; format=dense writes {sizes.dense_bytes or 0:,}, {what}, for engines "
+            "that know dense experts alone"
         )
     return lines
 

@@ -43,6 +43,8 @@ class ModelSizes:
     """bytes of the families in the files: a dense checkpoint saves none"""
     model_bytes: Change
     """bytes of all tensors in the files"""
+    dense_bytes: int | None
+    """bytes of a dense checkpoint in the original's place: its own, or what it has once it is dequantised"""
     resident: Footprint
     """bytes of the model in memory, in the dtype of the evaluation, after it"""
     resident_original: Footprint | None
@@ -80,6 +82,7 @@ def measure_sizes(
         model_parameters=Change(None if before is None else before.total_parameters, total),
         family_bytes=family_bytes,
         model_bytes=Change(None if before is None else before.stored_bytes, stored),
+        dense_bytes=None if before is None else before.plain_bytes,
         resident=footprint(model),
         resident_original=None if dense is None else footprint(dense),
     )

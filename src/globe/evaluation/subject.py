@@ -74,6 +74,10 @@ class Subject:
         kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if self.run is None:
             return load(self.folder, S_cache=S_cache, **kwargs).to(device)
+        if self.checkpoint is not None and self.checkpoint.dense_only:
+            raise CheckpointError(
+                f"{self.checkpoint.dense_only}: write it with globe.patch run={self.run} format=dense and evaluate that"
+            )
         model = load(self.folder, **kwargs)
         return patch_model(model, self.run, S_cache=S_cache).to(device)
 

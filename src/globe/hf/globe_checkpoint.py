@@ -51,6 +51,8 @@ def write_globe(
     from globe.hf.quantizer import check_cache
 
     check_cache(S_cache)
+    if checkpoint.dense_only:
+        raise CheckpointError(f"{checkpoint.dense_only}: use format=dense")
     if not packed:
         plain = unpacked([entry.layout for entry in entries])
         entries = tuple(replace(entry, layout=one) for entry, one in zip(entries, plain, strict=True))

@@ -90,7 +90,7 @@ def card_of(
         base=f"{base}{revision}",
         model_type=checkpoint.model_type,
         form=form,
-        stand=_STAND[form],
+        stand=_STAND[form] + _dequantised(checkpoint),
         families=", ".join(sorted({member.family for entry in entries for member in entry.members})),
         layers=len({member.layer for entry in entries for member in entry.members}),
         kept=100 * parameters["kept_of_families"],
@@ -105,6 +105,14 @@ def card_of(
         python=platform.python_version(),
         loading=loading,
     )
+
+
+def _dequantised(checkpoint: Checkpoint) -> str:
+    """What became of a quantised original."""
+    if checkpoint.quantisation is None:
+        return ""
+    dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    return f" The original is quantised ({checkpoint.quantisation}); here all its weights are {dtype}."
 
 
 def _front_matter(card: str) -> str:
@@ -148,14 +156,16 @@ Figures of quality are in `evaluation.json` once `python -m globe.evaluate model
 
 ## Sharing it
 
-    hf repo create USER/NAME
-    hf upload USER/NAME THIS_FOLDER
+    hf auth login
+    hf upload USER/NAME THIS_FOLDER --private
+
+makes the repository, and goes on where it was interrupted. `hf repos settings USER/NAME --public` opens it to everyone.
 """
 _STAND = {
     "dense": "This folder holds the reconstructed matrices.",
     "globe": "This folder holds the factors.",
 }
-_LOADING_DENSE = """It has the names, shapes and dtypes of the original, so every engine loads it; nothing is smaller.
+_LOADING_DENSE = """It has the names and shapes of the original, so every engine loads it; nothing is smaller.
 
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(FOLDER)

@@ -80,6 +80,8 @@ class Totals:
     """of a dense checkpoint; more than `model_bytes` where that is quantised"""
     patched_bytes: tuple[int, int]
     """of a checkpoint with factors, `globe.patch format=globe`"""
+    dense_only: str | None = None
+    """why there is none, if there is none"""
 
 
 def predict(
@@ -174,6 +176,7 @@ def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) 
             int(plain - sum(most for _, most in saved)),
             int(plain - sum(least for least, _ in saved)),
         ),
+        dense_only=checkpoint.dense_only,
     )
 
 
@@ -280,11 +283,18 @@ def sentences(config: Config, whole: Totals) -> list[str]:
         memory = "" if whole.bytes is None else f", in {_size(whole.bytes)} of memory"
         lines.append(f"{whole.banks} bank{plural}: {time} at most, one after the other{memory}")
     quantised = whole.dense_bytes != whole.model_bytes
-    dense = f"become {_size(whole.dense_bytes)}, dequantised," if quantised else "stay"
-    lines.append(
-        f"files: {_sizes(whole.file_bytes)} for the bank{plural}; the model's {_size(whole.model_bytes)} become "
-        f"{_sizes(whole.patched_bytes)} with globe.patch format=globe, and {dense} with format=dense"
+    ways = [] if whole.dense_only else [f"become {_sizes(whole.patched_bytes)} with globe.patch format=globe"]
+    ways.append(
+        f"become {_size(whole.dense_bytes)}, dequantised, with format=dense"
+        if quantised
+        else "stay with format=dense"
     )
+    lines.append(
+        f"files: {_sizes(whole.file_bytes)} for the bank{plural}; the model's {_size(whole.model_bytes)} "
+        f"{', and '.join(ways)}"
+    )
+    if whole.dense_only:
+        lines.append(whole.dense_only)
     return lines
 
 
