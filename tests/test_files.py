@@ -144,6 +144,20 @@ def test_a_lock_keeps_others_out_and_the_content_in(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").read_text() == "precious"
 
 
+def test_a_lock_is_let_go_of_by_a_kill(tmp_path: Path) -> None:
+    code = "from sys import argv; from pathlib import Path; from globe.files import lock\n"
+    code += "with lock(Path(argv[1])): print(1, flush=True), input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(BlockingIOError):
+            lock(tmp_path / ".lock").__enter__()
+        holder.kill()
+    with lock(tmp_path / ".lock", wait=True):
+        pass
+
+
 # folders
 
 

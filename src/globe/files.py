@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
@@ -202,29 +201,23 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file against other processes, which a kill lets go of; the file stays, with its content.
 
     With `wait`, wait for its holder. Raises BlockingIOError if another process holds it, ConfigError if `path` is
-    not a regular file, and OSError if it cannot be opened. Nothing is held on Windows and on file systems that have
-    no such locks.
+    not a regular file, and OSError if it cannot be opened. Nothing is held on file systems that have no such locks.
     """
+    from filelock import FileLock, Timeout
+
     require_replaceable(path)
-    flags = os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _PATIENT
-    descriptor = os.open(path, flags, 0o666)
+    held = FileLock(path, blocking=wait, fallback_to_soft=False)
     try:
-        _take(descriptor, wait=wait)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int, *, wait: bool) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held.acquire()
+    except Timeout as error:
+        raise BlockingIOError(errno.EAGAIN, "another process holds it", str(path)) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def open_regular(path: Path) -> FileIO:
