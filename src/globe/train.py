@@ -46,8 +46,9 @@ from globe.runs.progress import Progress
 from globe.runs.shared_fit import adopt
 from globe.runs.summary import RunSummary, print_summary, read_summary
 from globe.runs.tracking import RunInfo, open_sinks
-from globe.sizes.banks import Sizing, is_chosen, sized_banks
+from globe.sizes.banks import is_chosen, sized_banks
 from globe.sizes.dry_run import dry_run
+from globe.sizes.sizing import Sizing
 
 register()
 _log = logging.getLogger("globe.train")
@@ -141,7 +142,7 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
         with _begun(task, config, group) as folder:
             calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
             if is_chosen(config):
-                banks = sized_banks(config, outlines, Sizing(checkpoint, device, folder, calibration))
+                banks = sized_banks(config, outlines, Sizing(checkpoint, device, calibration), folder)
             ledger = Ledger(
                 folder,
                 name=task.folder.path.name,

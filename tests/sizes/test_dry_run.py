@@ -33,6 +33,7 @@ from globe.runs.folder import RunFolder, State
 from globe.sizes.chosen import choose_sizes
 from globe.sizes.costs import average_work, chunk_of, fit_bytes, reference_seconds, step_work
 from globe.sizes.dry_run import bytes_of, metric_numbers
+from globe.sizes.sizing import Sizing
 from run_support import EMBEDDED, composed, run_in
 
 SIZES = Sizes(12, 20, 28, 5, 9)
@@ -163,9 +164,8 @@ def test_the_run_takes_sizes_between_those_shown(tmp_path: Path, quick: None) ->
     source = ExpertsInMemory({(0, "up"): experts}, model_type="tensors")
     (bank,) = outline(config, source)
     plans = globe.sizes.dry_run.candidate_plans(config, bank)
-    found = choose_sizes(
-        config, source, [bank], torch.device("cpu"), tmp_path / "f.json", show=lambda searched: None
-    )
+    sizing = Sizing(source, torch.device("cpu"), quiet=True)
+    found = choose_sizes(config, [bank], sizing, tmp_path / "f.json")
     chosen = found[bank.shape]
     frontier = json.loads((tmp_path / "f.json").read_text())["shapes"]["9x160x200"]
     assert frontier["block"]["p"] < 160

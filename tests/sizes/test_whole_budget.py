@@ -24,6 +24,7 @@ from globe.fit.input_metric import second_moment_metric
 from globe.fit.normalise import join, normalise
 from globe.fit.plan import outline
 from globe.sizes.curves import approximated, limits, spectrum
+from globe.sizes.sizing import Sizing
 from globe.sizes.whole_budget import Allocation, spread_budget
 from run_support import EMBEDDED, composed, load, run_in
 
@@ -102,9 +103,8 @@ def felt(loud: Sequence[tuple[int, str]]) -> Any:
 
 def spread(config: Config, file: Path) -> Allocation:
     checkpoint = open_checkpoint(None)
-    return spread_budget(
-        config, checkpoint, outline(config, checkpoint), torch.device("cpu"), file, show=lambda found: None
-    )
+    sizing = Sizing(checkpoint, torch.device("cpu"), quiet=True)
+    return spread_budget(config, outline(config, checkpoint), sizing, file)
 
 
 def test_a_layer_that_matters_more_gets_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_without_a_text_errors_count_alike_and_the_file_is_read_again(
     def forbidden(*arguments: object, **options: object) -> object:
         raise AssertionError("what is known is not made again")
 
-    monkeypatch.setattr(globe.sizes.whole_budget, "read_experts", forbidden)
+    monkeypatch.setattr(globe.sizes.sizing, "read_experts", forbidden)
     assert spread(config, tmp_path / "a.json") == found
     other = to_config(composed("bank.kept=0.41", "budget.over=model", "layer=[3,9,15]", "family=both"))
     with pytest.raises(AssertionError, match="not made again"):
@@ -170,7 +170,9 @@ def test_experts_without_a_model_feel_nothing(tmp_path: Path) -> None:
     config = to_config(composed("bank.kept=0.5", "budget.over=model", "layer=all", "calibrate.text=embedded"))
     source = ExpertsInMemory({(0, "up"): experts(), (1, "up"): experts(seed=1)}, model_type="tensors")
     with pytest.raises(ConfigError, match=r"leave out calibrate\.text"):
-        spread_budget(config, source, outline(config, source), torch.device("cpu"), tmp_path / "a.json")
+        spread_budget(
+            config, outline(config, source), Sizing(source, torch.device("cpu")), tmp_path / "a.json"
+        )
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -6,26 +6,21 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from globe.calibration.run import Calibration
-from globe.checkpoint import Checkpoint
 from globe.config.choices import Centre
 from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.files import read_record, write_json
-from globe.fit.input_metric import metric_of
 from globe.fit.plan import BankSize, Outline, allowed, can_be_wide, mean_parameters, target_support
 from globe.fit.provenance import bank_options, source_of
-from globe.fit.reading import read_experts
 from globe.numerics.device import bank_seed
 from globe.sizes.budget import Room, candidates, too_small
 from globe.sizes.byte_room import ByteRoom
@@ -33,6 +28,7 @@ from globe.sizes.byte_room import too_small as bytes_too_small
 from globe.sizes.byte_search import search_bytes
 from globe.sizes.search import RATIO, Frontier, Probe, search
 from globe.sizes.serving import Serving, costs_of, served, serving_of, unservable
+from globe.sizes.sizing import Sizing
 
 _log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -99,18 +95,11 @@ def allows(config: Config, m: int) -> bool:
 
 
 def choose_sizes(
-    config: Config,
-    checkpoint: Checkpoint,
-    banks: Sequence[Outline],
-    device: torch.device,
-    file: Path,
-    *,
-    show: Callable[[Searched], None] | None = None,
-    calibration: Calibration | None = None,
+    config: Config, banks: Sequence[Outline], sizing: Sizing, file: Path
 ) -> dict[Shape, BankSize]:
     """Choose the sizes of every shape. A search that `file` already holds is not repeated; a new one is added to it.
 
-    Of the banks of a shape the middle one is probed. `show` gets every new search; None prints its table. Raises
+    Of the banks of a shape the middle one is probed. The table of a new search is printed. Raises
     ConfigError where nothing fits in the budget, CheckpointError when its experts can't be read, FitError when every
     probe breaks.
     """
@@ -122,31 +111,24 @@ def choose_sizes(
     known, chosen = _read(file), {}
     for shape, alike in by_shape.items():
         probed = alike[len(alike) // 2]
-        fingerprint = _fingerprint(config, checkpoint, probed, rooms[shape], device, calibration)
+        fingerprint = _fingerprint(config, probed, rooms[shape], sizing)
         searched = known.get(shape)
         if searched is None or searched.fingerprint != fingerprint:
-            frontier = _search(config, checkpoint, probed, rooms[shape], device, calibration)
-            searched = Searched(probed.key, fingerprint, frontier)
+            searched = Searched(probed.key, fingerprint, _search(config, probed, rooms[shape], sizing))
             known[shape] = searched
             _write(file, known)
-            (show or print_frontier)(searched)
+            if not sizing.quiet:
+                print_frontier(searched)
         chosen[shape] = searched.frontier.chosen
         _log.info("%s: %s", _name(shape), searched.frontier.chosen.text)
-        for form, cost in costs_of(config, checkpoint, probed, searched.frontier.chosen).items():
+        for form, cost in costs_of(config, sizing.checkpoint, probed, searched.frontier.chosen).items():
             _log.info("served %s, the experts of a layer take %s of dense", form, cost.text)
     return chosen
 
 
-def _search(
-    config: Config,
-    checkpoint: Checkpoint,
-    probed: Outline,
-    room: Room | ByteRoom,
-    device: torch.device,
-    calibration: Calibration | None,
-) -> Frontier:
-    read = read_experts(config, checkpoint, probed, device, calibration=calibration)
-    experts, metric = read.joined.experts, metric_of(config, read)
+def _search(config: Config, probed: Outline, room: Room | ByteRoom, sizing: Sizing) -> Frontier:
+    joined, metric = sizing.read(config, probed)
+    experts = joined.experts
     seed = bank_seed(config.seed, f"sizes of {_name(probed.shape)}")
     if isinstance(room, ByteRoom):
         return search_bytes(experts, room, config, metric=metric, seed=seed)
@@ -157,20 +139,13 @@ def _search(
         metric=metric,
         seed=seed,
         allows=lambda m: allows(config, m),
-        serving=limits_of(config, checkpoint, probed, room),
+        serving=limits_of(config, sizing.checkpoint, probed, room),
     )
 
 
-def _fingerprint(
-    config: Config,
-    checkpoint: Checkpoint,
-    probed: Outline,
-    room: Room | ByteRoom,
-    device: torch.device,
-    calibration: Calibration | None,
-) -> str:
-    source = source_of(config, checkpoint, probed, calibration)
-    what = [bank_options(config), probed.key, room, source["sha256"], device.type]
+def _fingerprint(config: Config, probed: Outline, room: Room | ByteRoom, sizing: Sizing) -> str:
+    source = source_of(config, sizing.checkpoint, probed, sizing.calibration)
+    what = [bank_options(config), probed.key, room, source["sha256"], sizing.device.type]
     what += [source["calibration"]] if "calibration" in source else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

@@ -31,6 +31,7 @@ from globe.sizes.chosen import allows, limits_of, room_of
 from globe.sizes.costs import fit_bytes, in_metric
 from globe.sizes.search import plan_search
 from globe.sizes.serving import Cost, costs_of, require_served, served, serving_of, serving_table, size_of
+from globe.sizes.sizing import Sizing
 from globe.sizes.timing import is_curved, seconds_of_steps
 from globe.sizes.whole_budget import FILE, spread_budget
 
@@ -255,9 +256,8 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
         if config.budget.over is Over.model:
             with tempfile.TemporaryDirectory(prefix="globe-") as scratch:
                 banks = outline(config, checkpoint)
-                calibration = calibration_for(config, checkpoint, banks, device)
-                file = Path(scratch) / FILE
-                spread = spread_budget(config, checkpoint, banks, device, file, calibration=calibration)
+                sizing = Sizing(checkpoint, device, calibration_for(config, checkpoint, banks, device))
+                spread = spread_budget(config, banks, sizing, Path(scratch) / FILE)
             shares = {one.key: one.kept for one in spread.shares}
         found = predict(config, checkpoint, device, shares)
     console.print(_table(config, found, str(device)))

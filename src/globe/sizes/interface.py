@@ -28,7 +28,8 @@ from globe.numerics.device import arithmetic, limit_threads
 from globe.runs.folder import RunFolder
 from globe.runs.progress import Progress
 from globe.runs.tracking import Fanout
-from globe.sizes.banks import Sizing, sized_banks
+from globe.sizes.banks import sized_banks
+from globe.sizes.sizing import Sizing
 
 
 class Keywords(TypedDict, total=False):
@@ -155,9 +156,8 @@ def learn_banks(
         outlines = outline(config, checkpoint)
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outlines))
         calibration = calibration_for(config, checkpoint, outlines, device)
-        banks = sized_banks(
-            config, outlines, Sizing(checkpoint, device, folder, calibration, quiet=not progress)
-        )
+        sizing = Sizing(checkpoint, device, calibration, quiet=not progress)
+        banks = sized_banks(config, outlines, sizing, folder)
         with Progress(len(banks), config.train.steps, Fanout([])) if progress else nullcontext() as bar:
             on_step = _silent if bar is None else bar.step
             run = Run(config, checkpoint, folder, device, on_step, calibration=calibration)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from globe.calibration.run import Calibration
 from globe.calibration.sensitivity import sensitivities
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.in_memory import ExpertsInMemory
@@ -27,12 +25,11 @@ from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.files import read_record, write_json
-from globe.fit.input_metric import metric_of
 from globe.fit.plan import Outline
 from globe.fit.provenance import bank_options, stamp
-from globe.fit.reading import read_experts
 from globe.sizes.allocation import Curve, allocate
 from globe.sizes.curves import Spectrum, approximated, limits, spectrum
+from globe.sizes.sizing import Sizing
 
 FILE = "allocation.json"
 FORMAT_VERSION = 1
@@ -75,45 +72,31 @@ class Allocation:
         )
 
 
-def spread_budget(
-    config: Config,
-    checkpoint: Checkpoint,
-    banks: Sequence[Outline],
-    device: torch.device,
-    file: Path,
-    *,
-    calibration: Calibration | None = None,
-    show: Callable[[Allocation], None] | None = None,
-) -> Allocation:
-    """Choose the share of every bank, or read what `file` holds if it is of the same run.
+def spread_budget(config: Config, banks: Sequence[Outline], sizing: Sizing, file: Path) -> Allocation:
+    """Choose the share of every bank and print it, or read what `file` holds if it is of the same run.
 
-    `show` gets a new allocation; None prints it. Raises ConfigError where the share is too small for the smallest
+    Raises ConfigError where the share is too small for the smallest
     banks, CheckpointError when experts can't be read, and what `sensitivities` raises.
     """
-    key = _fingerprint(config, checkpoint, banks)
+    key = _fingerprint(config, sizing.checkpoint, banks)
     found = _read(file, key)
     if found is None:
-        found = _spread(config, checkpoint, banks, device, calibration)
+        found = _spread(config, banks, sizing)
         write_json(file, {"format_version": FORMAT_VERSION, "fingerprint": key, **asdict(found)})
-        (show or print_allocation)(found)
+        if not sizing.quiet:
+            print_allocation(found)
     return found
 
 
-def _spread(
-    config: Config,
-    checkpoint: Checkpoint,
-    banks: Sequence[Outline],
-    device: torch.device,
-    calibration: Calibration | None,
-) -> Allocation:
+def _spread(config: Config, banks: Sequence[Outline], sizing: Sizing) -> Allocation:
     kept = config.bank.kept
     assert kept is not None
     spectra: dict[str, Spectrum] = {}
     for bank in banks:
-        read = read_experts(config, checkpoint, bank, device, calibration=calibration)
-        spectra[bank.key] = spectrum(read.joined.experts, metric_of(config, read))
-        del read
-    felt = _measure(config, checkpoint, banks, device, calibration, spectra)
+        joined, metric = sizing.read(config, bank)
+        spectra[bank.key] = spectrum(joined.experts, metric)
+        del joined, metric
+    felt = _measure(config, banks, sizing, spectra)
     numbers = [bank.n * bank.p * bank.d for bank in banks]
     curves = [
         _curve(config, spectra[bank.key], count, felt.get(bank.key))
@@ -151,17 +134,12 @@ def _curve(config: Config, basis: Spectrum, parameters: int, felt: float | None)
 
 
 def _measure(
-    config: Config,
-    checkpoint: Checkpoint,
-    banks: Sequence[Outline],
-    device: torch.device,
-    calibration: Calibration | None,
-    spectra: dict[str, Spectrum],
+    config: Config, banks: Sequence[Outline], sizing: Sizing, spectra: dict[str, Spectrum]
 ) -> dict[str, float]:
-    """Nats per token of the model with one bank alone at the run's share, by key; nothing without a text."""
+    """Return the nats per token of the model with one bank alone at the run's share, by key; nothing without a text."""
     if config.calibrate.text is None:
         return {}
-    if isinstance(checkpoint, ExpertsInMemory):
+    if isinstance(sizing.checkpoint, ExpertsInMemory):
         raise ConfigError(
             "calibrate.text with budget.over=model runs the model, which needs its folder or hub id: give that, or "
             "leave out calibrate.text"
@@ -172,12 +150,11 @@ def _measure(
 
     def candidate(layer: int, family: str) -> list[Float[Tensor, "n p d"]]:
         bank = of[layer, family]
-        read = read_experts(config, checkpoint, bank, device, calibration=calibration)
-        metric = metric_of(config, read)
+        joined, metric = sizing.read(config, bank)
         limit = int(kept * bank.n * bank.p * bank.d)
-        return [approximated(read.joined, metric, spectra[bank.key], limit)]
+        return [approximated(joined, metric, spectra[bank.key], limit)]
 
-    found = sensitivities(checkpoint, config.calibrate, candidate, sorted(of), device=device)
+    found = sensitivities(sizing.checkpoint, config.calibrate, candidate, sorted(of), device=sizing.device)
     return {of[one.layer, one.family].key: one.kl for one in found}
 
 
