@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from globe.calibration.collect import LayerSums, watched
+from globe.calibration.experts_module import ExpertsView, experts_modules
+from globe.calibration.statistics import LayerStatistics
 from globe.checkpoint import open_checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from tiny_models import write_tiny
@@ -39,3 +45,24 @@ def make(tmp_path: Path, model_type: str = "qwen3_moe", **overrides: Any) -> tup
     text = text_file(tmp_path)
     options = CalibrateConfig(text=str(text), tokens=13 * 11, window=13, batch=4, out=str(tmp_path / "out"))
     return open_checkpoint(str(folder)), options
+
+
+@torch.no_grad()
+def collect(
+    model: Any, windows: Int[Tensor, "w t"], *, batch: int = 8, rank: int | None = None
+) -> dict[int, LayerStatistics]:
+    """Layer -> statistics, from one pass of a whole model in memory over windows of token ids."""
+    found: dict[int, LayerStatistics] = {}
+    with ExitStack() as stack:
+        sums = []
+        for layer, name in sorted(experts_modules(model).items()):
+            module = model.get_submodule(name)
+            one = LayerSums(layer, ExpertsView(module, name), rank=rank)
+            stack.enter_context(watched(module, one))
+            sums.append(one)
+        device = next(model.parameters()).device
+        for ids in windows.split(batch):
+            model(ids.to(device), use_cache=False)
+        for one in sums:
+            found[one.layer] = one.finish()
+    return found

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_support import make
+from calibration_support import collect, make
 from safetensors.torch import load_file, save_file
 
 from globe.calibration import run as run_module
-from globe.calibration.collect import collect
 from globe.calibration.hidden_states import HiddenStates
 from globe.calibration.run import RECORD, Calibration, calibrate, prepare
 from globe.checkpoint import open_checkpoint

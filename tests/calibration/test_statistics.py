@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from calibration_support import collect
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from globe.calibration.collect import MomentSums, collect
+from globe.calibration.collect import MomentSums
 from globe.calibration.experts_module import ExpertsView, experts_modules
 from globe.calibration.statistics import LayerStatistics, SecondMoments, read_statistics, write_statistics
 from globe.checkpoint import Checkpoint, open_checkpoint

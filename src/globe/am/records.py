@@ -123,20 +123,20 @@ class StepRecord:
     seconds: float
     objective: float
     relfrob: float
-    validation_relfrob: float | None
-    lam: float
-    beta: float
-    temperature: float
-    accepted: bool
-    damping: float
-    regularised_solves: int
     support_median: float
     support_mean: float
     support_min: int
     support_max: int
-    seconds_coding: float
-    seconds_dictionary: float
-    seconds_refit: float
+    validation_relfrob: float | None = None
+    lam: float = 1.0
+    beta: float = 1.0
+    temperature: float = 1.0
+    accepted: bool = True
+    damping: float = 0.0
+    regularised_solves: int = 0
+    seconds_coding: float = 0.0
+    seconds_dictionary: float = 0.0
+    seconds_refit: float = 0.0
 
     def flat(self) -> dict[str, float | int | bool | None]:
         return asdict(self)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from globe.calibration.experts_module import ExpertsView, Routed, experts_modules
+from globe.calibration.experts_module import ExpertsView, Routed
 from globe.calibration.statistics import LayerStatistics, SecondMoments
 
 BUFFERED = 256
@@ -133,24 +133,3 @@ def watched(module: nn.Module, sums: LayerSums) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def collect(
-    model: Any, windows: Int[Tensor, "w t"], *, batch: int = 8, rank: int | None = None
-) -> dict[int, LayerStatistics]:
-    """Layer -> statistics, from one pass of a whole model in memory over windows of token ids."""
-    found: dict[int, LayerStatistics] = {}
-    with ExitStack() as stack:
-        sums = []
-        for layer, name in sorted(experts_modules(model).items()):
-            module = model.get_submodule(name)
-            one = LayerSums(layer, ExpertsView(module, name), rank=rank)
-            stack.enter_context(watched(module, one))
-            sums.append(one)
-        device = next(model.parameters()).device
-        for ids in windows.split(batch):
-            model(ids.to(device), use_cache=False)
-        for one in sums:
-            found[one.layer] = one.finish()
-    return found

@@ -55,25 +55,6 @@ class Decoder:
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(sorted(self._experts))
 
-    @property
-    def hidden_size(self) -> int:
-        return int(self._model.config.get_text_config().hidden_size)
-
-    @property
-    def config(self) -> Any:
-        """The configuration of the text part."""
-        return self._model.config.get_text_config()
-
-    def parameters(self, layer: int) -> int:
-        """Numbers in the parameters of a decoder layer."""
-        return sum(one.numel() for one in self._modules[layer].parameters())
-
-    @property
-    def other_parameters(self) -> int:
-        """Numbers in the embeddings and whatever else stays in memory."""
-        inside = sum(self.parameters(layer) for layer in range(self.layers))
-        return sum(one.numel() for one in self._model.get_submodule(self._root).parameters()) - inside
-
     def experts(self, layer: int) -> tuple[nn.Module, ExpertsView]:
         """The experts module of a layer that is in memory."""
         name = self._experts[layer]

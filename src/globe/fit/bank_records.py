@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from globe.am.records import FitResult
@@ -32,11 +33,11 @@ def artefact_of(
 ) -> BankArtefact:
     """Return the artefact of fitted and finalised factors; its figures are added by `report_of`."""
     low_rank = done.factors.left is not None
-    bounds = zip(bank.members, joined.starts[:-1], joined.starts[1:], strict=True)
+    bounds = zip(bank.members, pairwise(joined.starts), strict=True)
     return BankArtefact(
         members=tuple(
             Member(one.layer, one.family, start, stop, experts_of(config, checkpoint, one))
-            for one, start, stop in bounds
+            for one, (start, stop) in bounds
         ),
         codes=done.factors.codes,
         adapters=done.factors.adapters,

@@ -114,24 +114,7 @@ def _as_fit(baseline: BaselineResult, X: Float[Tensor, "n p d"], total: float) -
 
 
 def _record(point: BaselinePoint, m: int, total: float) -> StepRecord:
-    """A measured state as a line of `metrics.jsonl`: softmax codes use every atom, and nothing is scheduled."""
+    """Return a measured state as a line of `metrics.jsonl`: softmax codes use every atom, and nothing is scheduled."""
     return StepRecord(
-        step=point.step,
-        seconds=point.seconds,
-        objective=point.relfrob**2 * total,
-        relfrob=point.relfrob,
-        validation_relfrob=None,
-        lam=1.0,
-        beta=1.0,
-        temperature=1.0,
-        accepted=True,
-        damping=0.0,
-        regularised_solves=0,
-        support_median=float(m),
-        support_mean=float(m),
-        support_min=m,
-        support_max=m,
-        seconds_coding=0.0,
-        seconds_dictionary=0.0,
-        seconds_refit=0.0,
+        point.step, point.seconds, point.relfrob**2 * total, point.relfrob, float(m), float(m), m, m
     )

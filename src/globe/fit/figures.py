@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -130,8 +131,7 @@ def _rebuilt_spectrum(joined: Joined, artefact: BankArtefact, row: int) -> Float
     """Singular values of one rebuilt expert, in the units of the normalised ones."""
     expert = rebuild(artefact, [row], dtype=joined.experts.dtype)
     if joined.mean is not None:
-        member = next(at for at, stop in enumerate(joined.starts[1:]) if row < stop)
-        expert = expert - joined.mean[member]
+        expert = expert - joined.mean[bisect_right(joined.starts, row) - 1]
     if joined.scale is not None:
         scale = joined.scale[row]
         expert = expert / (scale if scale.dim() == 0 else scale.unsqueeze(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, TypedDict
@@ -201,7 +202,8 @@ def _errors(
         inverse = None if scale is None else 1 / scale[rows]
         approximation = fold_scale(exported.adapters[rows].to(X), inverse) @ M
         if mean is not None and joined.mean is not None and mean.dim() == 3:
-            shift = (mean.to(X) - joined.mean)[_members(joined, rows)]
+            members = [bisect_right(joined.starts, row) - 1 for row in range(rows.start, rows.stop)]
+            shift = (mean.to(X) - joined.mean)[members]
             approximation += fold_scale(shift, inverse)
         left = X[rows] - approximation
         parts.append(squared_norms(left))
@@ -212,11 +214,3 @@ def _errors(
 def _chunks(X: Float[Tensor, "n p d"]) -> Iterator[slice]:
     for start in range(0, X.shape[0], CHUNK):
         yield slice(start, min(start + CHUNK, X.shape[0]))
-
-
-def _members(joined: Joined, rows: slice) -> list[int]:
-    """Return the position of the member that each row belongs to."""
-    return [
-        next(at for at, stop in enumerate(joined.starts[1:]) if row < stop)
-        for row in range(rows.start, rows.stop)
-    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -125,9 +126,7 @@ def join(parts: Sequence[Normalised]) -> Joined:
     scale.
     """
     counts = [part.experts.shape[0] for part in parts]
-    starts = [0]
-    for count in counts:
-        starts.append(starts[-1] + count)
+    starts = tuple(accumulate(counts, initial=0))
     means = [part.mean for part in parts if part.mean is not None]
     scales = [
         part.scale.expand(count) if part.scale.dim() == 0 else part.scale
@@ -145,7 +144,7 @@ def join(parts: Sequence[Normalised]) -> Joined:
         experts = StoredExperts(weights, mean, scale, starts, stored[0].dtype)
     else:
         experts = torch.cat([part.experts for part in parts])
-    return Joined(experts, mean, scale, tuple(starts))
+    return Joined(experts, mean, scale, starts)
 
 
 def _row_squares(expert: Float[Tensor, "p d"]) -> Float[Tensor, " p"]:

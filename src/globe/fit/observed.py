@@ -9,7 +9,7 @@ inputs. An expert that few tokens reach knows little of all that; it borrows fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -54,9 +54,7 @@ def inputs_metric(
     expert itself. Each member keeps its energy, sum_i ||D_i X_i L_i||^2 = sum_i ||X_i||^2, so that members weigh what
     they weighed. None if nothing is left but the plain metric. With several processes X and `scale` are this one's.
     """
-    starts = [0]
-    for member in members:
-        starts.append(starts[-1] + len(member.experts))
+    starts = accumulate((len(member.experts) for member in members), initial=0)
     parts = [group.within(*bounds) for bounds in pairwise(starts)]
     columns = _columns(members, parts, X, group)
     rows = [_rows(one, part) for one, part in zip(members, parts, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,8 +88,7 @@ class StoredExperts(Tensor):
         """Some of the experts, normalised, in the dtype of the fit."""
         made = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype, device=self.weights.device)
         for at, row in enumerate(rows):
-            member = next(i for i, stop in enumerate(self.starts[1:]) if row < stop)
-            mean = None if self.means is None else self.means[member]
+            mean = None if self.means is None else self.means[bisect_right(self.starts, row) - 1]
             made[at] = z_score(self.weights[row], mean, None if self.scale is None else self.scale[row])
         return made
 
