@@ -29,7 +29,7 @@ def mixed_bases(
     activation: str,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "n r d"]:
-    """M_i = phi_lam(sum_j alpha_ij B_j) with dense atoms B_j, or low-rank ones B_j = U_j V_j (left, right).
+    """Return M_i = phi_lam(sum_j alpha_ij B_j) with dense atoms B_j, or low-rank ones B_j = U_j V_j (left, right).
 
     Mixed and activated in float32 or wider, whatever the dtype of the factors, then rounded once to `dtype`
     (None: the dtype of the mixing). Where at most half the atoms are used, only those are read, so one expert
@@ -58,7 +58,7 @@ def mixed_bases(
 
 
 def _mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Tensor, "n r d"]:
-    """sum_j alpha_ij B_j in the dtype of the codes; a narrower bank is widened in pieces, never whole."""
+    """Return sum_j alpha_ij B_j in the dtype of the codes; a narrower bank is widened in pieces, never whole."""
     m, r, d = bank.shape
     flat = bank.reshape(m, r * d)
     if bank.dtype == codes.dtype:
@@ -73,7 +73,7 @@ def _mix(codes: Float[Tensor, "n m"], bank: Float[Tensor, "m r d"]) -> Float[Ten
 def _mix_low_rank(
     codes: Float[Tensor, "n m"], left: Float[Tensor, "m r k"], right: Float[Tensor, "m k d"]
 ) -> Float[Tensor, "n r d"]:
-    """sum_j alpha_ij U_j V_j.
+    """Return sum_j alpha_ij U_j V_j.
 
     For one expert [alpha_1 U_1 .. alpha_m U_m] [V_1; ..; V_m], with no atom made dense; for more experts the
     dense atoms are made once, m r d numbers, no more than the result takes when m <= n.
@@ -108,7 +108,7 @@ def factor_bases(
 def bases_of(
     artefact: BankArtefact, rows: Sequence[int] | slice, *, dtype: torch.dtype | None = None
 ) -> Float[Tensor, "chosen r d"]:
-    """`mixed_bases` of some rows of an artefact."""
+    """Return `mixed_bases` of some rows of an artefact."""
     return mixed_bases(
         artefact.codes[rows if isinstance(rows, slice) else list(rows)],
         artefact.bank,
@@ -127,7 +127,7 @@ def rebuild(
     dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
 ) -> Float[Tensor, "chosen p d"]:
-    """Dense experts W_i = A_i M_i + mean of the given rows of the bank (None: all), in the artefact's device.
+    """Return dense experts W_i = A_i M_i + mean of the given rows of the bank (None: all), in the artefact's device.
 
     Computed in float32 or wider and rounded once to `dtype` (None: the adapters' own), `chunk` experts at a
     time, so the result is the only thing of its size. Rows count through all members (`Member.start`,
@@ -166,7 +166,7 @@ class BasisCache:
         self._kept: dict[int, Tensor] = {}
 
     def take(self, experts: Sequence[int]) -> dict[int, Float[Tensor, "r d"]]:
-        """The bases that are there; they count as used now, and must not be written into."""
+        """Return the bases that are there; they count as used now, and must not be written into."""
         found = {expert: self._kept.pop(expert) for expert in experts if expert in self._kept}
         self._kept |= found  # popped and put back, so the least recently used stand first
         return found

@@ -131,7 +131,7 @@ def _write_files(artefact: BankArtefact, folder: Path) -> None:
 
 
 def _identity(artefact: BankArtefact) -> dict[str, Any]:
-    """What the tensors mean, without anything that two equal runs could differ in."""
+    """Return what the tensors mean, without anything that two equal runs could differ in."""
     return {
         "format_version": FORMAT_VERSION,
         "members": [plain_record(member) for member in artefact.members],

@@ -42,7 +42,8 @@ def allocate_bits(importance: Sequence[float], total: int, *, most: int = MOST_B
 
 
 def share_bits(rows: Float[Tensor, "*rows"], columns: Float[Tensor, " k"], total: int) -> LevelGrid | None:
-    """Share out `total` bits over entries that cost rows x columns if they are left out; None if they are too few.
+    """Share out `total` bits over entries that cost rows x columns if they are left out; None if they are
+    too few.
 
     The same reverse water-filling, where rows differ as much as columns do: an expert that is used a hundred times as
     often, or a row that the output depends on, gets more bits. Rows are sorted into levels, each twice as important as
@@ -84,7 +85,7 @@ def share_bits(rows: Float[Tensor, "*rows"], columns: Float[Tensor, " k"], total
 def column_factors(
     squares: Float[Tensor, " k"], weights: Float[Tensor, " k"], bits: Sequence[int]
 ) -> Float[Tensor, " k"]:
-    """What to divide the columns of A by before they are rounded with one scale a group, as numbers of bfloat16.
+    """Return what to divide the columns of A by before they are rounded with one scale a group, as numbers of bfloat16.
 
     squares   mean squares of A's columns
     weights   mean squares of M's rows, in the metric
@@ -104,7 +105,7 @@ def column_factors(
 
 
 def balanced_gauge(K: Float[Tensor, "r r"], G: Float[Tensor, "r r"]) -> tuple[Tensor, Tensor]:
-    """T and its inverse with T K T^T = T^-T G T^-1, diagonal and falling: K = sum M_i M_i^T, G = sum A_i^T A_i.
+    """Return T and its inverse with T K T^T = T^-T G T^-1, diagonal and falling: K = sum M_i M_i^T, G = sum A_i^T A_i.
 
     Columns of A and rows of M are then uncorrelated on the whole and balanced, so that bits can be shared out column by
     column (balanced realisations: Moore 1981, section III). In float64, but for the result.

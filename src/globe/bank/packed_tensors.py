@@ -19,21 +19,21 @@ small file could ask for any amount of memory with them."""
 
 
 def flatten(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
-    """The tensors of packed factors by the names they have in a file."""
+    """Return the tensors of packed factors by the names they have in a file."""
     return {
         f"{name}.{part}": tensor for name, one in packed.items() for part, tensor in one.tensors().items()
     }
 
 
 def layouts(packed: Mapping[str, Packed]) -> dict[str, Any]:
-    """What these tensors mean, in plain values."""
+    """Return what these tensors mean, in plain values."""
     return {name: one.layout() for name, one in packed.items()}
 
 
 def gather(
     tensors: Mapping[str, Tensor], described: Any, where: str
 ) -> tuple[dict[str, Tensor], dict[str, Packed]]:
-    """Tensors of a file as plain ones and packed factors: the inverse of `flatten` and `layouts`.
+    """Return tensors of a file as plain ones and packed factors: the inverse of `flatten` and `layouts`.
 
     Raises ArtefactError with a sentence that begins with `where` if a packed factor is not what is `described`.
     """
@@ -53,5 +53,5 @@ def gather(
 
 
 def dequantised(packed: Mapping[str, Packed], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The factors as numbers, rounded once to `dtype`."""
+    """Return the factors as numbers, rounded once to `dtype`."""
     return {name: one.values(dtype) for name, one in packed.items()}

@@ -25,7 +25,7 @@ _MOST_COLUMNS = 1 << 20
 
 
 def _runs(each: Sequence[int]) -> Iterator[tuple[int, slice, slice]]:
-    """Bits, columns, and place in the stream of every run of columns of equal bits."""
+    """Yield the bits, columns, and place in the stream of every run of columns of equal bits."""
     column = at = 0
     for bits, run in groupby(each):
         count = len(list(run))
@@ -34,7 +34,7 @@ def _runs(each: Sequence[int]) -> Iterator[tuple[int, slice, slice]]:
 
 
 def pack(codes: UInt8[Tensor, "*rows k"], grid: Grid) -> UInt8[Tensor, "*rows bytes"]:
-    """Integers of so many bits a column as one stream of bits a row, least significant bit first.
+    """Return the integers of so many bits a column as one stream of bits a row, least significant bit first.
 
     A row begins with a new byte, and read as little-endian words of any length the stream is the same.
     """
@@ -53,7 +53,7 @@ def pack(codes: UInt8[Tensor, "*rows k"], grid: Grid) -> UInt8[Tensor, "*rows by
 
 
 def unpack(words: UInt8[Tensor, "*rows bytes"], grid: Grid) -> UInt8[Tensor, "*rows k"]:
-    """The integers that `pack` was given."""
+    """Return the integers that `pack` was given."""
     rows, k = words.flatten(0, -2), len(grid.bits)
     out = torch.empty(rows.shape[0], k, dtype=torch.uint8, device=words.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
@@ -67,7 +67,7 @@ def unpack(words: UInt8[Tensor, "*rows bytes"], grid: Grid) -> UInt8[Tensor, "*r
 
 
 def _pack_levels(codes: UInt8[Tensor, "*rows k"], grid: LevelGrid) -> UInt8[Tensor, " bytes"]:
-    """The integers of rows of different bits, one row after the other."""
+    """Return the integers of rows of different bits, one row after the other."""
     rows, levels = codes.flatten(0, -2), grid.levels.flatten().long()
     starts, total = _starts(grid)
     out = torch.empty(total, dtype=torch.uint8, device=codes.device)
@@ -80,7 +80,7 @@ def _pack_levels(codes: UInt8[Tensor, "*rows k"], grid: LevelGrid) -> UInt8[Tens
 
 
 def _unpack_levels(words: UInt8[Tensor, " bytes"], grid: LevelGrid) -> UInt8[Tensor, "*rows k"]:
-    """The integers that `_pack_levels` was given."""
+    """Return the integers that `_pack_levels` was given."""
     levels, (starts, _) = grid.levels.flatten().long(), _starts(grid)
     out = torch.zeros(len(levels), grid.group, dtype=torch.uint8, device=words.device)
     for level, table in enumerate(grid.tables):
@@ -92,7 +92,7 @@ def _unpack_levels(words: UInt8[Tensor, " bytes"], grid: LevelGrid) -> UInt8[Ten
 
 
 def _starts(grid: LevelGrid) -> tuple[Int[Tensor, " rows"], int]:
-    """Where each row begins in the stream, and the length of the stream."""
+    """Return where each row begins in the stream, and the length of the stream."""
     widths = torch.tensor([row_width(table) for table in grid.tables], device=grid.levels.device)
     ends = widths[grid.levels.flatten().long()].cumsum(dim=0)
     return ends - widths[grid.levels.flatten().long()], int(ends[-1]) if len(ends) else 0
@@ -126,7 +126,7 @@ class Packed:
 
     @classmethod
     def joined(cls, parts: Sequence[Packed]) -> Packed:
-        """Parts of one factor below each other; they have one grid, and columns and rotation in common."""
+        """Return the parts of one factor below each other; they have one grid, and columns and rotation in common."""
         words, scale = (torch.cat([getattr(one, name) for one in parts]) for name in ("words", "scale"))
         grid, grids = parts[0].grid, [one.grid for one in parts if isinstance(one.grid, LevelGrid)]
         if isinstance(grid, LevelGrid):
@@ -140,7 +140,7 @@ class Packed:
         return Rounded(unpack(self.words, self.grid), self.scale, self.grid)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The factor (*rows, k): computed in float32, rounded once to `dtype`, a few rows at a time."""
+        """Return the factor (*rows, k): computed in float32, rounded once to `dtype`, a few rows at a time."""
         out = torch.empty(*self.shape, dtype=dtype, device=self.words.device)
         back = None
         if self.turned is not None:
@@ -174,13 +174,13 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is written, by the names that follow the factor's own and a point."""
+        """Return what is written, by the names that follow the factor's own and a point."""
         levels = self.grid.levels if isinstance(self.grid, LevelGrid) else None
         found = {"words": self.words, "scale": self.scale, "columns": self.columns, "levels": levels}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def layout(self) -> dict[str, Any]:
-        """What the tensors mean, in plain values: runs of columns of equal bits, and columns of a group.
+        """Return what the tensors mean, in plain values: runs of columns of equal bits, and columns of a group.
 
         Where rows differ in their bits there are runs for each level, and no group, since all columns share a scale.
         """
@@ -194,7 +194,7 @@ def _described(each: Sequence[int]) -> list[list[int]]:
 
 
 def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packed:
-    """A packed factor from its tensors and its layout, both of which a file may have got wrong.
+    """Return a packed factor from its tensors and its layout, both of which a file may have got wrong.
 
     Raises ArtefactError with one sentence that begins with `where` and names the first thing wrong.
     """
@@ -231,7 +231,7 @@ def read_packed(tensors: Mapping[str, Tensor], layout: Any, where: str) -> Packe
 
 
 def grid_of(layout: Any, where: str, levels: Tensor | None = None) -> Grid | LevelGrid:
-    """The grid that `Packed.layout` describes. Raises ArtefactError where it describes none.
+    """Return the grid that `Packed.layout` describes. Raises ArtefactError where it describes none.
 
     `levels` are those of the rows, where the layout has several. Without them the grid is that of no rows.
     """
@@ -254,7 +254,7 @@ def grid_of(layout: Any, where: str, levels: Tensor | None = None) -> Grid | Lev
 
 
 def _table(runs: Any, where: str) -> tuple[int, ...]:
-    """Bits of every column from its runs."""
+    """Return the bits of every column from its runs."""
     _require(isinstance(runs, list | tuple) and len(runs) > 0, where, "no list of bits")
     columns = 0
     for run in runs:

@@ -36,11 +36,11 @@ class Precision:
         return (_FEEDBACK_OF_ROWS if self.group_adapters is None else _FEEDBACK) * noise
 
     def row_bits(self, r: int) -> int:
-        """Bits of the integers of an adapter's row, to be shared out over its r columns."""
+        """Return the bits of the integers of an adapter's row, to be shared out over its r columns."""
         return math.floor(self.adapters * r + 1e-6)
 
     def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
-        """Bits that factors of these sizes take in a file: rows of whole bytes, scales and codes of 16 bits."""
+        """Return the bits that such factors take in a file: rows of whole bytes, scales and codes of 16 bits."""
         if self.group_adapters is None:  # rows of different bits, each with its scale and level
             adapters = n * p * (self.row_bits(r) + 24) + 16 * r
         else:

@@ -110,7 +110,7 @@ class BankArtefact:
         return sum((self.packed.get(name) or tensor).nbytes for name, tensor in found.items())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are present, by the names they have in the file."""
+        """Return the tensors that are present, by the names they have in the file."""
         found = {name: getattr(self, name) for name in TENSOR_NAMES}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def hadamard(size: int) -> Float[Tensor, "size size"]:
-    """The Hadamard matrix of signs of a power of two, by Sylvester's doubling; rows are orthogonal, not normal."""
+    """Return the Hadamard matrix of signs for a power of two (Sylvester); rows are orthogonal, not normal."""
     if size < 1 or size & (size - 1):
         raise ValueError(f"{size} is not a power of two")
     signs = torch.ones(1, 1)
@@ -21,7 +21,7 @@ def hadamard(size: int) -> Float[Tensor, "size size"]:
 
 
 def rotation(size: int, seed: int) -> Float[Tensor, "size size"]:
-    """A random orthogonal matrix in float32, the same for equal seeds.
+    """Return a random orthogonal matrix in float32, the same for equal seeds.
 
     Signs drawn at random times a Hadamard matrix (QuIP#: Tseng et al. 2024, arXiv 2402.04396, section 3) where the size
     is a power of four; otherwise blocks of the largest power of two that divides it (and is not the size), twice, with

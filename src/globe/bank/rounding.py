@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, bits: int | Sequence[int], k: int, group: int) -> Grid:
-        """One number of bits for all of k columns, or one for each. Raises ValueError where they do not fit."""
+        """Return one number of bits for all of k columns, or one for each. Raises ValueError where they do not fit."""
         each = (bits,) * k if isinstance(bits, int) else tuple(bits)
         if len(each) != k or not all(0 <= b <= MOST_BITS for b in each) or group < 1:
             raise ValueError(
@@ -62,7 +62,7 @@ class Grid(NamedTuple):
         return rows * (sum(self.bits) + 16 * self.group_count)
 
     def top(self, like: Tensor) -> Float[Tensor, " k"]:
-        """The largest integer of each column."""
+        """Return the largest integer of each column."""
         return torch.tensor([2**b - 1 for b in self.bits], dtype=like.dtype, device=like.device)
 
     def of_rows(self, rows: Any) -> Grid:
@@ -98,14 +98,14 @@ class LevelGrid:
         return 1
 
     def nbits(self, rows: int) -> int:
-        """Bits of the integers, the scales and the levels of all rows, each row in whole bytes."""
+        """Return the bits of the integers, the scales and the levels of all rows, each row in whole bytes."""
         counts = torch.bincount(self.levels.flatten().long(), minlength=len(self.tables)).tolist()
         return sum(
             count * (row_width(table) * 8 + 24) for count, table in zip(counts, self.tables, strict=True)
         )
 
     def top(self, like: Tensor) -> Float[Tensor, "*rows k"]:
-        """The largest integer of each entry."""
+        """Return the largest integer of each entry."""
         tops = torch.tensor([[2**b - 1 for b in table] for table in self.tables], dtype=like.dtype)
         return tops.to(like.device)[self.levels.long()]
 

@@ -30,7 +30,7 @@ class Objective(Protocol):
         """Computes the residual of the present parameters."""
 
     def relfrob(self) -> float:
-        """RelFrob of the last `forward`."""
+        """Return RelFrob of the last `forward`."""
 
     def backward(self) -> None:
         """Writes the gradient at the last `forward` into `.grad`."""
@@ -53,7 +53,7 @@ class Limits(NamedTuple):
         return self.clock() - self.started
 
     def fraction(self, step: int, elapsed: float) -> float:
-        """Share of the way that has passed: of steps or of time, the larger where both are limited."""
+        """Return the share of the way that has passed: of steps or of time, the larger where both are limited."""
         return max(step / self.steps if self.steps else 0.0, elapsed / self.seconds if self.seconds else 0.0)
 
     def stop(self, step: int, elapsed: float) -> StopReason | None:
@@ -72,13 +72,13 @@ class AdamOutcome(NamedTuple):
 
 
 def cosine_rate(rate: float, *, floor: float, fraction: float) -> float:
-    """floor + (rate - floor) (1 + cos(pi fraction)) / 2; fraction of the way, 0 to 1."""
+    """Return floor + (rate - floor) (1 + cos(pi fraction)) / 2; fraction of the way, 0 to 1."""
     return floor + (rate - floor) * (1 + math.cos(math.pi * min(1.0, fraction))) / 2
 
 
 @cache
 def load_optimiser() -> None:
-    """One step of nothing, before any clock: at the first one PyTorch imports its compiler for seconds."""
+    """Take one step of nothing, before any clock: at the first one PyTorch imports its compiler for seconds."""
     parameter = torch.zeros(1, requires_grad=True)
     parameter.grad = torch.ones(1)
     torch.optim.AdamW([parameter], lr=0.1, fused=True).step()
@@ -93,7 +93,7 @@ def minimise(
     weight_decay: float = 0.0,
     cosine_floor: float | None = None,
 ) -> AdamOutcome:
-    """Adam, or AdamW where there is decay (betas 0.9, 0.999; eps 1e-8), until a limit is reached.
+    """Minimise by Adam, or AdamW where there is decay (betas 0.9, 0.999; eps 1e-8), until a limit is reached.
 
     rates          learning rate of each parameter
     cosine_floor   None keeps the rates; else all fall to this floor on a cosine over `limits.fraction`
@@ -142,7 +142,7 @@ def minimise(
 
 
 def leaf(start: Tensor) -> Tensor:
-    """A trainable copy of `start` with its gradient buffer."""
+    """Return a trainable copy of `start` with its gradient buffer."""
     parameter = start.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     parameter.grad = torch.zeros_like(parameter)
     return parameter

@@ -16,7 +16,7 @@ ADAPTER_SHARE = Fraction(3, 4)
 
 
 def allowed_parameters(budget: float | int, *, n: int, p: int, d: int) -> int:
-    """Parameters that `budget` allows to keep: a share (float, 0 to 1) of n p d, or a number (int)."""
+    """Return the parameters that `budget` allows to keep: a share (float, 0 to 1) of n p d, or a number (int)."""
     if isinstance(budget, bool) or not budget > 0 or (isinstance(budget, float) and budget > 1):
         raise ConfigError(
             f"budget={budget!r} is not possible: give a share from 0 to 1, or a number of parameters"
@@ -35,7 +35,7 @@ def resolve_sizes(
     r: int | None = None,
     atom_rank: int | None = None,
 ) -> BaselineSizes:
-    """Sizes of `method` for n experts of p x d.
+    """Return the sizes of `method` for n experts of p x d.
 
     Sizes that are given stay; the others are the largest that `budget` allows. Without any, a method with a
     bank begins with the first r of p (as published), 3p/4, p/2, p/4 and below whose adapters take at most three
@@ -94,7 +94,7 @@ def _published_rank(method: Method, n: int, p: int, d: int, limit: int | None) -
 
 
 def _grow(sizes: BaselineSizes, name: str, given: int | None, most: int, limit: int | None) -> BaselineSizes:
-    """`name` as given, or the largest value up to `most` within `limit`; parameters grow with every size."""
+    """Return the sizes with `name` as given, or the largest up to `most` within `limit`; parameters grow with it."""
     if given is not None:
         return sizes
     if limit is None:
@@ -113,7 +113,7 @@ def _grow(sizes: BaselineSizes, name: str, given: int | None, most: int, limit: 
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """Largest integer in [0, most] that fits, 0 where not even 1 does; what fits has no gaps."""
+    """Return the largest integer in [0, most] that fits, 0 where not even 1 does; what fits has no gaps."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -10,7 +10,7 @@ from globe.numerics.precision import to_float64
 
 
 def pivot_rows(U: Float[Tensor, "m r k"]) -> Int[Tensor, "m k"]:
-    """k rows of every U_j, chosen one by one as the row farthest from the span of those before it.
+    """Return k rows of every U_j, chosen one by one as the row farthest from the span of those before it.
 
     That is QR with column pivoting of U_j^T (Businger, Golub 1965), which keeps the chosen k x k block well
     conditioned and the entries of U_j T^-1 moderate. Ties go to the lowest row.
@@ -33,7 +33,7 @@ def pivot_rows(U: Float[Tensor, "m r k"]) -> Int[Tensor, "m k"]:
 def gauge_fix(
     U: Float[Tensor, "m r k"], V: Float[Tensor, "m k d"]
 ) -> tuple[Float[Tensor, "m r k"], Float[Tensor, "m k d"]]:
-    """(U', V') with U'_j V'_j = U_j V_j and k rows of U'_j an exact identity: k (r + d - k) free numbers.
+    """Return (U', V') with U'_j V'_j = U_j V_j and k rows of U'_j an exact identity: k (r + d - k) free numbers.
 
     With T the pivot block of U_j: U' = U T^-1, V' = T V, in float64. A U_j of rank below k is no exception:
     its pivot rows span its row space, so U T^+ T = U still holds with the pseudo-inverse.

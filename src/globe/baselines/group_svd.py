@@ -19,7 +19,7 @@ end at 0.428 where consecutive groups and those of k-means stay at 0.4295."""
 
 
 def consecutive_groups(n: int, m: int) -> Int[Tensor, " n"]:
-    """Groups of neighbouring experts whose sizes differ by at most one, larger ones first."""
+    """Return groups of neighbouring experts whose sizes differ by at most one, larger ones first."""
     sizes = torch.full((m,), n // m)
     sizes[: n % m] += 1
     return torch.repeat_interleave(torch.arange(m), sizes)
@@ -28,19 +28,19 @@ def consecutive_groups(n: int, m: int) -> Int[Tensor, " n"]:
 def group_bases(
     X: Float[Tensor, "n p d"], groups: Int[Tensor, " n"], *, m: int, r: int
 ) -> Float[Tensor, "m r d"]:
-    """The best basis of every group: leading right singular vectors of its experts, stacked."""
+    """Return the best basis of every group: leading right singular vectors of its experts, stacked."""
     return torch.stack([group_basis(X, groups == j, r) for j in range(m)])
 
 
 def captured_energy(X: Float[Tensor, "n p d"], B: Float[Tensor, "m r d"]) -> Float[Tensor, "n m"]:
-    """||X_i B_j^T||_F^2: what the orthonormal rows of B_j capture of expert i."""
+    """Return ||X_i B_j^T||_F^2: what the orthonormal rows of B_j capture of expert i."""
     return torch.stack([squared_norms(X @ basis.mT) for basis in B], dim=1)
 
 
 def k_subspaces(
     X: Float[Tensor, "n p d"], *, m: int, r: int, generator: torch.Generator | None = None
 ) -> tuple[Float[Tensor, "m r d"], Int[Tensor, " n"]]:
-    """B, g of  min sum_i ||X_i - X_i B_g(i)^T B_g(i)||^2  over groups g and orthonormal rows B_j.
+    """Minimise sum_i ||X_i - X_i B_g(i)^T B_g(i)||^2 over groups g and orthonormal rows B_j; return B and g.
 
     K-subspaces (Bradley, Mangasarian 2000) from consecutive groups and, given a generator on the CPU, from
     random ones besides; the best end is returned. Each round lowers the objective or is the last.
@@ -68,7 +68,7 @@ def _descend(
 
 
 def _move(energy: Float[Tensor, "n m"], groups: Int[Tensor, " n"], *, m: int) -> Int[Tensor, " n"]:
-    """Each expert into the group that captures most of it, if by more than rounding; none is emptied."""
+    """Move each expert into the group that captures most of it, if by more than rounding; none is emptied."""
     best, target = energy.max(1)
     gain = best - energy.gather(1, groups[:, None])[:, 0]
     sizes = torch.bincount(groups, minlength=m)
@@ -84,7 +84,7 @@ def _move(energy: Float[Tensor, "n m"], groups: Int[Tensor, " n"], *, m: int) ->
 def group_svd(
     X: Float[Tensor, "n p d"], *, m: int, r: int, generator: torch.Generator | None = None
 ) -> Factors:
-    """B_j the basis of group j, codes one-hot, A_i = X_i B_g(i)^T: least squares, as B_j B_j^T = I.
+    """Return B_j, the basis of group j, one-hot codes, and A_i = X_i B_g(i)^T: least squares, as B_j B_j^T = I.
 
     m = 1 is `shared_basis`; m = n is `svd`.
     """

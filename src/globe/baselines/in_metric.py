@@ -27,7 +27,9 @@ ITERATIONS = 12
 
 
 def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> Factors:
-    """The best rank-r A_i B_i of every expert X = D_i X_i L_i: its truncated SVD, the basis times L_i^-1 (SVD-LLM)."""
+    """Return the best rank-r A_i B_i of every expert X = D_i X_i L_i: its truncated SVD, the basis times L_i^-1
+    (SVD-LLM).
+    """
     start, all_of = truncated_svd(X, r), slice(0, len(X))
     bases = start.bases if metric.columns is None else metric.columns.solved(start.bases, all_of)
     return Factors(bases, torch.eye(len(X)).to(X), start.adapters)
@@ -36,7 +38,7 @@ def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> 
 def mean_svd_in_metric(
     X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int
 ) -> tuple[Factors, Float[Tensor, "p d"]]:
-    """The best mean expert, then `svd_in_metric` of what is left beside it."""
+    """Return the best mean expert, then `svd_in_metric` of what is left beside it."""
     mean, rest = best_mean(X, metric), torch.empty_like(X)
     for i in range(len(X)):
         one = slice(i, i + 1)
@@ -45,7 +47,7 @@ def mean_svd_in_metric(
 
 
 def best_mean(X: Float[Tensor, "n p d"], metric: InputMetric) -> Float[Tensor, "p d"]:
-    """argmin over E of sum_i ||D_i (X_i - E) L_i||^2 for the experts X = D_i X_i L_i.
+    """Return argmin over E of sum_i ||D_i (X_i - E) L_i||^2 for the experts X = D_i X_i L_i.
 
     With weights of rows its k-th row is (sum_i D_ik^2 x_ik C_i) (sum_i D_ik^2 C_i)^-1. A matrix D_i comes without L_i,
     and then the mean is (sum_i D_i^T D_i)^-1 sum_i D_i^T D_i X_i.
@@ -74,7 +76,7 @@ def group_svd_in_metric(
     r: int,
     generator: torch.Generator | None = None,
 ) -> Factors:
-    """One basis per group of experts; m = 1 is a basis that all share.
+    """Return one basis per group of experts; m = 1 is a basis that all share.
 
     Groups are those of the mean metric, which then move as long as an expert is better off with another basis.
     """
@@ -96,7 +98,7 @@ def group_svd_in_metric(
 def alternated(
     X: Float[Tensor, "n p d"], columns: Metric, chosen: Tensor, B: Float[Tensor, "r d"]
 ) -> Float[Tensor, "r d"]:
-    """B of lower sum_i min_A ||X_i - A B L_i||^2 over the chosen experts X = X_i L_i, never of a higher one."""
+    """Return B of lower sum_i min_A ||X_i - A B L_i||^2 over the chosen experts X = X_i L_i, never of a higher one."""
     members = chosen.nonzero().squeeze(1).tolist()
     best, least = B, _error(X, columns, members, B)
     for _ in range(ROUNDS):
@@ -114,7 +116,7 @@ def alternated(
 def _basis(
     X: Float[Tensor, "n p d"], columns: Metric, members: list[int], B: Float[Tensor, "r d"]
 ) -> Float[Tensor, "r d"]:
-    """argmin over B of sum_i ||X_i - A_i B L_i||^2 for the adapters of the given B, by conjugate gradients.
+    """Return argmin over B of sum_i ||X_i - A_i B L_i||^2 for the adapters of the given B, by conjugate gradients.
 
     sum_i A_i^T A_i B C_i = sum_i A_i^T X_i L_i^T, preconditioned by the sums of A_i^T A_i and of C_i.
     """
@@ -178,7 +180,7 @@ def _error(X: Float[Tensor, "n p d"], columns: Metric, members: list[int], B: Fl
 def _better(
     X: Float[Tensor, "n p d"], columns: Metric, B: Float[Tensor, "m r d"], groups: Int[Tensor, " n"]
 ) -> Int[Tensor, " n"]:
-    """Each expert into the group whose basis leaves least of it, if by more than rounding; none is emptied."""
+    """Move each expert into the group whose basis leaves least of it, if by more than rounding; none is emptied."""
     if len(B) == 1:
         return groups
     moved, sizes = groups.clone(), torch.bincount(groups, minlength=len(B))

@@ -14,7 +14,7 @@ from globe.baselines.svd import svd
 
 
 def mean_svd(X: Float[Tensor, "n p d"], *, r: int) -> tuple[Factors, Float[Tensor, "p d"]]:
-    """mean = 1/n sum_i X_i;  A_i B_i = rank-r SVD of X_i - mean.  The p x d mean counts in the budget.
+    """Return the rank-r SVD A_i B_i of X_i - mean, and mean = 1/n sum_i X_i, whose p d numbers count in the budget.
 
     Equal experts are reproduced by the mean alone, with zero adapters.
     """

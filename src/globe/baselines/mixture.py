@@ -62,7 +62,7 @@ class Mixture:
         torch.baddbmm(self.X, A, self.seen, beta=-self.scale, alpha=self.scale, out=self.R)
 
     def relfrob(self) -> float:
-        """RelFrob of the last residual; on an accelerator this waits for it."""
+        """Return RelFrob of the last residual; on an accelerator this waits for it."""
         return (torch.linalg.vector_norm(self.R) / (self.scale * self.norm)).item()
 
     def gradient(

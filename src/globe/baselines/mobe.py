@@ -52,7 +52,7 @@ class SoftmaxFactors(NamedTuple):
 def published_start(
     X: Float[Tensor, "n p d"], *, m: int, r: int, weights_std: float, metric: Metric | None = None
 ) -> SoftmaxFactors:
-    """The script's start. `weights_std` is the standard deviation of the weights before their scaling to X.
+    """Return the script's start. `weights_std` is the standard deviation of the weights before their scaling to X.
 
     In a metric the start is that of the experts as the mean metric sees them, its bases brought back from there.
 
@@ -85,7 +85,7 @@ def corrected_start(
     generator: torch.Generator | None = None,
     metric: Metric | None = None,
 ) -> SoftmaxFactors:
-    """A warm start in the published form: softmax(z_i) has `own` on the expert's group, the rest is even.
+    """Return a warm start in the published form: softmax(z_i) has `own` on the expert's group, the rest is even.
 
     With m = 1 the only weight is one. An `own` below 1/m would favour the other groups.
     """

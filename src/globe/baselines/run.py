@@ -182,7 +182,7 @@ def _seen_bases(
 def _less_mean(
     X: Float[Tensor, "n p d"], mean: Float[Tensor, "p d"] | None, metric: InputMetric | None
 ) -> Float[Tensor, "n p d"]:
-    """X less the mean expert, as the metric sees it."""
+    """Return X less the mean expert, as the metric sees it."""
     if mean is None:
         return X
     return X - (mean if metric is None else metric.seen(mean.expand_as(X), slice(0, len(X))))

@@ -44,7 +44,7 @@ class LowRankFactors(NamedTuple):
 def matrix_sign_start(
     X: Float[Tensor, "n p d"], *, r: int, atom_rank: int, metric: Metric | None = None
 ) -> LowRankFactors:
-    """A_i = the r leading left, V_i = the k leading right singular vectors of X_i, U_i = [I_k; 0], z = I.
+    """Start with the r leading left singular vectors of X_i as A_i, the k right ones as V_i, U_i = [I_k; 0] and z = I.
 
     1 <= k = atom_rank <= r <= min(p, d). In a metric they are those of the experts as the mean metric sees them, V_i
     brought back from there.

@@ -11,7 +11,7 @@ from globe.am.warm_start import truncated_svd
 
 
 def svd(X: Float[Tensor, "n p d"], *, r: int) -> Factors:
-    """min sum_i ||X_i - A_i B_i||^2 with rank r each: A_i = U S, B_i = V^T, so m = n and codes = I.
+    """Minimise sum_i ||X_i - A_i B_i||^2 with rank r each: A_i = U S, B_i = V^T, so m = n and codes = I.
 
     1 <= r <= min(p, d); at r = min(p, d) the experts come back up to rounding.
     """

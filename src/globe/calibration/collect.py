@@ -40,7 +40,7 @@ class MomentSums:
             self._flush(expert)
 
     def finish(self, weights: Float[Tensor, " n"]) -> SecondMoments:
-        """The sums divided by the weights of the experts; zeros where a weight is zero."""
+        """Return the sums divided by the weights of the experts; zeros where a weight is zero."""
         for expert in range(len(self._rows)):
             self._flush(expert)
         share = torch.where(weights > 0, 1 / weights, 0.0)
@@ -100,7 +100,7 @@ class LayerSums:
         self._vectors[:, expert] += sums.double().sum(1)
 
     def finish(self) -> LayerStatistics:
-        """The means; this object can't be used afterwards."""
+        """Return the means; this object can't be used afterwards."""
         counts, gate2, reap = self._vectors
         share = torch.where(gate2 > 0, 1 / gate2, 0.0)[:, None] * self._norms
         up, gate = ((rows * share).float().cpu() for rows in self._rows)
@@ -117,7 +117,7 @@ class LayerSums:
 
 
 def _below(rank: int | None, size: int) -> int | None:
-    """A rank that saves something, or None for whole matrices."""
+    """Return a rank that saves something, or None for whole matrices."""
     return rank if rank is not None and 2 * rank < size else None
 
 

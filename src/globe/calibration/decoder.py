@@ -56,7 +56,7 @@ class Decoder:
         return tuple(sorted(self._experts))
 
     def experts(self, layer: int) -> tuple[nn.Module, ExpertsView]:
-        """The experts module of a layer that is in memory."""
+        """Return the experts module of a layer that is in memory."""
         name = self._experts[layer]
         module = self._model.get_submodule(name)
         return module, ExpertsView(module, name)
@@ -82,7 +82,7 @@ class Decoder:
     def step(
         self, layer: int, ids: Int[Tensor, "b t"], hidden: Float[Tensor, "b t ..."] | None
     ) -> Float[Tensor, "b t ..."]:
-        """What a loaded decoder layer makes of the hidden states before it; None takes the embeddings.
+        """Return what a loaded decoder layer makes of the hidden states before it; None takes the embeddings.
 
         The model's own loop over its layers runs, so that masks and positions are what they always are; the other
         layers hand on what they are given.
@@ -107,7 +107,7 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "b t"], hidden: Float[Tensor, "b t ..."]) -> Float[Tensor, "b t v"]:
-        """What the model's norm and output layer make of the hidden states after the last layer; needs `head`."""
+        """Return what norm and output layer make of the hidden states after the last layer; needs `head`."""
         assert self._head
 
         def last(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class Decoder:
                 del self._modules[layer].forward
 
     def _stored_names(self) -> dict[int | None, list[str]]:
-        """The names of the stored tensors by the decoder layer they go to; None for what stays in memory."""
+        """Return the names of the stored tensors by the decoder layer they go to; None for what stays in memory."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -175,7 +175,7 @@ class Decoder:
 
 
 def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model on the meta device, which has shapes and no values."""
+    """Return the model on the meta device, which has shapes and no values."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers import initialization as init
 

@@ -68,7 +68,7 @@ class ExpertsView:
         )
 
     def route(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Routed]:
-        """The experts that get tokens in a call of the module, in order."""
+        """Yield the experts that get tokens in a call of the module, in order."""
         x, *rest = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
         if not rest:
             # Llama 4 gives every expert all tokens, multiplied by the gate beforehand and by 0 where not chosen
@@ -98,11 +98,11 @@ class ExpertsView:
             start += count
 
     def before_activation(self, expert: int, x: Float[Tensor, "t d"]) -> Float[Tensor, "t q"]:
-        """gate x and up x as the module stores them: q = 2p, or p without a gate."""
+        """Return gate x and up x as the module stores them: q = 2p, or p without a gate."""
         return self._linear(self._first, "gate_up_proj_bias" if self.gated else "up_proj_bias", expert, x)
 
     def activate(self, pre: Float[Tensor, "t q"]) -> Float[Tensor, "t p"]:
-        """h, what goes into the down projection."""
+        """Return h, what goes into the down projection."""
         if not self.gated:
             return self._module.act_fn(pre)
         if hasattr(self._module, "_apply_gate"):
@@ -111,7 +111,7 @@ class ExpertsView:
         return self._module.act_fn(gate) * up
 
     def halves(self, pre: Float[Tensor, "t q"]) -> tuple[Float[Tensor, "t p"], Float[Tensor, "t p"]]:
-        """The gate's and the up projection's part."""
+        """Return the gate's and the up projection's part."""
         if self._interleaved:
             return pre[..., ::2], pre[..., 1::2]
         gate, up = pre.chunk(2, dim=-1)
@@ -120,7 +120,7 @@ class ExpertsView:
     def slopes(
         self, pre: Float[Tensor, "t q"]
     ) -> tuple[Float[Tensor, "t p"], Float[Tensor, "t p"], Float[Tensor, "t p"] | None]:
-        """h and its derivatives by up x and by gate x (None without a gate), which are entrywise."""
+        """Return h and its derivatives by up x and by gate x (None without a gate), which are entrywise."""
         with torch.enable_grad():
             leaf = pre.detach().requires_grad_()
             h = self.activate(leaf)
@@ -131,7 +131,7 @@ class ExpertsView:
         return h.detach(), up, gate
 
     def output(self, expert: int, h: Float[Tensor, "t p"]) -> Float[Tensor, "t d"]:
-        """What the expert gives, before its gate value weights it."""
+        """Return what the expert gives, before its gate value weights it."""
         out = self._linear(self._down, "down_proj_bias", expert, h)
         return (
             self._module.post_expert_norm(out)
@@ -151,7 +151,7 @@ class ExpertsView:
             target.copy_(kept)
 
     def _matrices(self, family: str) -> Tensor:
-        """The matrices of a family, each p x d: a view of the module's weights."""
+        """Return the matrices of a family, each p x d: a view of the module's weights."""
         if family == "down":
             return self._down.detach() if self._transposed else self._down.detach().mT
         weights = self._first.detach().mT if self._transposed else self._first.detach()
@@ -162,7 +162,7 @@ class ExpertsView:
         return weights[:, self.p :] if family == "up" else weights[:, : self.p]
 
     def down_norms(self) -> Float[Tensor, "n p"]:
-        """||down_k||^2, the squared norm of what unit k of each expert writes."""
+        """Return ||down_k||^2, the squared norm of what unit k of each expert writes."""
         rows = [matrix.float().square().sum(1 if self._transposed else 0) for matrix in self._down.detach()]
         return torch.stack(rows)
 

@@ -41,7 +41,7 @@ class HiddenStates:
         return (self._record,)
 
     def found(self) -> Progress | None:
-        """How far an earlier pass came; None for no pass, or one whose file is not whole."""
+        """Return how far an earlier pass came; None for no pass, or one whose file is not whole."""
         record = read_record(self._record)
         if record is None:
             return None
@@ -53,11 +53,11 @@ class HiddenStates:
             return None
 
     def read(self, progress: Progress) -> Tensor:
-        """The hidden states (windows, tokens, ...), mapped from the file: copy what is to be worked on."""
+        """Return the hidden states (windows, tokens, ...), mapped from the file: copy what is to be worked on."""
         return self._map(progress.next, progress.shape, getattr(torch, progress.dtype))
 
     def create(self, layer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Room for the hidden states before `layer`, to be written in place."""
+        """Return room for the hidden states before `layer`, to be written in place."""
         return self._map(layer, shape, dtype)
 
     def commit(self, progress: Progress) -> None:

@@ -27,7 +27,7 @@ class LayerSize:
     d: int
 
     def sums(self, rank: int | None) -> int:
-        """Bytes of the sums of a layer while they grow, and of the copy in which they are written."""
+        """Return the bytes of the sums of a layer while they grow, and of the copy in which they are written."""
         n, both = self.n, self.p + self.d
         rows = n * max(BUFFERED, rank or 0) * both * 4
         if rank is None:
@@ -35,7 +35,7 @@ class LayerSize:
         return rows + n * both * (2 * rank * 4 + 8) + 6 * (rank + max(BUFFERED, rank)) * both * 8
 
     def stored(self, rank: int | None) -> int:
-        """Bytes of a layer's file."""
+        """Return the bytes of a layer's file."""
         if rank is None:
             return self.n * (self.p**2 + self.d**2 + 2 * self.p) * 4
         return self.n * (self.p + self.d) * (rank + 3) * 4
@@ -64,7 +64,7 @@ class Plan:
 def plan_calibration(
     checkpoint: Checkpoint, options: CalibrateConfig, *, tokens: int, dtype: torch.dtype
 ) -> Plan:
-    """The form that fits into `calibrate.memory`. Raises ConfigError if none does."""
+    """Return the form that fits into `calibrate.memory`. Raises ConfigError if none does."""
     shapes = [checkpoint.shape(layer, "up") for layer in checkpoint.moe_layers]
     size = LayerSize(*(max(getattr(one, axis) for one in shapes) for axis in ("n", "p", "d")))
     model = _resident(checkpoint, dtype) + _working(size, options)
@@ -81,7 +81,7 @@ def plan_calibration(
 
 
 def _rank(size: LayerSize, room: float) -> int | None:
-    """The largest rank whose sums fit, None if whole matrices do."""
+    """Return the largest rank whose sums fit, None if whole matrices do."""
     if size.sums(None) <= room:
         return None
     low, high = 0, max(size.p, size.d)
@@ -92,7 +92,7 @@ def _rank(size: LayerSize, room: float) -> int | None:
 
 
 def _resident(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
-    """Bytes of the largest decoder layer, as stored and converted, and of all that is in no layer."""
+    """Return the bytes of the largest decoder layer, as stored and converted, and of all that is in no layer."""
     layers: dict[str, float] = {}
     for name in checkpoint.reader.names:
         found = re.search(r"(?<![^.])layers\.(\d+)(?![^.])", name)
@@ -105,6 +105,6 @@ def _resident(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
 
 
 def _working(size: LayerSize, options: CalibrateConfig) -> float:
-    """Bytes of what a batch leaves in memory on its way through a layer."""
+    """Return the bytes of what a batch leaves in memory on its way through a layer."""
     tokens = options.batch * options.window
     return tokens * 4.0 * (16 * size.d + 12 * size.p + 4 * options.window)

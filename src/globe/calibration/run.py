@@ -67,7 +67,7 @@ class Calibration:
 
 
 def recorded_passages(folder: Path) -> frozenset[int] | None:
-    """The passages of the calibration text that `calibration.json` in a folder tells of; None if there is none."""
+    """Return the passages of the calibration text that `calibration.json` in a folder lists; None if there is none."""
     record = read_record(folder / RECORD)
     found = None if record is None else record.get("passages")
     return frozenset(found) if isinstance(found, list) else None
@@ -118,7 +118,8 @@ def calibrate(
     device: torch.device | None = None,
     say: Callable[[str], None] = _log.info,
 ) -> Calibration:
-    """The statistics of a model on `calibrate.text`, for some layers or all; what is on disk already is not repeated.
+    """Return the statistics of a model on `calibrate.text`, for some layers or all; what is on disk already is not
+    repeated.
 
     A pass that was killed goes on with the layer it was in. Raises ConfigError for a text, a size or a folder that
     can't be used, CheckpointError for a model that can't be run layer by layer, ArtefactError when the disk refuses.
@@ -153,7 +154,7 @@ def prepare(checkpoint: Checkpoint, options: CalibrateConfig) -> Request:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of a checkpoint's config, tensor names, shapes, dtypes, and the first row of every tensor."""
+    """Return a hash of a checkpoint's config, tensor names, shapes, dtypes, and the first row of every tensor."""
     reader = checkpoint.stored
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name in sorted(reader.names):
@@ -194,7 +195,7 @@ def _folder(checkpoint: Checkpoint, options: CalibrateConfig, output: str | Path
 
 
 def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
-    """The record of the folder, written if there is none; what a kill left half written is removed.
+    """Return the record of the folder, written if there is none; what a kill left half written is removed.
 
     Raises ConfigError for a folder of something else.
     """
@@ -216,7 +217,7 @@ def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
 
 
 def _run(calibration: Calibration, request: Request, last: int, device: torch.device) -> None:
-    """The layers up to `last`, from where an earlier pass came to."""
+    """Run the layers up to `last`, from where an earlier pass came to."""
     decoder = Decoder(request.checkpoint, dtype=request.dtype, device=device)
     states = HiddenStates(calibration.folder)
     done = states.found()

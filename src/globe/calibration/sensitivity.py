@@ -47,7 +47,7 @@ def sensitivities(
     tokens: int = 4096,
     device: torch.device | None = None,
 ) -> tuple[Sensitivity, ...]:
-    """The divergence of the model with one (layer, family) of `places` replaced by each of its candidates.
+    """Return the divergence of the model with one (layer, family) of `places` replaced by each of its candidates.
 
     Takes `tokens` tokens of `calibrate.text` at most, spread over it. `candidates` is called once for each place, when
     its layer is in memory. Equal calls give equal figures. Raises as `globe.calibration.run.calibrate` does.
@@ -87,7 +87,7 @@ class _Pass:
     def _replaced(
         self, layer: int, families: Sequence[str], candidates: Candidates
     ) -> list[tuple[tuple[int, str, int], Tensor]]:
-        """What the replacements of this layer make of the original's hidden states."""
+        """Return what the replacements of this layer make of the original's hidden states."""
         if not families:
             return []
         view: ExpertsView = self._decoder.experts(layer)[1]
@@ -113,7 +113,7 @@ class _Pass:
         return after
 
     def _room(self, like: Tensor) -> Tensor:
-        """A file as large as the hidden states of all windows."""
+        """Return a file as large as the hidden states of all windows."""
         shape = (self._windows.shape[0], *like.shape[1:])
         path = self._folder / f"states-{len(list(self._folder.iterdir()))}.bin"
         size = torch.Size(shape).numel()
@@ -121,7 +121,7 @@ class _Pass:
 
     @torch.no_grad()
     def _divergences(self) -> list[float]:
-        """Nats per token of every replacement, over all tokens of the windows, window by window."""
+        """Return the nats per token of every replacement, over all tokens of the windows, window by window."""
         assert self._original is not None
         sums = torch.zeros(len(self._variants), dtype=torch.float64)
         for number, ids in enumerate(self._windows):

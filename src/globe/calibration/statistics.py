@@ -48,7 +48,7 @@ class SecondMoments:
         return self._any.shape[1]
 
     def dense(self, experts: slice | Sequence[int] = slice(None)) -> Float[Tensor, "e q q"]:
-        """The matrices of some experts, all by default: q^2 numbers for each."""
+        """Return the matrices of some experts, all by default: q^2 numbers for each."""
         if self.matrix is not None:
             return self.matrix[experts]
         assert self.factor is not None
@@ -136,7 +136,7 @@ def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") 
 
 
 def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
-    """The statistics of one layer. Raises ArtefactError for a file that is missing, damaged or of another `key`."""
+    """Return the statistics of a layer. Raises ArtefactError if the file is missing, damaged or of another `key`."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
@@ -164,7 +164,7 @@ def is_complete(path: Path, *, key: str) -> bool:
 
 
 def _checked(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> LayerStatistics:
-    """The record of the tensors of a file, with shapes that agree and finite numbers."""
+    """Return the record of the tensors of a file, with shapes that agree and finite numbers."""
     try:
         moments = {
             attribute: SecondMoments(**{part: tensors.get(f"{name}.{part}") for part in _PARTS})

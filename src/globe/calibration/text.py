@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 
 def read_file(text: str, *, embedded: Path, option: str) -> Text:
-    """The text of a file, or (`embedded`) the one at the path `embedded`.
+    """Return the text of a file, or (`embedded`) the one at the path `embedded`.
 
     Raises ConfigError naming `option` if the file is missing, is not UTF-8, or is empty.
     """
@@ -65,7 +65,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder. Raises ConfigError if it can't be loaded."""
+    """Return the tokenizer in a folder. Raises ConfigError if it can't be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -78,7 +78,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def tokenise(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> Tokens:
-    """The first `max_tokens` tokens of a text (None: all), with the bytes each of them stands for.
+    """Return the first `max_tokens` tokens of a text (None: all), with the bytes each of them stands for.
 
     A character that was split into several tokens counts for the first of them, what a tokenizer leaves out
     between two tokens for the second. A tokenizer that keeps no offsets gets equal bytes for all tokens.
@@ -96,14 +96,14 @@ def tokenise(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> Tok
 
 
 def _byte_widths(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character of the text, and at the end of all of them."""
+    """Return UTF-8 bytes before each character of the text, and at the end of all of them."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     each = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
     return np.concatenate([[0], np.cumsum(each)])
 
 
 def spread_windows(ids: Int[Tensor, " t"], *, window: int, tokens: int) -> Int[Tensor, "w window"]:
-    """Windows of neighbouring tokens that together have at most `tokens`, spread evenly over the text.
+    """Return windows of neighbouring tokens that together have at most `tokens`, spread evenly over the text.
 
     The text is cut into windows without overlap; of w that are taken, the first is the text's first and the last its
     last. A text with fewer tokens gives all of its windows. Raises ConfigError for a text shorter than a window.
@@ -119,7 +119,7 @@ def spread_windows(ids: Int[Tensor, " t"], *, window: int, tokens: int) -> Int[T
 
 
 def passages(parts: Iterable[str]) -> frozenset[int]:
-    """Hashes of passages of texts, wherever they begin: what two texts have in common, so do their sets.
+    """Return hashes of passages of texts, wherever they begin: what two texts have in common, so do their sets.
 
     A passage is 60 characters in a row, without white space and in small letters; one in 16 of them counts.
     """
@@ -134,5 +134,5 @@ def passages(parts: Iterable[str]) -> frozenset[int]:
 
 
 def overlap(evaluated: frozenset[int], calibration: frozenset[int]) -> float:
-    """The share of the passages of an evaluated text that stand in the calibration text, 0 to 1."""
+    """Return the share of the passages of an evaluated text that stand in the calibration text, 0 to 1."""
     return len(evaluated & calibration) / max(1, len(evaluated))

@@ -81,7 +81,7 @@ def fit_baseline(
 
 
 def less_mean(joined: Joined, mean: Float[Tensor, "p d"]) -> Joined:
-    """The same experts less a mean expert of the normalised ones, which joins what is stored and added back.
+    """Return the same experts less a mean expert of the normalised ones, which joins what is stored and added back.
 
     W = scale X + mean' = scale (X - mean) + (scale mean + mean'), for one member and one scale.
     """
@@ -94,7 +94,7 @@ def less_mean(joined: Joined, mean: Float[Tensor, "p d"]) -> Joined:
 
 
 def _weights_std(joined: Joined) -> float:
-    """Deviation of the weights before normalisation, on which MoBE's published start depends."""
+    """Return the deviation of the weights before normalisation, on which MoBE's published start depends."""
     return 1.0 if joined.scale is None else float(joined.scale.double().square().mean().sqrt())
 
 

@@ -37,13 +37,15 @@ class Spectra(NamedTuple):
 
 
 def expert_spread(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> error_figures.Spread:
-    """`numerics.figures.spread` of the experts of all processes."""
+    """Return `numerics.figures.spread` of the experts of all processes."""
     own = error_figures.spread(X)
     return error_figures.Spread(group.gather(own.sums), group.gather(own.squares), own.entries)
 
 
 def expert_spectra(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> Spectra:
-    """The singular values of all processes' normalised experts, or of as many as the budget allows, evenly spaced."""
+    """Return the singular values of all processes' normalised experts, or of as many as the budget allows, evenly
+    spaced.
+    """
     n, p, d = group.count(X.shape[0]), *X.shape[1:]
     count = max(int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)), _FEWEST_SPECTRA)
     rows = spread_out(n, count)
@@ -62,7 +64,7 @@ def bank_figures(
     done: Finalised,
     last: StepRecord | None,
 ) -> dict[str, float | None]:
-    """Reconstruction, sparsity and stability of one bank; None stands for a figure that is not finite.
+    """Return figures of reconstruction, sparsity and stability of one bank; None stands for one that is not finite.
 
     `spread` is that of the normalised experts, `last` the record of the last step (None: a fit without steps).
     Reconstruction is that of the exported factors.
@@ -81,13 +83,13 @@ def bank_figures(
 
 
 def expert_relfrob(done: Finalised) -> tuple[float, ...]:
-    """RelFrob of each expert; 0 for a zero expert that is reproduced."""
+    """Return RelFrob of each expert; 0 for a zero expert that is reproduced."""
     pairs = zip(done.errors, done.norms, strict=True)
     return tuple(error_figures.relfrob(error[None], norm[None]) for error, norm in pairs)
 
 
 def jaccard_by_layer(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> dict[int, float]:
-    """Jaccard index of the up and gate supports of every layer that has both, by layer.
+    """Return the Jaccard index of the up and gate supports of every layer that has both, by layer.
 
     The keys are (layer, family). Layers whose two banks differ in shape are left out.
     """
@@ -99,14 +101,14 @@ def jaccard_by_layer(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> d
 
 
 def jaccard_figures(codes: Mapping[tuple[int, str], Float[Tensor, "n m"]]) -> dict[str, float | None]:
-    """The mean over the layers (None for no layer), and the index of each."""
+    """Return the mean over the layers (None for no layer), and the index of each."""
     values = jaccard_by_layer(codes)
     mean = sum(values.values()) / len(values) if values else None
     return {"support_jaccard": mean} | {f"support_jaccard_layer{at:03d}": one for at, one in values.items()}
 
 
 def bank_charts(spectra: Spectra, joined: Joined, artefact: BankArtefact) -> BankCharts:
-    """Code shares and singular spectra of an exported bank, within the bounds of `globe.runs.chart_data`."""
+    """Return code shares and singular spectra of an exported bank, within the bounds of `globe.runs.chart_data`."""
     shares = error_figures.code_shares(artefact.codes)
     atoms = largest(shares.sum(dim=0).tolist(), MOST_ATOMS)
     experts = spread_out(artefact.n, max(1, MOST_CODES // len(atoms)))
@@ -128,7 +130,7 @@ def bank_charts(spectra: Spectra, joined: Joined, artefact: BankArtefact) -> Ban
 
 
 def _rebuilt_spectrum(joined: Joined, artefact: BankArtefact, row: int) -> Float[Tensor, " q"]:
-    """Singular values of one rebuilt expert, in the units of the normalised ones."""
+    """Return the singular values of one rebuilt expert, in the units of the normalised ones."""
     expert = rebuild(artefact, [row], dtype=joined.experts.dtype)
     if joined.mean is not None:
         expert = expert - joined.mean[bisect_right(joined.starts, row) - 1]

@@ -21,7 +21,7 @@ _FLOOR = 1e-3
 
 
 def second_moment_metric(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> InputMetric | None:
-    """The metric of the experts' own rows: C = sum_i X_i^T X_i + floor for all, scaled so that ||X L|| = ||X||.
+    """Return the metric of the experts' own rows: C = sum_i X_i^T X_i + floor for all, scaled so that ||X L|| = ||X||.
 
     Trained weights are sums of gradients g x^T, so the rows of all experts together lean to the directions that inputs
     have; no text is needed. Directions without any energy keep 1e-3 of the mean eigenvalue. Zero experts give None, the
@@ -47,7 +47,7 @@ def second_moment_metric(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE)
 
 
 def of_model(metric: InputMetric, factors: Factors, *, linear: bool) -> Factors:
-    """Factors that a fit with the metric's kernel gave, as those of the experts themselves."""
+    """Return factors that a fit with the metric's kernel gave, as those of the experts themselves."""
     factors = factors._replace(adapters=metric.adapters(factors.adapters, slice(None)))
     root = metric.one_root
     if root is None or not linear:
@@ -57,7 +57,7 @@ def of_model(metric: InputMetric, factors: Factors, *, linear: bool) -> Factors:
 
 
 def metric_of(config: Config, read: ReadExperts, group: ProcessGroup = ALONE) -> InputMetric | None:
-    """The metric that `normalise.metric` asks for; None is the plain Frobenius norm."""
+    """Return the metric that `normalise.metric` asks for; None is the plain Frobenius norm."""
     match chosen_metric(config):
         case Choice.experts:
             return second_moment_metric(read.joined.experts, group)

@@ -53,7 +53,7 @@ def normalise(
     group: ProcessGroup = ALONE,
     store: bool = False,
 ) -> Normalised:
-    """X = (W - mean) / scale with both constants recorded.
+    """Return X = (W - mean) / scale with both constants recorded.
 
     `centre`: `none`, `scalar` (one mean of all entries), `expert_mean` (the p x d mean over the experts).
     `scale`: `none`, or the root mean square of what centring leaves over all entries (`family`), over an
@@ -99,13 +99,13 @@ def normalise(
 def denormalise(
     X: Float[Tensor, "n p d"], mean: Tensor | None, scale: Tensor | None
 ) -> Float[Tensor, "n p d"]:
-    """W = scale * X + mean, the inverse of `normalise` up to rounding in the dtype of X."""
+    """Return W = scale * X + mean, the inverse of `normalise` up to rounding in the dtype of X."""
     W = fold_scale(X, scale)
     return W if mean is None else W + mean
 
 
 def fold_scale(adapters: Float[Tensor, "n p r"], scale: Tensor | None) -> Float[Tensor, "n p r"]:
-    """scale * A: with it, scale * (A_i M_i) + mean = fold_scale(A)_i M_i + mean exactly.
+    """Return scale * A: with it, scale * (A_i M_i) + mean = fold_scale(A)_i M_i + mean exactly.
 
     `scale` is None, one number (), one per expert (n,), or one per row (n, p).
     """
@@ -120,7 +120,7 @@ def fold_scale(adapters: Float[Tensor, "n p r"], scale: Tensor | None) -> Float[
 
 
 def join(parts: Sequence[Normalised]) -> Joined:
-    """The members of one bank below each other; one member alone is not copied.
+    """Return the members of one bank below each other; one member alone is not copied.
 
     All members must have been normalised with the same options, so that either all or none have a mean, a
     scale.
@@ -148,12 +148,12 @@ def join(parts: Sequence[Normalised]) -> Joined:
 
 
 def _row_squares(expert: Float[Tensor, "p d"]) -> Float[Tensor, " p"]:
-    """Sum of squares of each row, in float64."""
+    """Return the sum of squares of each row, in float64."""
     return to_float64(expert).square().sum(dim=1)
 
 
 def _all_row_squares(W: Float[Tensor, "n p d"], mean: Tensor | None) -> Float[Tensor, "n p"]:
-    """Of every expert, less the mean."""
+    """Return the sums of squares of the rows of every expert, less the mean, in float64."""
     if not len(W):
         return to_float64(W.new_zeros(W.shape[:2]))
     return torch.stack(
@@ -180,7 +180,7 @@ def _scale(
     dtype: torch.dtype,
     group: ProcessGroup,
 ) -> Float[Tensor, "*groups"]:
-    """Root mean square of W - mean over each group; 1 where it is rounding beside the group's own size."""
+    """Return the root mean square of W - mean over each group; 1 where it is rounding beside the group's own size."""
     left = sizes if mean is None else _all_row_squares(W, mean)
     if scale == "family":
         left, sizes = group.gather(left), group.gather(sizes)

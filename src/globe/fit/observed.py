@@ -48,7 +48,7 @@ def inputs_metric(
     *,
     group: ProcessGroup = ALONE,
 ) -> InputMetric | None:
-    """D_i and L_i of the normalised experts X of a bank, whose members stand below each other.
+    """Return D_i and L_i of the normalised experts X of a bank, whose members stand below each other.
 
     `scale`, one per expert (n,) or per row (n, p), is what the experts were divided by: an error counts as that of the
     expert itself. Each member keeps its energy, sum_i ||D_i X_i L_i||^2 = sum_i ||X_i||^2, so that members weigh what
@@ -86,7 +86,7 @@ def _uneven(one: Tensor, rows: Sequence[Tensor]) -> bool:
 
 
 def _rows(one: Observed, part: ProcessGroup) -> Tensor:
-    """D_i of the experts here of a member: (n, p), or (n, p, p) upper triangular for down."""
+    """Return D_i of the experts here of a member: (n, p), or (n, p, p) upper triangular for down."""
     if not one.is_down:
         return row_weights(one)[part.rows].sqrt()
     weights, mean = expert_weights(one), mean_of(one.statistics.inner, one.statistics.gate2)
@@ -98,7 +98,7 @@ def _rows(one: Observed, part: ProcessGroup) -> Tensor:
 
 
 def row_weights(one: Observed) -> Float[Tensor, "n p"]:
-    """D_i^2 of all experts of a member, of mean 1: how often an expert is used times what depends on each of its rows.
+    """Return D_i^2 of a member's experts, of mean 1: how often each is used times what depends on each of its rows.
 
     sum g^2 rows_ik tr C_i, its mean over the tokens of an expert first shrunk to that of the layer by d tokens.
     """
@@ -109,7 +109,7 @@ def row_weights(one: Observed) -> Float[Tensor, "n p"]:
 
 
 def expert_weights(one: Observed) -> Float[Tensor, " n"]:
-    """The same of each expert of down as a whole: sum g^2 tr H_i."""
+    """Return the same of each expert of down as a whole: sum g^2 tr H_i."""
     s = one.statistics
     return _of_experts(one, (s.gate2 * _traces(s.inner))[:, None], s.inner.q)[:, 0]
 
@@ -128,7 +128,9 @@ def _of_experts(one: Observed, total: Float[Tensor, "routed k"], prior: int) -> 
 def shrunk(
     s: LayerStatistics, moments: SecondMoments, expert: int, mean: Float[Tensor, "q q"]
 ) -> Float[Tensor, "q q"]:
-    """The second moment of an expert, shrunk to the layer's `mean` by q tokens, of mean eigenvalue 1, with a floor."""
+    """Return the second moment of an expert, shrunk to the layer's `mean` by q tokens, of mean eigenvalue 1, with a
+    floor.
+    """
     C = mean
     if expert != SHARED:
         own, count = moments.dense([expert])[0].double(), float(s.counts[expert])
@@ -139,7 +141,7 @@ def shrunk(
 
 
 def mean_of(moments: SecondMoments, gate2: Float[Tensor, " n"]) -> Float[Tensor, "q q"]:
-    """The second moment over all experts of a layer, each weighted by its sum of g^2, in float64."""
+    """Return the second moment over all experts of a layer, each weighted by its sum of g^2, in float64."""
     q = moments.q
     mean = torch.zeros(q, q, dtype=torch.float64)
     share = gate2 / gate2.sum().clamp_min(1e-300)
@@ -155,7 +157,7 @@ def _traces(moments: SecondMoments) -> Float[Tensor, " n"]:
 def _columns(
     members: Sequence[Observed], parts: Sequence[ProcessGroup], X: Float[Tensor, "n p d"], group: ProcessGroup
 ) -> Metric | None:
-    """L of the experts here; up and gate of one expert have one, and all of down the identity."""
+    """Return L of the experts here; up and gate of one expert have one, and all of down the identity."""
     wanted = [
         (-1, -1) if one.is_down else (one.statistics.layer, expert)
         for one, part in zip(members, parts, strict=True)

@@ -178,7 +178,7 @@ def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
 
 
 def _runtime(file: Path) -> BankRuntime | None:
-    """The times of a bank that an earlier process learned; None if they are not there or of another version."""
+    """Return the times of a bank that an earlier process learned; None if they are not there or of another version."""
     record = read_record(file)
     try:
         return None if record is None else parse_record(BankRuntime, record)

@@ -33,7 +33,9 @@ def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tupl
 def source_of(
     config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline, calibration: Calibration | None = None
 ) -> dict[str, Any]:
-    """Where a bank's experts come from, with a hash of the stored tensors that hold them, and of the calibration."""
+    """Return where a bank's experts come from, with a hash of the stored tensors that hold them, and of the
+    calibration.
+    """
     names = {
         checkpoint.locate(*member, expert).tensor
         for member in bank.members
@@ -46,7 +48,7 @@ def source_of(
 
 
 def bank_options(config: Config) -> dict[str, Any]:
-    """The options that change a bank's numbers, whichever layers and families the run has besides.
+    """Return the options that change a bank's numbers, whichever layers and families the run has besides.
 
     Where the checkpoint and the calibration text lie does not count: the hash of its tensors does, and the key of the
     calibration.
@@ -68,7 +70,7 @@ def fit_fingerprint(config: Config, bank: BankPlan, source: dict[str, Any], devi
 def complete_artefact(
     folder: Path, config: Config, checkpoint: Checkpoint, bank: BankPlan, source: dict[str, Any]
 ) -> BankArtefact | None:
-    """The artefact in `folder` if it is whole and is what this run would learn; None, with the reason logged."""
+    """Return the artefact in `folder` if it is whole and is what this run would learn; None, with the reason logged."""
     if not folder.exists():
         return None
     try:
@@ -94,7 +96,7 @@ def complete_artefact(
 
 
 def stamp(path: str | None) -> str:
-    """A cheap mark of a checkpoint folder's files (names, sizes, times, places); empty for what is not a folder.
+    """Return a cheap mark of a checkpoint folder's files (names, sizes, times, places); empty for what is not a folder.
 
     If it is unchanged the experts are; if it has changed, only their hash can tell. Among the times is the one of
     the last change of the file itself, which nobody can set back, as a copy that keeps times does with the other.

@@ -45,7 +45,7 @@ def read_experts(
     *,
     calibration: Calibration | None = None,
 ) -> ReadExperts:
-    """The experts of all members that this process holds, each member normalised by itself (over all processes).
+    """Return the experts of all members that this process holds, each member normalised by itself (over all processes).
 
     Raises CheckpointError when they can't be read or are not finite.
     """

@@ -74,20 +74,20 @@ class _Task:
         return M if self.metric is None else self.metric.bases(M, part)
 
     def target(self, part: slice) -> Float[Tensor, "c p d"]:
-        """D_i X_i L_i."""
+        """Return D_i X_i L_i."""
         return self.X[part] if self.metric is None else self.metric.seen(self.X[part], part)
 
     def stored(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
-        """Adapters of D_i X_i L_i as those of the experts W_i themselves."""
+        """Return adapters of D_i X_i L_i as those of the experts W_i themselves."""
         own = self.unscaled(A, part)
         return own if self.scale is None else own * self._row_scale(part)
 
     def unscaled(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
-        """Adapters of D_i X_i L_i as those of X_i."""
+        """Return adapters of D_i X_i L_i as those of X_i."""
         return A if self.metric is None else self.metric.adapters(A, part)
 
     def row_weights(self, part: slice, p: int) -> Float[Tensor, "c p"]:
-        """The diagonal of D_i^T D_i."""
+        """Return the diagonal of D_i^T D_i."""
         rows = None if self.metric is None else self.metric.rows
         if rows is None:
             return self.X.new_ones(len(self.X[part]), p)
@@ -157,7 +157,7 @@ def round_factors(
 
 
 def _in_gauge(task: _Task, atoms: Atoms, *, linear: bool) -> Atoms:
-    """Atoms in the gauge that rounding wants, with the same products A_i M_i at best adapters."""
+    """Return atoms in the gauge that rounding wants, with the same products A_i M_i at best adapters."""
     r = atoms.bank.shape[1]
     K = task.X.new_zeros(r, r)
     G = task.X.new_zeros(r, r)
@@ -178,7 +178,7 @@ def _in_gauge(task: _Task, atoms: Atoms, *, linear: bool) -> Atoms:
 
 
 def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors, Atoms]:
-    """Atoms rounded, adapters refitted and rounded: what would be stored, and its atoms as they are read back."""
+    """Round the atoms, refit and round the adapters: return what would be stored, and its atoms as they are read."""
     atoms, packed = _round_atoms(task, wanted)
     n, p, _ = task.X.shape
     r = atoms.bank.shape[1]
@@ -218,7 +218,7 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
 def _shared_bits(
     task: _Task, A: Float[Tensor, "n p r"], weights: Float[Tensor, "n r"]
 ) -> tuple[Grid | LevelGrid, Float[Tensor, " r"]]:
-    """How the adapters are rounded, and what their columns are divided by before.
+    """Return how the adapters are rounded, and what their columns are divided by before.
 
     `weights` are |row k of M_i L_i|^2. Without groups of columns the bits are shared out over rows as well.
     """
@@ -239,7 +239,7 @@ def _shared_bits(
 
 
 def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed]]:
-    """Atoms as they are read back, in the dtype of the fit, and as they are stored."""
+    """Return atoms as they are read back, in the dtype of the fit, and as they are stored."""
     packed = {}
 
     def rounded(tensor: Tensor, name: str) -> Tensor:
@@ -256,7 +256,7 @@ def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed]]:
 def _moved(
     task: _Task, wanted: Atoms, rounded: Atoms, found: RoundedFactors, generator: torch.Generator
 ) -> Atoms:
-    """A Gauss-Newton step of atoms and codes for the adapters as they are rounded, from the atoms as they are."""
+    """Take a Gauss-Newton step of atoms and codes for the adapters as they are rounded, from the atoms as they are."""
     X, adapters = task.X, found.factors.adapters
     n, _, d = X.shape
     r = wanted.bank.shape[1]

@@ -17,7 +17,7 @@ _NO_WRITING = "stored experts cannot be written to: take dense() first"
 
 
 def z_score(expert: Float[Tensor, "p d"], mean: Tensor | None, scale: Tensor | None) -> Float[Tensor, "p d"]:
-    """(expert - mean) / scale in float64; the mean is one number or (p, d), the scale one number or (p,)."""
+    """Return (expert - mean) / scale in float64; the mean is one number or (p, d), the scale one number or (p,)."""
     value = to_float64(expert)
     if mean is not None:
         value = value - to_float64(mean)
@@ -63,7 +63,7 @@ class StoredExperts(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What has no answer of its own below: on the dense tensor."""
+        """Do what has no answer of its own below on the dense tensor."""
         if func._schema.is_mutable:
             raise TypeError(_NO_WRITING)
         args, kwargs = tree_map_only(StoredExperts, StoredExperts.dense, (args, kwargs or {}))
@@ -85,7 +85,7 @@ class StoredExperts(Tensor):
         return self.weights.new_zeros(*size, **({"dtype": self.dtype} | options))
 
     def rows(self, rows: Sequence[int]) -> Float[Tensor, "chosen p d"]:
-        """Some of the experts, normalised, in the dtype of the fit."""
+        """Return some of the experts, normalised, in the dtype of the fit."""
         made = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype, device=self.weights.device)
         for at, row in enumerate(rows):
             mean = None if self.means is None else self.means[bisect_right(self.starts, row) - 1]
@@ -93,7 +93,7 @@ class StoredExperts(Tensor):
         return made
 
     def dense(self) -> Float[Tensor, "n p d"]:
-        """All of them at once, as an ordinary tensor."""
+        """Return all of them at once, as an ordinary tensor."""
         return self.rows(range(len(self)))
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -109,7 +109,7 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pack(value: float | int | bool | str | None) -> Any:
-    """JSON has no infinity and no NaN; float.hex has both, and loses nothing."""
+    """Write floats as float.hex does, which loses nothing and has infinity and NaN, as JSON has not."""
     return {"float": value.hex()} if isinstance(value, float) else value
 
 

@@ -45,7 +45,7 @@ class Watch:
     def runtime(
         self, result: FitResult, *, seconds: float, experts: int, read: ReadExperts, device: torch.device
     ) -> BankRuntime:
-        """Phases are those of this process; `result.seconds` counts what came before a resumption too."""
+        """Return the times: phases of this process; `result.seconds` counts what came before a resumption too."""
         return BankRuntime(
             seconds=result.seconds,
             seconds_total=seconds,

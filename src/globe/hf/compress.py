@@ -84,7 +84,7 @@ def _layers(layers: int | str | Sequence[int]) -> int | str | list[int]:
 
 
 def _family(families: Sequence[str]) -> str:
-    """The word of the option `family` for these families."""
+    """Return the word of the option `family` for these families."""
     wanted = {families} if isinstance(families, str) else set(families)
     for word in Family:
         if wanted in ({word}, set(FAMILIES_OF.get(word, (word,)))):
@@ -94,7 +94,7 @@ def _family(families: Sequence[str]) -> str:
 
 
 def _in_memory(model: Any) -> ExpertsInMemory:
-    """The routed experts of a transformers model, as views of its weights."""
+    """Return the routed experts of a transformers model, as views of its weights."""
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None:
         raise ConfigError(

@@ -51,7 +51,7 @@ class _Part(NamedTuple):
 def rewriters(
     entries: tuple[BankEntry, ...], checkpoint: Checkpoint, *, shared_only: bool = False
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Tensor name -> function that puts the reconstructions into the stored tensor, for `copy_checkpoint`.
+    """Return tensor name -> function that puts the reconstructions into the stored tensor, for `copy_checkpoint`.
 
     `shared_only` leaves the routed experts alone and does the always-on shared expert.
     """

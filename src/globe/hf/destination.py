@@ -39,7 +39,9 @@ def destination(out: str | Path, *, overwrite: bool, inputs: Iterable[Path] = ()
 
 
 def check_destination(target: Path, *, overwrite: bool) -> tuple[str, ...]:
-    """The names in `target` that are to be kept. Raises ConfigError if it holds something that may not be replaced."""
+    """Return the names in `target` that are to be kept. Raises ConfigError if it holds something that may not be
+    replaced.
+    """
     if not os.path.lexists(target):
         return ()
     if not target.is_dir() or target.is_symlink():
@@ -64,7 +66,7 @@ def check_destination(target: Path, *, overwrite: bool) -> tuple[str, ...]:
 
 
 def _foreign(target: Path, below: str, files: frozenset[str]) -> Iterator[str]:
-    """What is in a folder and not among `files`: the folders that hold none of them, and single files."""
+    """Yield what is in a folder and not among `files`: the folders that hold none of them, and single files."""
     for path in sorted((target / below).iterdir()):
         name = below + path.name
         if path.is_dir() and not path.is_symlink() and any(one.startswith(f"{name}/") for one in files):
@@ -74,7 +76,7 @@ def _foreign(target: Path, below: str, files: frozenset[str]) -> Iterator[str]:
 
 
 def inputs_of(entries: tuple[BankEntry, ...], checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """What is read for a patched checkpoint: its run, the model, and where links in the model's folder lead."""
+    """Return what is read for a patched checkpoint: its run, the model, and where links in the model's folder lead."""
     runs = {
         entry.folder.parent.parent if entry.folder.parent.name == "banks" else entry.folder
         for entry in entries

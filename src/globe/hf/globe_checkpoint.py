@@ -82,7 +82,7 @@ def write_globe(
 
 
 def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
-    """The checkpoint's model on the meta device: modules, names and shapes without memory.
+    """Return the checkpoint's model on the meta device: modules, names and shapes without memory.
 
     Raises CheckpointError if transformers has no pure language model for it.
     """
@@ -108,7 +108,7 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 
 def disk_names(skeleton: nn.Module) -> dict[str, str]:
-    """Parameter name -> the name that `save_pretrained` gives it, for the parameters of factored experts.
+    """Return parameter name -> the name that `save_pretrained` gives it, for the parameters of factored experts.
 
     Some architectures call a module otherwise in files than in memory (`block_sparse_moe`, `mlp`).
     """
@@ -124,7 +124,7 @@ def disk_names(skeleton: nn.Module) -> dict[str, str]:
 def _kept_tensors(
     entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor but those of the routed experts' families that a `GlobeExperts` holds."""
+    """Yield every stored tensor but those of the routed experts' families that a `GlobeExperts` holds."""
     gone = set()
     for layer, family in _held(entries, modules):
         experts = range(checkpoint.shape(layer, family).n)
@@ -139,7 +139,7 @@ def _kept_tensors(
 def _factors(
     entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of the factored experts, by their names in memory."""
+    """Yield the parameters of the factored experts, by their names in memory."""
     dense = {place: set(range(checkpoint.shape(*place).n)) for place in _held(entries, modules)}
     for index, entry in enumerate(entries):
         artefact = entry.read()
@@ -182,7 +182,7 @@ def _stored_dtype(checkpoint: Checkpoint, layer: int, family: str) -> torch.dtyp
 
 
 def _largest_shard(checkpoint: Checkpoint) -> int:
-    """Bytes of the largest file of the original, so that the shards are no larger than its."""
+    """Return the bytes of the largest file of the original, so that the shards are no larger than its."""
     sizes = Counter[str]()
     for name in checkpoint.reader.names:
         sizes[checkpoint.reader.index[name]] += checkpoint.reader.entry(name).nbytes

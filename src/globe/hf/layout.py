@@ -65,7 +65,7 @@ class BankLayout:
 
 
 def layout_of(artefact: BankArtefact) -> BankLayout:
-    """The layout of a bank. The shared expert (number -1), if the bank has it, is left out: it stays dense."""
+    """Return the layout of a bank. The shared expert (number -1), if the bank has it, is left out: it stays dense."""
     mean = artefact.mean
     routed = [
         [one.start + row for row, expert in enumerate(one.experts) if expert >= 0] for one in artefact.members
@@ -88,17 +88,17 @@ def layout_of(artefact: BankArtefact) -> BankLayout:
 
 
 def unpacked(layouts: Sequence[BankLayout]) -> tuple[BankLayout, ...]:
-    """The same layouts with all factors as plain numbers."""
+    """Return the same layouts with all factors as plain numbers."""
     return tuple(replace(layout, packed={}) for layout in layouts)
 
 
 def version_of(layouts: Sequence[BankLayout]) -> int:
-    """Version of a checkpoint with these layouts."""
+    """Return the version of a checkpoint with these layouts."""
     return PACKED_VERSION if any(layout.packed for layout in layouts) else VERSION
 
 
 def to_json(layouts: Sequence[BankLayout]) -> list[dict[str, Any]]:
-    """Plain values for `config.json`."""
+    """Return plain values for `config.json`."""
     records = [plain_record(layout) for layout in layouts]
     if version_of(layouts) == VERSION:
         for record in records:
@@ -107,7 +107,7 @@ def to_json(layouts: Sequence[BankLayout]) -> list[dict[str, Any]]:
 
 
 def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
-    """The layouts of a compact checkpoint. Raises ArtefactError for another version or a malformed record."""
+    """Return the layouts of a compact checkpoint. Raises ArtefactError for another version or a malformed record."""
     if type(version) is not int or version not in (VERSION, PACKED_VERSION):
         raise ArtefactError(
             f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} and {PACKED_VERSION} are read: patch the "

@@ -46,7 +46,7 @@ def write_card(
 
 
 def recipe(entries: tuple[BankEntry, ...]) -> str:
-    """The options of the fits as a primary configuration of globe.train."""
+    """Return the options of the fits as a primary configuration of globe.train."""
     import yaml
 
     places = [(member.layer, member.family) for entry in entries for member in entry.members]
@@ -73,7 +73,7 @@ def card_of(
     parameters: dict[str, Any],
     original: str,
 ) -> str:
-    """The text of README.md."""
+    """Return the text of README.md."""
     source = checkpoint.source()
     name = str(source["id"])
     on_hub = bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
@@ -108,7 +108,7 @@ def card_of(
 
 
 def _dequantised(checkpoint: Checkpoint) -> str:
-    """What became of a quantised original."""
+    """Return what became of a quantised original."""
     if checkpoint.quantisation is None:
         return ""
     dtype = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
@@ -116,7 +116,7 @@ def _dequantised(checkpoint: Checkpoint) -> str:
 
 
 def _front_matter(card: str) -> str:
-    """The YAML head of a model card, as text: it is never parsed."""
+    """Return the YAML head of a model card, as text: it is never parsed."""
     return card.split("\n---", 1)[0] if card.startswith("---\n") else ""
 
 

@@ -73,7 +73,7 @@ def _write_dense(model: nn.Module, names: dict[int, str], entry: BankEntry) -> N
 
 
 def dense_view(module: nn.Module, family: str) -> Float[Tensor, "n p d"]:
-    """The weights of one family of a regular experts module, down transposed: a view that can be written to."""
+    """Return the weights of one family of a regular experts module, down transposed: a view that can be written to."""
     if family == "down":
         down = module.down_proj
         assert isinstance(down, nn.Parameter)

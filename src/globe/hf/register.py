@@ -30,7 +30,7 @@ class CompactConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The upstream configuration of a compact checkpoint, as `AutoConfig.from_pretrained` asks for it."""
+        """Return the upstream configuration of a compact checkpoint, as `AutoConfig.from_pretrained` asks for it."""
         from globe.hf.quantizer import compact_config
 
         return compact_config(config_dict, **kwargs)
@@ -52,7 +52,7 @@ def _register(table: ModuleType) -> None:
 
 
 def _is_ours(finder: object) -> bool:
-    """By name: a module that is loaded twice makes a second class, and two finders would ask each other forever."""
+    """Compare by name: a module that is loaded twice makes a second class, and two finders would ask each other."""
     kind = finder if isinstance(finder, type) else type(finder)
     return (kind.__module__, kind.__qualname__) == (_AfterImport.__module__, _AfterImport.__qualname__)
 
@@ -86,5 +86,5 @@ class _ThenRegister(importlib.abc.Loader):
         _register(module)
 
     def __getattr__(self, name: str) -> Any:
-        """Source, file name and the like, for tracebacks and `inspect`."""
+        """Return the source, file name and the like, for tracebacks and `inspect`."""
         return getattr(self.inner, name)

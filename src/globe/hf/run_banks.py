@@ -46,12 +46,12 @@ class BankEntry:
         return self.folder.name
 
     def read(self) -> BankArtefact:
-        """The tensors; the hash was verified when the run was opened."""
+        """Return the tensors; the hash was verified when the run was opened."""
         return read_artefact(self.folder, verify_hash=False)
 
 
 def open_run(folder: str | Path) -> tuple[BankEntry, ...]:
-    """Every finished bank of a run folder (`banks/KEY/`), or the one bank if `folder` is itself an artefact.
+    """Return every finished bank of a run folder (`banks/KEY/`), or the one bank if `folder` is itself an artefact.
 
     Reads and verifies each bank, one at a time. Raises ArtefactError if there is none, if one can't be used,
     or if two of them stand for the same layer and family.
@@ -97,13 +97,13 @@ def _entry(folder: Path) -> BankEntry:
 
 
 def run_of(folder: str | Path) -> Path:
-    """The folder of a run, for its own or that of one of its banks."""
+    """Return the folder of a run, for its own or that of one of its banks."""
     root = Path(folder).expanduser()
     return root.parent.parent if (root / RECORD_FILE).is_file() else root
 
 
 def recorded_cache(folder: str | Path) -> int | str:
-    """`S_cache` of the run in a folder, or that the one bank in it belongs to; "all" where none is recorded."""
+    """Return `S_cache` of the run in a folder, or that the one bank in it belongs to; "all" where none is recorded."""
     summary = read_summary(RunFolder(run_of(folder)).summary_file)
     return "all" if summary is None else summary.S_cache
 
@@ -111,7 +111,7 @@ def recorded_cache(folder: str | Path) -> int | str:
 def open_source(
     entries: tuple[BankEntry, ...], path: str | None = None, *, revision: str | None = None
 ) -> Checkpoint:
-    """The checkpoint at `path`, or (None) the one the first bank says it was learned from.
+    """Return the checkpoint at `path`, or (None) the one the first bank says it was learned from.
 
     Raises CheckpointError naming `model.path` if it can't be opened, ArtefactError if no source is recorded.
     """
@@ -175,7 +175,7 @@ class DenseExperts:
         self._rebuilt = functools.lru_cache(maxsize=2)(self._rebuild)
 
     def __call__(self, entry: BankEntry, position: int, row: int, dtype: torch.dtype) -> Float[Tensor, "p d"]:
-        """Expert `row`, counted from the first of the member at `position`, computed wide, rounded once."""
+        """Return expert `row`, counted from the first of the member at `position`, computed wide, rounded once."""
         member = entry.members[position]
         return self._rebuilt(entry.folder, member.start, member.stop, dtype)[row]
 

@@ -111,7 +111,7 @@ def _compare(model: Any, entries: tuple[BankEntry, ...]) -> tuple[int, float]:
 
 
 def _held(module: Any, family: str, expert: int) -> Tensor | None:
-    """One matrix (p, d) of a loaded experts module; None where its architecture keeps it otherwise."""
+    """Return one matrix (p, d) of a loaded experts module; None where its architecture keeps it otherwise."""
     if isinstance(module, GlobeExperts):
         projection = module.projections[family]
         return projection.rebuild()[expert] if projection.row else None

@@ -11,7 +11,7 @@ __all__ = ["experts_modules", "irregularity", "require_regular"]
 
 
 def irregularity(module: nn.Module) -> str | None:
-    """Why the factored forward can't replace an experts module; None if it can.
+    """Return why the factored forward can't replace an experts module; None if it can.
 
     Regular is what transformers 5 gives nearly every architecture: `gate_up_proj` (E, 2I, H) with the gate
     first, `down_proj` (E, H, I), no biases, called as (hidden states, top-k index, top-k weights).

@@ -83,7 +83,7 @@ def check_fit(model: nn.Module, names: Mapping[int, str], layouts: Sequence[Bank
 
 
 def bank_values(artefact: BankArtefact) -> dict[str, Tensor]:
-    """The parameters of `Atoms`, by name."""
+    """Return the parameters of `Atoms`, by name."""
     if artefact.bank is not None:
         return {"atoms": artefact.bank}
     assert artefact.atoms_left is not None
@@ -92,13 +92,13 @@ def bank_values(artefact: BankArtefact) -> dict[str, Tensor]:
 
 
 def routed_rows(artefact: BankArtefact, position: int) -> list[int]:
-    """Rows of the routed experts of a member; the shared expert, if the bank has it, stays dense."""
+    """Return the rows of the routed experts of a member; the shared expert, if the bank has it, stays dense."""
     member = artefact.members[position]
     return [member.start + row for row, expert in enumerate(member.experts) if expert >= 0]
 
 
 def member_values(artefact: BankArtefact, position: int) -> dict[str, Tensor]:
-    """The parameters of a `Projection` that come from the bank's member at `position`, by name."""
+    """Return the parameters of a `Projection` that come from the bank's member at `position`, by name."""
     rows = routed_rows(artefact, position)
     values = {"adapters": artefact.adapters[rows], "codes": artefact.codes[rows]}
     if artefact.mean is not None:

@@ -75,7 +75,7 @@ def _loss(curves: Sequence[Curve], chosen: Sequence[int]) -> float:
 
 
 def _extended(reached: _Reached, curve: Curve, room: int) -> _Reached:
-    """Every choice so far with every option of the next bank, without those that are too large or beaten."""
+    """Return every choice so far with every option of the next bank, without those that are too large or beaten."""
     sizes = (reached.sizes[:, None] + np.array(curve.sizes, dtype=np.int64)).ravel()
     losses = (reached.losses[:, None] + np.array(curve.losses)).ravel()
     fits = np.flatnonzero(sizes <= room)
@@ -89,7 +89,7 @@ def _extended(reached: _Reached, curve: Curve, room: int) -> _Reached:
 
 
 def _thinned(sizes: NDArray[np.int64], kept: NDArray[np.intp]) -> NDArray[np.intp]:
-    """At most `_MOST` of them: the smallest, and the largest, hence least lossy, of every interval of sizes."""
+    """Return at most `_MOST` of them: the smallest, and the largest, hence least lossy, of every interval of sizes."""
     if len(kept) <= _MOST:
         return kept
     first, last = sizes[kept[0]], sizes[kept[-1]]

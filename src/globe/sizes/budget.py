@@ -26,7 +26,8 @@ class Room(NamedTuple):
         return Sizes(self.n, self.p, self.d, size.m, size.r, atom_rank=size.atom_rank).parameters
 
     def dense(self, m: int, allows: Callable[[int], bool] = lambda m: True) -> BankSize | None:
-        """The most rows that m dense atoms can have, and then the most atoms that are allowed; None if nothing fits.
+        """Return the most rows that m dense atoms can have, and then the most atoms that are allowed; None if nothing
+        fits.
 
         Where m is not allowed the nearest number of atoms that is stands in for it.
         """
@@ -43,19 +44,19 @@ class Room(NamedTuple):
         return BankSize(next(one for one in range(most, 0, -1) if allows(one)), r, None)
 
     def low_rank(self, k: int, allows: Callable[[int], bool] = lambda m: True) -> BankSize | None:
-        """The most rows that n atoms of rank k can have; None if none fit, or if dense atoms would be smaller."""
+        """Return the most rows of n atoms of rank k; None if none fit, or if dense atoms would be smaller."""
         n, p, d, limit = self
         r = min(p, d, (limit - n * n - n * k * d) // (n * p + n * k))
         return BankSize(n, r, k) if r > k >= 1 and k * (r + d) < r * d and allows(n) else None
 
     def rank_of_share(self, share: float) -> int:
-        """k of n atoms when adapters take a share of the budget."""
+        """Return k of n atoms when adapters take a share of the budget."""
         n, p, d, limit = self
         r = share * limit / (n * p)
         return max(1, round((limit - n * p * r - n * n) / (n * (r + d))))
 
     def shrunk(self, factor: float) -> Room:
-        """A block of the experts: fewer rows and columns, and the same share of their numbers."""
+        """Return a block of the experts: fewer rows and columns, and the same share of their numbers."""
         p, d = max(1, round(self.p / factor)), max(1, round(self.d / factor))
         return Room(self.n, p, d, self.limit * p * d // (self.p * self.d))
 
@@ -63,7 +64,7 @@ class Room(NamedTuple):
 def candidates(
     room: Room, *, ratio: float, low_rank: bool, allows: Callable[[int], bool] = lambda m: True
 ) -> tuple[BankSize, ...]:
-    """Sizes that leave no room for another atom or row: dense ones from one atom to n, then low-rank ones.
+    """Return the sizes that leave no room for another atom or row: dense ones from one atom to n, then low-rank ones.
 
     Numbers of dense atoms and ranks of low-rank ones (m = n) stand on geometric grids whose steps are `ratio`;
     `allows(m)` can leave numbers of atoms out. Empty if nothing fits.
@@ -78,7 +79,7 @@ def candidates(
 def neighbours(
     room: Room, size: BankSize, seen: Sequence[BankSize], *, allows: Callable[[int], bool] = lambda m: True
 ) -> tuple[BankSize, ...]:
-    """Halfway (geometrically) from a candidate to the next ones of its kind on both sides among those seen."""
+    """Return halfway (geometrically) from a candidate to the next ones of its kind on both sides among those seen."""
     low_rank = size.atom_rank is not None
 
     def place(one: BankSize) -> int:
@@ -95,7 +96,7 @@ def neighbours(
 def enlarged(
     room: Room, size: BankSize, block: Room, *, allows: Callable[[int], bool] = lambda m: True
 ) -> BankSize:
-    """The sizes in `room` that stand for `size` in a block of it: as many atoms, rows in proportion, filled up."""
+    """Return the sizes in `room` for `size` in a block of it: as many atoms, rows in proportion, filled up."""
     if size.atom_rank is None:
         tries = (room.dense(m, allows) for m in range(size.m, 0, -1))
     else:
@@ -107,7 +108,7 @@ def enlarged(
 
 
 def too_small(kept: float, room: Room, *, means: int) -> ConfigError:
-    """The sentence for a share in which nothing fits."""
+    """Return the sentence for a share in which nothing fits."""
     n, p, d, _ = room
     least = (room.parameters(BankSize(1, 1, None)) + means) / (n * p * d)
     return ConfigError(
@@ -117,7 +118,7 @@ def too_small(kept: float, room: Room, *, means: int) -> ConfigError:
 
 
 def grid(first: int, last: int, ratio: float) -> list[int]:
-    """Whole numbers from first to last, each about `ratio` times the one before."""
+    """Return whole numbers from first to last, each about `ratio` times the one before."""
     numbers, value = [first], float(first)
     while (value := max(value * ratio, value + 1)) < last:
         numbers.append(round(value))

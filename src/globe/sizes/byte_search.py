@@ -79,7 +79,7 @@ def _error(
     config: Config,
     seed: int,
 ) -> float:
-    """Relative error of a short fit once it is rounded, in the metric; infinity where it breaks."""
+    """Return the relative error of a short fit once it is rounded, in the metric; infinity where it breaks."""
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, atom_rank=size.atom_rank)
     precision = room.precision(size)
     lambda_A = max(config.train.lambda_A, precision.ridge)

@@ -28,7 +28,8 @@ def step_work(
     evaluate_every: int = 5,
     in_metric: bool = False,
 ) -> float:
-    """Multiply-adds of an average projected Gauss-Newton step, with coding and validation every so many steps.
+    """Return the multiply-adds of an average projected Gauss-Newton step, with coding and validation every so many
+    steps.
 
     In a metric bases and forces are multiplied by L_i, and products by the matrix K_i that is made once a step.
     """
@@ -52,7 +53,7 @@ def step_work(
 
 
 def _of_atoms(sizes: Sizes) -> float:
-    """Of one conjugate-gradient iteration, for all atoms: the preconditioner, and the halves of low-rank ones."""
+    """Return what all atoms add to a conjugate-gradient iteration: the preconditioner, and halves of low-rank ones."""
     d, m, r, k = sizes.d, sizes.m, sizes.r, sizes.atom_rank
     if k is None:
         return m * r * d * (r + d)
@@ -60,12 +61,12 @@ def _of_atoms(sizes: Sizes) -> float:
 
 
 def usual_iterations(train: TrainConfig) -> int:
-    """Of conjugate gradients in an average step: all, or with the truncation test what fits of 60 steps made."""
+    """Return the iterations of an average step: all, or with the truncation test what fits of 60 steps made."""
     return train.cg_iterations if train.cg_tolerance == 0 else min(train.cg_iterations, USUAL_ITERATIONS)
 
 
 def average_work(config: Config, sizes: Sizes) -> float:
-    """Multiply-adds of an average step as `config` asks for it."""
+    """Return the multiply-adds of an average step as `config` asks for it."""
     return step_work(
         sizes,
         cg_iterations=usual_iterations(config.train),
@@ -77,7 +78,7 @@ def average_work(config: Config, sizes: Sizes) -> float:
 
 
 def in_metric(config: Config) -> bool:
-    """Whether the kernels of a fit multiply by a metric of the columns."""
+    """Return whether the kernels of a fit multiply by a metric of the columns."""
     match chosen_metric(config):
         case Metric.inputs:
             return config.family is not Family.down
@@ -88,12 +89,12 @@ def in_metric(config: Config) -> bool:
 
 
 def chunk_of(sizes: Sizes, *, itemsize: int) -> int:
-    """Experts that a conjugate-gradient product takes at once."""
+    """Return experts that a conjugate-gradient product takes at once."""
     return product_chunk_size(sizes.n, sizes.r, sizes.d, sizes.m, itemsize=itemsize)
 
 
 def reference_seconds(work: float) -> float:
-    """Of one step on the reference core. The same on every machine, so that what is planned by it is too."""
+    """Return the seconds of a step on the reference core: the same on every machine, as is what is planned by it."""
     return REFERENCE_OVERHEAD + work / REFERENCE_RATE
 
 
@@ -109,7 +110,7 @@ def fit_bytes(
     metric: int = 0,
     projected: bool = False,
 ) -> int:
-    """The most that reading, fitting and exporting one bank hold at once, beside the program itself.
+    """Return the most that reading, fitting and exporting one bank hold at once, beside the program itself.
 
     Throughout: the normalised experts, or with `stored` those of the checkpoint. While reading: those of one member in
     the checkpoint's dtype too, and all twice where several members are joined. At a point: the adapters' Gram matrices

@@ -34,17 +34,17 @@ class Spectrum:
     left: tuple[float, ...]
 
     def rows(self, limit: int) -> int:
-        """Rows of the largest shared basis that keeps at most `limit` numbers: n p r + r d + n."""
+        """Return the rows of the largest shared basis that keeps at most `limit` numbers: n p r + r d + n."""
         d = len(self.vectors)
         return max(0, min(d, self.n * self.p, (limit - self.n) // (self.n * self.p + d)))
 
     def error(self, limit: int) -> float:
-        """Share of the energy that the basis of that size leaves, 0 to 1."""
+        """Return the share of the energy that the basis of that size leaves, 0 to 1."""
         return self.left[self.rows(limit)]
 
 
 def spectrum(X: Float[Tensor, "n p d"], metric: InputMetric | None) -> Spectrum:
-    """The eigenvalues of G for normalised experts, in the metric, summed in float64 where the device has it."""
+    """Return the eigenvalues of G for normalised experts, in the metric, summed in float64 where the device has it."""
     n, p, d = X.shape
     gram = to_float64(X.new_zeros(d, d))
     for part in expert_chunks(n, p, d):
@@ -61,7 +61,7 @@ def spectrum(X: Float[Tensor, "n p d"], metric: InputMetric | None) -> Spectrum:
 def approximated(
     joined: Joined, metric: InputMetric | None, basis: Spectrum, limit: int
 ) -> Float[Tensor, "n p d"]:
-    """The experts as a shared basis of at most `limit` numbers gives them back, in their own units."""
+    """Return the experts as a shared basis of at most `limit` numbers gives them back, in their own units."""
     V = basis.vectors[:, : basis.rows(limit)]
     X = joined.experts
     rebuilt = torch.empty_like(X[0:1]).expand(0, -1, -1).new_empty(X.shape)
@@ -77,6 +77,8 @@ def approximated(
 
 
 def limits(parameters: int, share: float) -> tuple[int, ...]:
-    """Numbers that a bank of so many may keep: those of `LEVELS` and of `share`, rounded down, and all of them."""
+    """Return the numbers that a bank of so many may keep: those of `LEVELS` and of `share`, rounded down, and all of
+    them.
+    """
     levels: Sequence[float] = sorted({*LEVELS, share} - {1.0})
     return (*(int(level * parameters) for level in levels), parameters)

@@ -127,7 +127,9 @@ def fit(
 
 
 def config_of(given: dict[str, Any], options: Keywords, fixed: dict[str, Any]) -> Config:
-    """The configuration of keyword arguments, by the names they have here; `fixed` by those of the configuration."""
+    """Return the configuration of keyword arguments, by the names they have here; `fixed` by those of the
+    configuration.
+    """
     unknown = sorted(set(options) - set(Keywords.__annotations__))
     if unknown:
         known = [*(name for name in given if name not in ("family", "layer")), *Keywords.__annotations__]
@@ -175,7 +177,7 @@ def _silent(key: str, record: StepRecord) -> None:
 
 
 def _groups(experts: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The members of the bank, each (n, p, d)."""
+    """Return the members of the bank, each (n, p, d)."""
     if isinstance(experts, Tensor):
         return [experts]
     tensors = list(experts)

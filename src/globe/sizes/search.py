@@ -159,7 +159,7 @@ def search(
 def _halfway(
     room: Room, leaders: Sequence[BankSize], seen: Sequence[BankSize], allows: Callable[[int], bool]
 ) -> tuple[BankSize, ...]:
-    """Around the best dense and the best low-rank candidate."""
+    """Return the candidates around the best dense and the best low-rank one."""
     best = {size.atom_rank is None: size for size in reversed(leaders)}
     found = [one for size in best.values() for one in neighbours(room, size, seen, allows=allows)]
     return tuple(dict.fromkeys(found))
@@ -183,7 +183,7 @@ def _error(
     steps: int,
     seed: int,
 ) -> float:
-    """RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks."""
+    """Return RelFrob after `steps` steps of the very fit that is asked for; infinity where it breaks."""
     support = target_support(config, size.m)
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, target_support=support, atom_rank=size.atom_rank)
     train = replace(config.train, steps=steps, time_limit=None, patience=0, checkpoint_every=1e9)
@@ -197,7 +197,7 @@ def _error(
 
 
 def _merit(room: Room, size: BankSize, error: float, at_equal_budget: bool) -> float:
-    """The error; in a block, whose sizes are coarse, what it would be if the budget were filled."""
+    """Return the error; in a block, whose sizes are coarse, what it would be if the budget were filled."""
     used = room.parameters(size) / room.limit
     return error * (used**_SLACK if at_equal_budget else 1.0)
 
@@ -205,7 +205,7 @@ def _merit(room: Room, size: BankSize, error: float, at_equal_budget: bool) -> f
 def _block(
     X: Float[Tensor, "n p d"], metric: InputMetric | None, block: Room, seed: int
 ) -> tuple[Float[Tensor, "n q c"], InputMetric | None]:
-    """Random columns, the same for all experts, and random rows of each, with their part of the metric."""
+    """Return random columns, the same for all experts, and random rows of each, with their part of the metric."""
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randperm(X.shape[2], generator=generator)[: block.d].to(X.device)
     rows = [torch.randperm(X.shape[1], generator=generator)[: block.p].to(X.device) for _ in X]

@@ -29,7 +29,7 @@ _ITERATIONS = 4
 
 
 def seconds_of_steps(config: Config, sizes: Sequence[Sizes], device: torch.device) -> dict[Sizes, float]:
-    """Seconds of an average step of every one of these sizes.
+    """Return the seconds of an average step of every one of these sizes.
 
     Those of one shape (n, p, d) are measured at one of them, the one whose work is in the middle, and extended in the
     proportion of the reference core's times, so that many candidates for large experts cost one measurement.
@@ -45,13 +45,13 @@ def seconds_of_steps(config: Config, sizes: Sequence[Sizes], device: torch.devic
 
 
 def is_curved(config: Config) -> bool:
-    """Whether the activation is anything but linear at some time of the fit."""
+    """Return whether the activation is anything but linear at some time of the fit."""
     lam = config.schedule.lam
     return config.bank.activation is not Activation.identity and max(lam.start, lam.end) > 0
 
 
 def seconds_per_step(config: Config, sizes: Sizes, device: torch.device) -> float:
-    """An average step, from the solver's own kernels on a few random experts at the very p, d, m and r.
+    """Return an average step, from the solver's own kernels on a few random experts at the very p, d, m and r.
 
     Every kernel's time is a part for each expert and a part for the atoms, so two numbers of experts give both; where
     all experts are few, they are measured as they are. Products are in the precision that the fit begins with.
@@ -134,7 +134,7 @@ def _random_state(
 
 
 def _time(kernel: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the least of several rounds, since another program can only add to it."""
+    """Return the seconds of one call: the least of several rounds, since another program can only add to it."""
     kernel()
     best, count, started = float("inf"), 1, time.perf_counter()
     while True:

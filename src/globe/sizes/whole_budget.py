@@ -120,7 +120,9 @@ def _spread(config: Config, banks: Sequence[Outline], sizing: Sizing) -> Allocat
 
 
 def _curve(config: Config, basis: Spectrum, parameters: int, felt: float | None) -> Curve:
-    """Losses over sizes of one bank; `felt` is the divergence that was measured at the run's share, None without."""
+    """Return the losses over sizes of one bank; `felt` is the divergence that was measured at the run's share, None
+    without.
+    """
     kept = config.bank.kept
     assert kept is not None
     equal = int(kept * parameters)
@@ -170,7 +172,7 @@ def _fingerprint(config: Config, checkpoint: Checkpoint, banks: Sequence[Outline
 
 
 def _read(file: Path, key: str) -> Allocation | None:
-    """What a file holds of the same run; None for another's, a damaged one or none."""
+    """Return what a file holds of the same run; None for another's, a damaged one or none."""
     record = read_record(file)
     if record is None or record.get("fingerprint") != key or record.get("format_version") != FORMAT_VERSION:
         return None
@@ -199,7 +201,7 @@ def print_allocation(found: Allocation, console: Console | None = None) -> None:
 
 
 def allocation_table(found: Allocation) -> Table:
-    """A row for each bank: its sensitivity, its share as a number and as a bar, and its losses."""
+    """Return a row for each bank: its sensitivity, its share as a number and as a bar, and its losses."""
     what = "divergence" if found.measured else "weight"
     title = f"one budget of {found.kept:.1%} over {len(found.shares)} banks"
     headings = ("bank", f"{what}\nby itself", "kept", "0 to 1", "loss", "with equal\nshares")
