@@ -26,9 +26,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from omegaconf import DictConfig
 import globe.fit.baseline
 import globe.fit.one_bank
 import globe.train
-from globe.calibration.run import calibrate
+from globe.calibration.run import Calibration, calibrate
 from globe.checkpoint import open_checkpoint
 from globe.config.commands import explain
 from globe.config.composition import conf_dir, plain, to_config
@@ -56,6 +56,7 @@ from globe.hf.structure import experts_modules
 from globe.runs.summary import read_summary
 
 _DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+ADAM = ("mobe", "mobe_corrected", "slbf")
 METHODS = ("globe", "svd", "shared_basis", "mobe")
 KEPT = (1.0, 0.8, 0.6, 0.47, 0.35)
 SIZES = r"[01](\.\d+)?=[1-9]\d*,[1-9]\d*(,[1-9]\d*)?"
@@ -87,12 +88,17 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--kept", nargs="+", type=float, default=list(KEPT))
     parser.add_argument("--layers", default="all", help="as layer= of globe.train")
-    parser.add_argument("--families", default="both", choices=("both", "up", "gate"))
+    parser.add_argument("--families", default="both", choices=("both", "up", "gate", "down", "all"))
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for each matrix, of methods that iterate"
     )
     parser.add_argument(
         "--steps", type=int, help="for each matrix, instead of seconds: the same on any machine"
+    )
+    parser.add_argument(
+        "--adam-seconds",
+        type=float,
+        help="for each matrix, of methods trained by Adam, in the place of steps",
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every method")
     parser.add_argument("--globe", nargs="+", default=[], metavar="KEY=VALUE", help="options of GloBE alone")
@@ -131,6 +137,15 @@ class Bench:
     windows: tuple[Window, ...]
     settings: dict[str, Any]
     """all that a cell's figures depend on, besides its method and share"""
+    logits: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """of the original, by the group of windows"""
+
+    def remembered(self, group: Sequence[Window], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute the original's logits once for all cells."""
+        key = (group[0].start, group[-1].stop)
+        if key not in self.logits:
+            self.logits[key] = compute()
+        return self.logits[key]
 
 
 def prepare(options: argparse.Namespace) -> Bench:
@@ -174,10 +189,11 @@ def spread_windows(total: int, most: int | None, *, window: int, stride: int) ->
 
 def composed(options: argparse.Namespace, method: str, kept: float) -> DictConfig:
     """The configuration of one cell's run."""
-    limit = [f"train.steps={options.steps}"]
-    if options.steps is None:
-        limit = ["train.steps=1000000", f"train.time_limit={options.seconds:g}"]
     name, _, metric = method.partition("+")
+    limit, seconds = [f"train.steps={options.steps}"], options.seconds
+    adam = name in ADAM and options.adam_seconds is not None
+    if options.steps is None or adam:
+        limit = ["train.steps=1000000", f"train.time_limit={options.adam_seconds if adam else seconds:g}"]
     overrides = [
         f"method={name}",
         f"model.path={Path(options.checkpoint).resolve()}",
@@ -251,7 +267,14 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     bench.copy.load_state_dict(bench.original.state_dict())
     patch_model(bench.copy, folder, dense=True)
     clock = time.perf_counter()
-    sums = score(bench.copy, bench.tokens, bench.windows, original=bench.original, batch=options.batch)
+    sums = score(
+        bench.copy,
+        bench.tokens,
+        bench.windows,
+        original=bench.original,
+        batch=options.batch,
+        remembered=bench.remembered,
+    )
     assert sums.kl is not None
     assert sums.agreement is not None
     assert sums.nll_original is not None
@@ -277,18 +300,13 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     return cell
 
 
-def pruned(bench: Bench, share: float) -> str:
-    """What is left of a model without the share of its experts, layer by layer, whose mean of REAP is the least.
+def pruned_model(original: Any, found: Calibration, share: float) -> Any:
+    """Return a copy of a model without the share of its experts, layer by layer, whose mean of REAP is the least.
 
     REAP (arXiv 2510.13999): the mean over an expert's tokens of its gate value times the norm of its output. The router
     goes without them too.
     """
-    options = bench.options
-    checkpoint = open_checkpoint(options.checkpoint)
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        config = to_config(compose("config", overrides=calibration(options)))
-    found = calibrate(checkpoint, config.calibrate)
-    model = copy.deepcopy(bench.original)
+    model = copy.deepcopy(original)
     for layer, name in experts_modules(model).items():
         s = found.layer(layer)
         score_of = s.reap / s.counts.clamp_min(1)
@@ -298,7 +316,28 @@ def pruned(bench: Bench, share: float) -> str:
             for weight in weights:
                 setattr(module, weight, torch.nn.Parameter(getattr(module, weight).detach()[left]))
             module.num_experts = len(left)
-    sums = score(model, bench.tokens, bench.windows, original=bench.original, batch=options.batch)
+    return model
+
+
+def statistics_of(checkpoint: str, overrides: Sequence[str]) -> Calibration:
+    """Return the statistics of a model on the text that `calibrate.text=` among the overrides names."""
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = to_config(compose("config", overrides=list(overrides)))
+    return calibrate(open_checkpoint(checkpoint), config.calibrate)
+
+
+def pruned(bench: Bench, share: float) -> str:
+    """Return one line on what is left of the model without a share of its experts."""
+    options = bench.options
+    model = pruned_model(bench.original, statistics_of(options.checkpoint, calibration(options)), share)
+    sums = score(
+        model,
+        bench.tokens,
+        bench.windows,
+        original=bench.original,
+        batch=options.batch,
+        remembered=bench.remembered,
+    )
     assert sums.kl is not None
     assert sums.agreement is not None
     far = divergence(sums.kl, sums.agreement, sums.tokens, seed=options.seed)
@@ -335,6 +374,11 @@ def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str
     for title, figure, form in (
         ("perplexity", lambda cell: cell["perplexity"]["perplexity"], "{:.2f}"),
         ("KL(original to compressed), nats", lambda cell: cell["divergence"]["kl"], "{:.5f}"),
+        (
+            "another likeliest token, %",
+            lambda cell: 100 - 100 * cell["divergence"]["top1_agreement"],
+            "{:.2f}",
+        ),
         ("RelFrob", lambda cell: cell["relfrob"], "{:.4f}"),
         ("processor seconds", lambda cell: cell.get("processor_seconds", math.nan), "{:.0f}"),
     ):

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import Container, OmegaConf
 
 from globe.bank.file import is_intact
-from globe.calibration.run import RECORD, Calibration, calibrate
+from globe.calibration.run import RECORD, Calibration
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config import commands as entry
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
@@ -35,6 +35,7 @@ from globe.config.schema import Config
 from globe.config.typed import as_typed
 from globe.errors import CheckpointError, FitError
 from globe.files import write_json
+from globe.fit.calibrated import calibration_for
 from globe.fit.ledger import Ledger
 from globe.fit.one_bank import Run, learn_bank
 from globe.fit.plan import BankPlan, Outline, is_met_by_every_atom, outline, plan
@@ -218,14 +219,9 @@ def _calibrate(
     device: torch.device,
     group: torchrun.Group,
 ) -> Calibration | None:
-    """The statistics of the layers of all banks, taken now unless they are on disk; the run tells what they are of."""
-    if config.calibrate.text is None:
-        return None
-    layers = [member.layer for bank in outlines for member in bank.members]
-    found = group.in_turn(
-        lambda: calibrate(checkpoint, config.calibrate, output=config.output, layers=layers, device=device)
-    )
-    if group.leads:
+    """The statistics that the metric asks for, taken now unless they are on disk; the run tells what they are of."""
+    found = group.in_turn(lambda: calibration_for(config, checkpoint, outlines, device))
+    if group.leads and found is not None:
         write_json(folder.path / RECORD, found.record | {"folder": str(found.folder)})
     return found
 

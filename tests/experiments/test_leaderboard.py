@@ -36,14 +36,18 @@ def point(size: int, kl: float, **more: Any) -> dict[str, Any]:
         "bits": 16 * size / 100,
     }
     own = {"model": "m", "method": f"at {size}", "size": "s", "options": ["a=1"], "tokens": 10, "text": "t"}
+    own["kind"] = "weights"
     return own | figures | {"bytes": size, "kl": kl} | more
 
 
-def test_every_row_is_a_run_that_composes_and_none_is_there_twice(board: Any) -> None:
-    rows = board.rows()
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_every_row_is_a_run_that_composes_and_none_is_there_twice(board: Any, calibrated: bool) -> None:
+    rows = board.rows(calibrated=calibrated)
     assert len({(row.method, row.size) for row in rows}) == len(rows) > 12
+    assert any(row.pruned for row in rows) == calibrated
+    text = ["calibrate.text=embedded"] if calibrated else []
     for row in rows:
-        to_config(composed("family=both", "layer=all", *row.options))
+        to_config(composed("family=all", "layer=all", *row.options, *text))
 
 
 def test_front_is_what_nothing_smaller_equals(board: Any) -> None:
@@ -64,8 +68,10 @@ def test_table_and_picture_show_every_row(
     board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = [point(5, 0.4), point(3, 0.6), point(6, 0.7), point(3, 0.2, model="n")]
+    results += [point(4, 0.1, kind="calibrated"), point(50, 0.2, kind="calibrated", relfrob=None)]
     text = board.table(results)
-    assert text.index("## m") < text.index("## n")
+    assert text.index("## m, up and gate") < text.index("## n") < text.index("## m, all three families")
+    assert "- | - | - |" in text
     assert text.index("at 3") < text.index("at 5") < text.index("at 6")
     assert "**at 5**" in text
     assert "**at 6**" not in text

@@ -358,3 +358,16 @@ def test_without_a_text_a_run_has_the_name_it_had() -> None:
     assert run_name(plain(composed("calibrate.text=embedded"))) != name
     given = run_name(plain(composed("calibrate.text=embedded", "normalise.metric=inputs")))
     assert run_name(plain(composed("calibrate.text=embedded"))) == given
+
+
+def test_a_text_that_no_metric_asks_for_is_not_read(tmp_path: Path) -> None:
+    given = (
+        *with_text(tmp_path),
+        "normalise.metric=none",
+        "layer=12",
+        "bank.m=2",
+        "bank.r=8",
+        "train.steps=1",
+    )
+    run_in(tmp_path / "run", *given)
+    assert not (tmp_path / "statistics").exists()

@@ -103,12 +103,28 @@ def test_a_run_keeps_to_its_bytes(tmp_path: Path, options: list[str]) -> None:
     assert searched["chosen"]["bits_A"] > 1
 
 
+@pytest.mark.parametrize("share", [0.16, 0.3])
+def test_given_sizes_get_the_bits_that_are_left(tmp_path: Path, share: float) -> None:
+    options = ["bank.m=1", "bank.r=d", "bank.activation=identity", "normalise.metric=experts"]
+    _, folder = run_in(tmp_path, f"bank.size={share}", "layer=12", "train.steps=2", *options)
+    (bank,) = load(folder / "summary.json")["banks"]
+    held, allowed = bank["metrics"]["bytes"], share * 2 * bank["parameters"]
+    assert 0.985 * allowed <= held <= allowed
+    assert (bank["m"], bank["r"]) == (1, 64)  # a row for every column, more than an expert's 44
+    assert not (folder / "frontier.json").exists()
+
+
+def test_given_sizes_without_room_for_a_bit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bank\.size=0\.05 leaves less than a bit"):
+        run_in(tmp_path, "bank.size=0.05", "layer=12", "bank.m=1", "bank.r=d", "bank.activation=identity")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["bank.size=1.5"], "bank.size=1.5 is not possible: give a share above 0"),
         (["bank.size=0.2", "bank.bits=3"], "bank.size=0.2 chooses sizes and bits: leave out bank.bits=3"),
-        (["bank.size=0.2", "bank.m=3"], "bank.size=0.2 chooses sizes and bits: leave out bank.m=3"),
+        (["bank.size=0.2", "bank.m=3"], "bank.size=0.2 takes bank.m and bank.r"),
         (["bank.size=0.2", "method=svd"], "bank.size=0.2 is not possible: give null with method=svd"),
         (["bank.size=0.2", "codes.target_support=2"], "codes.target_support=2 is not possible"),
         (["bank.size=0.2", "dry_run=true"], "dry_run=True is not possible: give false with bank.size"),

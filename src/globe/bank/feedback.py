@@ -85,7 +85,7 @@ def metric_errors(
     return ((left @ H.to(W)) * E).sum(dim=2)
 
 
-def _elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
+def elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
     """Upper U with (H + ridge)^-1 = U^T U: row j of U, over its diagonal, says what column j costs the later ones."""
     wide = to_float64(H)
     mean = wide.diagonal(dim1=1, dim2=2).mean(dim=1)
@@ -105,7 +105,7 @@ def _elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
 
 def _feed_columns(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], grid: Grid | LevelGrid) -> Rounded:
     """Round the columns in order; within a group the error is fed column by column, to later groups by one product."""
-    U, W, top = _elimination(H), W.clone(), grid.top(W)
+    U, W, top = elimination(H), W.clone(), grid.top(W)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scales = []
     for part in grid.groups:
@@ -133,7 +133,7 @@ def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: Gr
     order = rows.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=isinstance(grid, Grid), stable=True)
     every = torch.arange(len(W), device=W.device)[:, None]
     back = order.argsort(dim=1)
-    U = _elimination(rows[every[:, None], order[:, :, None], order[:, None]])
+    U = elimination(rows[every[:, None], order[:, :, None], order[:, None]])
     W, top = W[every, order], grid.top(W).expand(W.shape)[every, order]
     codes, scales = torch.empty(W.shape, dtype=torch.uint8, device=W.device), []
     for i in range(W.shape[1]):

@@ -68,8 +68,9 @@ class BankConfig:
     """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank, those of a GloBE
     bank by short fits (see `budget`); null takes the sizes above."""
     size: float | None = None
-    """Share of the experts' bytes in bfloat16 that the bank may take, 0 to 1, and never exceeds: chooses m, r and the
-    bits of adapters and atoms by short fits that are rounded, for method=globe. Null takes what is given."""
+    """Share of the experts' bytes in bfloat16 that the bank may take, 0 to 1, and never exceeds, for method=globe.
+    Chooses the bits of adapters and atoms, and m and r by short fits that are rounded unless both are given. Null takes
+    what is given."""
     bits: float | None = None
     """Bits of the factors' numbers, which are then packed as integers with scales: the average over the entries of the
     adapters, 1 to 8, shared out over their rows and columns by what these matter, so that an expert that is used more
@@ -97,7 +98,9 @@ class BankConfig:
         _check_bits(self)
         size = self.size
         check(size is None or 0 < size <= 1, "bank.size", size, "a share above 0 and at most 1, or null")
-        for key in ("kept", "m", "r", "atom_rank", "bits", "bits_A", "bits_B"):
+        if size is not None and (self.m is None) != (self.r is None):
+            raise ConfigError(f"bank.size={size} takes bank.m and bank.r, and chooses their bits, or neither")
+        for key in ("kept", "atom_rank", "bits", "bits_A", "bits_B"):
             value = getattr(self, key)
             if size is not None and value is not None:
                 raise ConfigError(f"bank.size={size} chooses sizes and bits: leave out bank.{key}={value}")
@@ -132,9 +135,10 @@ class BudgetConfig:
     a number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
 
     over: Over = Over.bank
-    """Whose numbers `bank.kept` is a share of: those of each bank, or those of all banks of the run together. The
-    second spreads them over layers and families by what each loses and, with `calibrate.text`, by what the model feels
-    of it, before any fit; a bank that is best left as it is gets none."""
+    """Whose numbers `bank.kept`, or whose bytes `bank.size`, is a share of: those of each bank, or those of all banks
+    of the run together. The second spreads them over layers and families by what each loses and, with `calibrate.text`,
+    by what the model feels of it, before any fit; of numbers, a bank that is best left as it is gets none. Of bytes,
+    `bank.m` and `bank.r` are to be given."""
 
     def __post_init__(self) -> None:
         check(positive(self.seconds), "budget.seconds", self.seconds, "a positive number")

@@ -191,7 +191,8 @@ def _check_method(config: Config) -> None:
             "normalise.metric=experts, which needs none"
         )
     if config.budget.over is Over.model:
-        check(bank.kept is not None, "budget.over", "model", "bank.kept with it, the share that is spread")
+        given = bank.kept is not None or (bank.size is not None and bank.m is not None)
+        check(given, "budget.over", "model", "bank.kept, or bank.size, bank.m and bank.r, with it")
         check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with budget.over=model")
     if bank.scope is Scope.families:
         check(

@@ -247,7 +247,8 @@ def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None)
         if r is None:
             r = default_size(DEFAULT_SIZES["r"], {"p": p, "d": d}, min(p, d))
         most = min(p, d)
-        if precision_of(config) is not None and can_be_wide(config):
+        few_bits = precision_of(config) is not None or config.bank.size is not None
+        if few_bits and can_be_wide(config):
             most, rank = d, f"d={d}, the columns of an expert"
         r = resolve_size("bank.r", r, {"p": p, "d": d}, most, rank)
         k = config.bank.atom_rank

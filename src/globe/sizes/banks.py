@@ -10,6 +10,7 @@ from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.fit.plan import BankPlan, Outline, is_search, plan_bank
 from globe.runs.folder import RunFolder
+from globe.sizes.byte_spread import spread_bytes
 from globe.sizes.chosen import choose_sizes
 from globe.sizes.serving import require_served, serving_of
 from globe.sizes.sizing import Sizing
@@ -29,7 +30,10 @@ def sized_banks(
     Searches and allocations are kept in `folder`. Raises ConfigError where a size or share is not possible, and what
     the searches raise.
     """
-    shares: dict[str, float | None] = {bank.key: config.bank.kept for bank in banks}
+    whole = config.bank.kept if config.bank.size is None else config.bank.size
+    shares: dict[str, float | None] = {bank.key: whole for bank in banks}
+    if config.bank.size is not None and config.budget.over is Over.model:
+        shares = dict(spread_bytes(config, banks, sizing))
     if config.bank.kept is not None and config.budget.over is Over.model:
         found = spread_budget(config, banks, sizing, folder.path / FILE)
         shares = {one.key: one.kept for one in found.shares}
@@ -42,7 +46,9 @@ def sized_banks(
     for share in dict.fromkeys(shares[bank.key] for bank in banks):
         alike = [bank for bank in banks if shares[bank.key] == share]
         own, file = config, folder.frontier_file
-        if share != config.bank.kept:
+        if config.bank.size is not None:
+            own = replace(config, bank=replace(config.bank, size=share))
+        elif share != config.bank.kept:
             own = replace(config, bank=replace(config.bank, kept=share))
             file = file.with_name(f"frontier-{share:.4f}.json")
         chosen = choose_sizes(own, alike, sizing, file) if is_search(own) else {}

@@ -53,18 +53,30 @@ class ByteRoom(NamedTuple):
             return min(full, key=lambda one: abs(math.log((one.bits_A or 1) / average)))
         return max(found, key=self.count)
 
+    def given(self, m: int, r: int) -> BankSize | None:
+        """These sizes with the bits that are left for them: 3 more for the atoms than for the adapters, 8 at most.
+
+        None where they leave less than a bit.
+        """
+        found = [one for atoms in ATOM_BITS if (one := self._with_bits(m, r, None, atoms)) is not None]
+        wanted = [one for one in found if one.bits_B == min(8, max(5, math.ceil(one.bits_A or 1) + 3))]
+        return next(iter(wanted or found[::-1]), None)
+
     def _all(self, m: int, k: int | None) -> Iterator[BankSize]:
         """Every number of rows, with the most bits for the adapters that there is room for."""
+        most = self.d if self.wide and k is None else min(self.p, self.d)
         for atoms in ATOM_BITS:
-            most = self.d if self.wide and k is None else min(self.p, self.d)
             for r in range(1 if k is None else k + 1, most + 1):
-                rest = self.count(BankSize(m, r, k, _LEAST, atoms)) - self.n * self.p * self._row(r)
-                row_bits = (self.bits - rest) // (self.n * self.p)
-                if self.group_adapters is not None:
-                    row_bits -= row_bits % 8
-                average = min(_MOST, row_bits / r)
-                if average >= _LEAST:
-                    yield BankSize(m, r, k, average, atoms)
+                if (size := self._with_bits(m, r, k, atoms)) is not None:
+                    yield size
+
+    def _with_bits(self, m: int, r: int, k: int | None, atoms: int) -> BankSize | None:
+        rest = self.count(BankSize(m, r, k, _LEAST, atoms)) - self.n * self.p * self._row(r)
+        row_bits = (self.bits - rest) // (self.n * self.p)
+        if self.group_adapters is not None:
+            row_bits -= row_bits % 8
+        average = min(_MOST, row_bits / r)
+        return BankSize(m, r, k, average, atoms) if average >= _LEAST else None
 
     def _row(self, r: int) -> int:
         """Bits of a row of the fewest bits: whole bytes where rows are alike, which rows of levels are on the whole."""

@@ -19,7 +19,15 @@ from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.files import read_record, write_json
-from globe.fit.plan import BankSize, Outline, allowed, can_be_wide, mean_parameters, target_support
+from globe.fit.plan import (
+    BankSize,
+    Outline,
+    allowed,
+    can_be_wide,
+    mean_parameters,
+    resolve_sizes,
+    target_support,
+)
 from globe.fit.provenance import bank_options, source_of
 from globe.numerics.device import bank_seed
 from globe.sizes.budget import Room, candidates, too_small
@@ -108,6 +116,8 @@ def choose_sizes(
         by_shape.setdefault(bank.shape, []).append(bank)
     find_room = room_of if config.bank.size is None else byte_room_of
     rooms = {shape: find_room(config, alike[0]) for shape, alike in by_shape.items()}
+    if config.bank.m is not None:  # with bank.size: nothing but bits is left to choose
+        return {shape: _given(config, alike[0]) for shape, alike in by_shape.items()}
     known, chosen = _read(file), {}
     for shape, alike in by_shape.items():
         probed = alike[len(alike) // 2]
@@ -124,6 +134,19 @@ def choose_sizes(
         for form, cost in costs_of(config, sizing.checkpoint, probed, searched.frontier.chosen).items():
             _log.info("served %s, the experts of a layer take %s of dense", form, cost.text)
     return chosen
+
+
+def _given(config: Config, bank: Outline) -> BankSize:
+    """The sizes that are given with the bits that `bank.size` leaves for them."""
+    room, sizes = byte_room_of(config, bank), resolve_sizes(config, bank)
+    found = room.given(sizes.m, sizes.r)
+    if found is None:
+        raise ConfigError(
+            f"bank.size={config.bank.size} leaves less than a bit for each number of adapters of {sizes.r} columns: "
+            "give a larger share, or fewer bank.m or bank.r"
+        )
+    _log.info("%s: %s", _name(bank.shape), found.text)
+    return found
 
 
 def _search(config: Config, probed: Outline, room: Room | ByteRoom, sizing: Sizing) -> Frontier:
