@@ -47,6 +47,7 @@ class ExpertsInMemory(Checkpoint):
         self._experts = dict(experts)
         self._parameters = parameters
         self.model_type = model_type
+        self.config = {}  # nothing is known of the model around the experts
         self.num_layers = 1 + max(layer for layer, _ in experts)
 
     @property
