@@ -33,13 +33,17 @@ Quantised = tuple[dict[str, Tensor], Tensor]
 
 
 def write_quantised(
-    folder: Path, model_type: str, config: dict[str, Any], quantise: Callable[[str, Tensor], Quantised | None]
+    folder: Path,
+    model_type: str,
+    config: dict[str, Any],
+    quantise: Callable[[str, Tensor], Quantised | None],
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Write a quantised checkpoint in two files; return its plain tensors in bfloat16, quantised ones dequantised.
 
     `quantise` gets the name of a module or stack of experts and its weight; None leaves it as it is.
     """
-    plain = write_tiny(model_type, folder / "plain", dtype=torch.bfloat16, **SIZES[model_type])
+    plain = write_tiny(model_type, folder / "plain", dtype=torch.bfloat16, **SIZES[model_type], **options)
     stored: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
@@ -86,6 +90,8 @@ def fp8_blocks(module: str, weight: Tensor) -> Quantised:
     made = Fp8Quantize(owner)._quantize_one("x.weight", weight)
     values, scale = made["x.weight"], made["x.weight_scale_inv"]
     dense = Fp8Dequantize(owner)._dequantize_one(values, scale, torch.float32)
+    if weight.dim() == 3:
+        return {"": values, "_scale_inv": scale}, dense
     return {".weight": values, ".weight_scale_inv": scale}, dense
 
 

@@ -22,6 +22,7 @@ from globe.errors import CheckpointError
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[str, Tensor], Any]]] = {
     "fp8": ("deepseek_v3", made.FP8, made.fp8_blocks),
+    "fp8 stacked": ("qwen3_moe", made.FP8, made.fp8_blocks),
     "mxfp4": ("gpt_oss", made.MXFP4, made.mxfp4),
     "awq": ("mixtral", made.AWQ, made.awq),
     "gptq 3 bits": ("mixtral", made.gptq_config(3), made.gptq(3)),
@@ -44,7 +45,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
     def get(family: str) -> tuple[Path, dict[str, Tensor]]:
         if family not in known:
             folder = tmp_path_factory.mktemp("quantised")
-            known[family] = folder, made.write_quantised(folder, *FAMILIES[family])
+            known[family] = (
+                folder,
+                made.write_quantised(folder, *FAMILIES[family], upstream="stacked" not in family),
+            )
         return known[family]
 
     return get
@@ -262,6 +266,21 @@ def test_what_the_config_says_and_is_not_read(
     family: str, keys: dict[str, Any], words: list[str], changed: Callable[..., Path]
 ) -> None:
     refusal(changed(family, **keys), *words)
+
+
+def test_kimi_k2_is_read_as_the_deepseek_v3_it_is(
+    written: Callable[[str], tuple[Path, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    folder, expected = written("fp8")
+    for file in folder.glob("*.safetensors*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2"}))
+    checkpoint = open_checkpoint(str(tmp_path))
+    experts = checkpoint.read_experts(1, "down").weights
+    for expert, matrix in enumerate(experts):
+        assert torch.equal(matrix, expected[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"].T)
+    assert "kimi_k2 can't run with factors" in (checkpoint.dense_only or "")
 
 
 def test_groups_of_other_bits_by_name(

@@ -75,8 +75,8 @@ def by_name(tensors: dict[str, Tensor], model_type: str, layer: int, family: str
 
 
 def test_every_known_architecture_has_a_tiny_model() -> None:
-    # the checkpoint of DBRX is written by hand in test_stacked.py
-    assert sorted([*TINY, "dbrx"]) == list(known_model_types())
+    # the checkpoints of DBRX and Kimi K2 are written by hand in test_stacked.py and test_quantised.py
+    assert sorted([*TINY, "dbrx", "kimi_k2"]) == list(known_model_types())
 
 
 @pytest.mark.parametrize("upstream", [True, False], ids=["upstream", "memory"])

@@ -29,6 +29,7 @@ import globe
 from globe import patch
 from globe.calibrate import CalibrateOptions
 from globe.checkpoint import architecture, known_model_types, open_checkpoint
+from globe.checkpoint.quantised.schemes import METHODS
 from globe.config.command_line import parse_options
 from globe.config.composition import conf_dir, register, to_config
 from globe.errors import ConfigError
@@ -382,6 +383,13 @@ def test_the_table_of_architectures_is_that_of_the_package() -> None:
     listed = re.search(r"<!-- architectures -->(.*)<!-- end -->", page, re.DOTALL)
     assert listed is not None
     assert tuple(re.findall(r"`(\w+)`", listed[1])) == known_model_types()
+
+
+def test_the_table_of_quantisations_is_that_of_the_package() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    listed = re.search(r"<!-- quantised -->(.*)<!-- end of quantised -->", page, re.DOTALL)
+    assert listed is not None
+    assert re.findall(r"^\| `([\w-]+)` \|", listed[1], re.MULTILINE)[1:] == list(METHODS)
 
 
 def test_the_worked_example_of_an_architecture_reads_what_was_planted(

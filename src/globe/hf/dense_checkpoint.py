@@ -24,8 +24,8 @@ def write_dense(
     """Write a checkpoint that any engine loads: upstream names, dtypes, files and everything else kept.
 
     Streams: one tensor of the checkpoint and the matrices of one layer are in memory, the model is never
-    built. Only the bytes of the selected experts differ. A quantised checkpoint is dequantised as a whole, since no
-    format says of single experts that they are not quantised. `out` appears whole or not at all. Returns the
+    built. Only the bytes of the selected experts differ. A quantised checkpoint is dequantised as a whole, since
+    engines want the experts of a layer quantised alike. `out` appears whole or not at all. Returns the
     record written beside the weights. Raises ArtefactError, CheckpointError or ConfigError before anything
     is written if a bank is not of this checkpoint or `out` is taken.
     """
