@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from globe.bank.packing import Packed, grid_of, read_packed
 from globe.bank.rounding import LevelGrid, row_width
 from globe.errors import CheckpointError
+from globe.hf.packed_product import PackedMatrices, refusal
+
+_log = logging.getLogger(__name__)
 
 PARAMETERS = {"adapters": "adapters", "bank": "atoms", "atoms_left": "left", "atoms_right": "right"}
 """Names of the factors that can be packed, in an artefact and in a module."""
@@ -39,10 +44,10 @@ class FewBits(nn.Module):
                 empty = torch.empty(shape, dtype=dtype)
                 self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
-    def values(self, dtype: torch.dtype, where: str) -> Tensor:
-        """The factor, rounded once to `dtype`. Raises ArtefactError if the tensors are none of a packed factor."""
+    def packed(self, where: str) -> Packed:
+        """Return the factor. Raises ArtefactError if the tensors are none of a packed factor."""
         tensors = {name: tensor.detach() for name, tensor in self.named_parameters()}
-        return read_packed(tensors, self.layout, where).values(dtype)
+        return read_packed(tensors, self.layout, where)
 
 
 def describe(packed: Packed, members: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -73,11 +78,13 @@ def place(
 
 
 @torch.no_grad()
-def unpack(model: nn.Module, dtype: torch.dtype) -> None:
+def unpack(model: nn.Module, dtype: torch.dtype, *, keep: bool = False) -> None:
     """Put parameters in the place of all packed factors, rounded once to `dtype`, on the devices of their tensors.
 
-    Raises CheckpointError where tensors were left on disk, ArtefactError where they are none of a packed factor.
+    With `keep`, adapters that can be multiplied as integers stay such, and the log says which factors can't. Raises
+    CheckpointError where tensors were left on disk, ArtefactError where they are none of a packed factor.
     """
+    outcomes = Counter[str | None]()
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if not isinstance(child, FewBits):
@@ -87,6 +94,24 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
                     f"the packed factor {path}.{name} can't stay on disk: give more memory, or patch the run with "
                     "packed=false"
                 )
-            values = child.values(dtype, f"{path}.{name}")
+            packed = child.packed(f"{path}.{name}")
             delattr(module, name)
-            module.register_parameter(name, nn.Parameter(values))
+            if keep:
+                reason = _refusal(path, name, packed, dtype)
+                outcomes[reason] += 1
+                if reason is None:
+                    module.add_module(name, PackedMatrices(packed))
+                    continue
+            module.register_parameter(name, nn.Parameter(packed.values(dtype)))
+    for outcome, count in outcomes.items():
+        what = "stay integers in memory" if outcome is None else f"become numbers in memory: {outcome}"
+        _log.log(logging.INFO if outcome is None else logging.WARNING, "%d packed factors %s", count, what)
+
+
+def _refusal(path: str, name: str, packed: Packed, dtype: torch.dtype) -> str | None:
+    """Return why a factor has to become numbers; None for adapters that can be multiplied as they are."""
+    if name != "adapters":
+        return "atoms are composed"
+    if path.endswith("globe_down"):
+        return "adapters of down are multiplied from the other side"
+    return refusal(packed, dtype)

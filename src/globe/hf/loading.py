@@ -37,15 +37,22 @@ _MOST_LAYERS = 1000
 
 
 def load(
-    path: str | Path, *, S_cache: int | str | None = None, dequantize: bool = False, **kwargs: Any
+    path: str | Path,
+    *,
+    S_cache: int | str | None = None,
+    dequantize: bool = False,
+    keep_packed: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Load the language model of a checkpoint folder or hub id, or "embedded", in evaluation mode.
 
     A compact GloBE checkpoint loads factored: `S_cache` bases stay composed per layer and family (None: as the
     file says; 0 recomposes at each call; "all" keeps every one). With `dequantize` it loads as the ordinary
-    dense model, which can be saved as one. Ordinary checkpoints load as always, and quantised ones that GloBE reads as
-    the plain model they stand for, without the kernels of their method (`quantization_config` as one of `kwargs` has
-    transformers load them its own way). `kwargs` (`dtype`,
+    dense model, which can be saved as one. With `keep_packed`, adapters of few bits stay integers of 8 or 4 bits in
+    memory where PyTorch multiplies such (bfloat16 on a CPU, up to 7 bits, one scale a row); the log says where it does
+    not. Such a model can't be saved, and its adapters not trained. Ordinary checkpoints load as always, and quantised
+    ones that GloBE reads as the plain model they stand for, without the kernels of their method
+    (`quantization_config` as one of `kwargs` has transformers load them its own way). `kwargs` (`dtype`,
     `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`. Dense experts too small for
     transformers' grouped product run by its plain loop, unless `experts_implementation` is given.
 
@@ -73,6 +80,7 @@ def load(
         if S_cache is not None:
             description["S_cache"] = check_cache(S_cache)
         description["dequantize"] = dequantize
+        description["keep_packed"] = keep_packed
     elif reader is None and "quantization_config" not in kwargs and is_readable(config.to_dict()):
         folder = resolve(str(path), revision=kwargs.pop("revision", None)).folder
         return load(folder, **kwargs)

@@ -87,7 +87,7 @@ def _grouped(
     parts = [
         _product(x[start:stop], weights[row].mT if transposed else weights[row]) for row, start, stop in spans
     ]
-    return _spread(parts, spans, x, width)
+    return spread(parts, spans, x, width)
 
 
 def _aligned(x: Tensor, weights: Tensor) -> bool:
@@ -105,7 +105,7 @@ def _product(x: Float[Tensor, "t a"], weight: Float[Tensor, "b a"]) -> Float[Ten
     return F.linear(x, weight)
 
 
-def _spread(parts: list[Tensor], spans: Sequence[Span], x: Tensor, width: int) -> Tensor:
+def spread(parts: list[Tensor], spans: Sequence[Span], x: Tensor, width: int) -> Tensor:
     """Put the parts of all spans below each other, with zeros for the tokens that are in none."""
     pieces, at, like = [], 0, parts[0] if parts else x
     for part, span in zip(parts, spans, strict=True):
@@ -179,7 +179,7 @@ def _through_bank(
             columns.append(torch.cat(parts))
     product = torch.cat(columns, dim=1) if total is None else total.to(x.dtype)
     sizes = [span.stop - span.start for span in spans]
-    return _spread(list(product.split(sizes)), spans, x, width)
+    return spread(list(product.split(sizes)), spans, x, width)
 
 
 def _slices(

@@ -18,6 +18,7 @@ from globe.bank.compose import BasisCache, mixed_bases
 from globe.hf.atoms import Atoms, Bank
 from globe.hf.few_bits import of_member, place
 from globe.hf.layout import BankLayout, Mean, MemberLayout
+from globe.hf.packed_product import PackedMatrices
 from globe.hf.products import Routing, grouped, spans_of, through_bank
 
 READ = 8
@@ -33,7 +34,7 @@ class Projection(nn.Module):
     `dense` (experts - h, p, d), and the bank in `bank`, unless it is shared with others and given here.
     """
 
-    adapters: Tensor
+    adapters: Tensor | PackedMatrices
     codes: Tensor
     mean: Tensor
     dense: Tensor
@@ -90,7 +91,10 @@ class Projection(nn.Module):
             inner = self._through_atoms(x, bank, routing)
         else:
             inner = self._times_bases(pairs, bank, routing)
-        out = grouped(inner, self.adapters, routing.ends, self.rows)
+        if isinstance(self.adapters, PackedMatrices):
+            out = self.adapters(inner, routing.ends, self.rows)
+        else:
+            out = grouped(inner, self.adapters, routing.ends, self.rows)
         if self.layout.mean is Mean.scalar:
             out = out + self._held(routing, (x.sum(-1, keepdim=True) * self.mean)[routing.tokens])
         elif self.layout.mean is Mean.matrix:
@@ -268,6 +272,7 @@ class OutputProjection(Projection):
         bank = self.bank_here()
         assert self.layout is not None
         assert bank is not None
+        assert isinstance(self.adapters, Tensor)
         inner = grouped(x, self.adapters, routing.ends, self.rows, transposed=True)
         out = self._times_bases(inner, bank, routing, transposed=True)
         if self.layout.mean is Mean.scalar:

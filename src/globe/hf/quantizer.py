@@ -11,6 +11,7 @@ architecture it knows; both are written again by `save_pretrained`.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from typing import Any
 
@@ -38,13 +39,14 @@ from globe.hf.layout import (
 from globe.hf.swap import SHARED_BANKS, swap_in, swap_out
 
 SCache = int | str
+_log = logging.getLogger(__name__)
 
 
 @register_quantization_config(QUANT_METHOD)
 class GlobeQuantizationConfig(QuantizationConfigMixin):
     """The banks of a compact checkpoint. `S_cache`: bases kept composed per layer and family, or "all".
 
-    `dequantize` loads dense weights instead; it is never written.
+    `dequantize` loads dense weights instead, and `keep_packed` leaves packed adapters packed; neither is ever written.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         globe_version: Any = VERSION,
         S_cache: SCache = "all",
         dequantize: bool = False,
+        keep_packed: bool = False,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.layouts: tuple[BankLayout, ...] = from_json(banks, globe_version)
         self.S_cache = check_cache(S_cache)
         self.dequantize = dequantize
+        self.keep_packed = keep_packed
 
     def to_dict(self) -> dict[str, Any]:
         """As in `config.json`: without `quant_method`, so that nothing loads it which does not know GloBE."""
@@ -83,7 +87,9 @@ class GlobeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         require_loaded(model)
-        unpack(model, model.dtype)  # so a model saved again has plain factors
+        unpack(
+            model, model.dtype, keep=self.quantization_config.keep_packed
+        )  # so a model saved again has plain factors
         self.quantization_config.layouts = unpacked(self.quantization_config.layouts)
         if not hasattr(
             HfQuantizer, "get_new_dtype"
@@ -100,7 +106,10 @@ class GlobeQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        return True
+        """Return whether factors are as a file has them; those that `keep_packed` rearranged are not."""
+        if self.quantization_config.keep_packed:
+            _log.warning("a model loaded with keep_packed can't be saved: load it without")
+        return not self.quantization_config.keep_packed
 
     @property
     def is_trainable(self) -> bool:
