@@ -52,9 +52,9 @@ def load(
     memory where PyTorch multiplies such (bfloat16 on a CPU, up to 7 bits, one scale a row); the log says where it does
     not. Such a model can't be saved, and its adapters not trained. Ordinary checkpoints load as always, and quantised
     ones that GloBE reads as the plain model they stand for, without the kernels of their method
-    (`quantization_config` as one of `kwargs` has transformers load them its own way). `kwargs` (`dtype`,
-    `device_map`, `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`. Dense experts too small for
-    transformers' grouped product run by its plain loop, unless `experts_implementation` is given.
+    (`quantization_config` as one of `kwargs` has transformers load them its own way). `kwargs` (`dtype`, `device_map`,
+    `revision`, ...) go to `AutoModelForCausalLM.from_pretrained`. Dense experts too small for transformers' grouped
+    product run by its plain loop, unless `experts_implementation` is given.
 
     Raises ConfigError for an impossible `S_cache`, and CheckpointError where there is no checkpoint, where a tensor of
     the model is missing (transformers would draw it at random), and where transformers can't read it.
@@ -67,20 +67,16 @@ def load(
     install()
     if str(path) == EMBEDDED and not Path(path).is_dir():
         path = resolve(EMBEDDED).folder
-    local = Path(path).expanduser()
-    reader = _checked_files(local) if local.is_dir() else None
-    hub = {
-        key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
-    }
+    reader = _checked_files(local) if (local := Path(path).expanduser()).is_dir() else None
     kwargs.setdefault("trust_remote_code", False)  # not given, transformers would ask at the terminal
+    hub = {key: kwargs[key] for key in _OF_FILES if key in kwargs}
     with understood(path):
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=kwargs["trust_remote_code"], **hub)
+        config = AutoConfig.from_pretrained(str(path), **hub)
     description = getattr(config, "quantization_config", None)
     if isinstance(description, dict) and description.get("quant_method") == "globe":
         if S_cache is not None:
             description["S_cache"] = check_cache(S_cache)
-        description["dequantize"] = dequantize
-        description["keep_packed"] = keep_packed
+        description |= {"dequantize": dequantize, "keep_packed": keep_packed}
     elif reader is None and "quantization_config" not in kwargs and is_readable(config.to_dict()):
         folder = resolve(str(path), revision=kwargs.pop("revision", None)).folder
         return load(folder, **kwargs)
@@ -96,10 +92,9 @@ def load(
                 str(path), config=config, output_loading_info=True, use_safetensors=True, **kwargs
             )
     _require_whole(config, found, path)
-    model = model.eval()
     if "experts_implementation" not in kwargs and _has_misaligned_experts(model):
         model.set_experts_implementation("eager")
-    return model
+    return model.eval()
 
 
 def _plain_model(
