@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from globe.config.choices import Over
 from globe.config.schema import Config
 from globe.errors import ConfigError
-from globe.fit.plan import BankPlan, Outline, is_search, plan_bank
+from globe.fit.plan import BankPlan, BankSize, Outline, is_search, plan_bank
 from globe.runs.folder import RunFolder
+from globe.sizes.budget import enlarged
 from globe.sizes.byte_spread import spread_bytes
-from globe.sizes.chosen import choose_sizes
+from globe.sizes.chosen import allows, choose_sizes, room_of
 from globe.sizes.serving import require_served, serving_of
 from globe.sizes.sizing import Sizing
 from globe.sizes.whole_budget import FILE, spread_budget
@@ -43,17 +45,30 @@ def sized_banks(
                 f"bank.kept={config.bank.kept} leaves all experts as they are: give a smaller share"
             )
     plans: dict[str, BankPlan] = {}
+    if config.bank.kept is not None and is_search(config):
+        forms = choose_sizes(config, banks, sizing, folder.frontier_file)
+        for bank in banks:
+            plans[bank.key] = _of_form(config, bank, forms[bank.shape], shares[bank.key])
+        return tuple(plans[bank.key] for bank in banks)
     for share in dict.fromkeys(shares[bank.key] for bank in banks):
         alike = [bank for bank in banks if shares[bank.key] == share]
-        own, file = config, folder.frontier_file
-        if config.bank.size is not None:
-            own = replace(config, bank=replace(config.bank, size=share))
-        elif share != config.bank.kept:
-            own = replace(config, bank=replace(config.bank, kept=share))
-            file = file.with_name(f"frontier-{share:.4f}.json")
-        chosen = choose_sizes(own, alike, sizing, file) if is_search(own) else {}
+        size, kept = (None, share) if config.bank.size is None else (share, None)
+        own = replace(config, bank=replace(config.bank, size=size, kept=kept))
+        chosen = choose_sizes(own, alike, sizing, folder.frontier_file) if is_search(own) else {}
         for bank in alike:
             plans[bank.key] = plan_bank(own, bank, chosen.get(bank.shape))
             if not chosen:
                 require_served(serving_of(own, sizing.checkpoint, bank), plans[bank.key].sizes)
     return tuple(plans[bank.key] for bank in banks)
+
+
+def _of_form(config: Config, bank: Outline, form: BankSize, share: float | None) -> BankPlan:
+    """Plan a bank of the atoms that a search within the run's own share chose, with the rows that its share allows.
+
+    A search for every share would cost more than the fits.
+    """
+    if share == config.bank.kept:
+        return plan_bank(config, bank, form)
+    own = replace(config, bank=replace(config.bank, kept=share))
+    room = room_of(own, bank)
+    return plan_bank(own, bank, enlarged(room, form, room, allows=partial(allows, own)))
