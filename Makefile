@@ -106,8 +106,12 @@ bench-scale: $(STAMP)  ## Seconds and memory against every size, and the share o
 # --- checks -------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(STAMP)  ## Run the tests not marked slow, with coverage; those of am/ first under the plainest arithmetic too
+test: $(STAMP)  ## Run the tests not marked slow; those of am/ first under the plainest arithmetic too
 	$(PLAINEST) $(PYTEST) -q -m "not slow" tests/am tests/numerics
+	$(PYTEST) -m "not slow" $(ARGS)
+
+.PHONY: coverage
+coverage: $(STAMP)  ## Run the tests not marked slow and require 90 % of the lines; half as long again as make test
 	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 .PHONY: test-portable

@@ -48,7 +48,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A shared machine stalls now and then: an example that takes long is no failure. The same examples each time, unless
 # new ones are asked for.
 settings.register_profile("globe", settings(), deadline=None, derandomize=True)
-settings.register_profile("new examples", settings(), deadline=None, derandomize=False, print_blob=True)
+settings.register_profile(
+    "new examples", settings(), deadline=None, derandomize=False, print_blob=True, max_examples=20
+)
 settings.load_profile("globe")
 
 

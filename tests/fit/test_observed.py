@@ -238,8 +238,10 @@ SMALL = ("model.max_experts=7", "layer=5", "bank.m=3", "bank.r=11", "train.steps
 TEXT = ("calibrate.text=embedded", "calibrate.tokens=1024", "calibrate.window=128")
 
 
-def with_text(root: Path) -> tuple[str, ...]:
-    return (*TEXT, f"calibrate.out={root / 'statistics'}", f"output={root}")
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The options of a text whose statistics are taken once for all tests here."""
+    return (*TEXT, f"calibrate.out={tmp_path_factory.mktemp('statistics')}")
 
 
 @pytest.mark.parametrize(
@@ -257,11 +259,11 @@ def with_text(root: Path) -> tuple[str, ...]:
     ],
 )
 def test_a_run_with_a_text_gains_in_the_metric_what_it_pays_in_relfrob(
-    tmp_path: Path, options: tuple[str, ...]
+    tmp_path: Path, with_text: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
     plain_figure, _ = run_in(tmp_path, *SMALL, *options)
-    figure, folder = run_in(tmp_path, *SMALL, *options, *with_text(tmp_path))
-    assert chosen_metric(to_config(composed(*with_text(tmp_path)))) is Metric.inputs
+    figure, folder = run_in(tmp_path, *SMALL, *options, *with_text)
+    assert chosen_metric(to_config(composed(*with_text))) is Metric.inputs
     (bank,) = load(folder / "summary.json")["banks"]
     assert 0 < bank["metrics"]["relfrob_metric"] < 0.9 * plain_figure
     assert figure > plain_figure
@@ -271,12 +273,12 @@ def test_a_run_with_a_text_gains_in_the_metric_what_it_pays_in_relfrob(
 
 
 def test_equal_statistics_leave_a_float64_fit_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, with_text: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C = I, and every expert and row used alike."""
     options = (*SMALL, "dtype=float64", "bank.activation=tanh", "train.steps=4")
     _, without = run_in(tmp_path / "without", *options)
-    _, real = run_in(tmp_path / "real", *options, *with_text(tmp_path))
+    _, real = run_in(tmp_path / "real", *options, *with_text)
     layer = Calibration.layer
 
     def equal(self: Calibration, at: int) -> LayerStatistics:
@@ -291,7 +293,7 @@ def test_equal_statistics_leave_a_float64_fit_bit_for_bit(
         )
 
     monkeypatch.setattr(Calibration, "layer", equal)
-    _, folder = run_in(tmp_path / "equal", *options, *with_text(tmp_path))
+    _, folder = run_in(tmp_path / "equal", *options, *with_text)
     wanted, found, other = (read_artefact(one / "banks" / "layer005.up") for one in (without, folder, real))
     for part in ("bank", "codes", "adapters"):
         assert torch.equal(getattr(found, part), getattr(wanted, part))
@@ -299,12 +301,12 @@ def test_equal_statistics_leave_a_float64_fit_bit_for_bit(
 
 
 def test_the_table_of_a_run_shows_the_error_in_the_metric_beside_the_plain_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, with_text: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("model.max_experts=7", "layer=5", "family=both", "bank.m=3", "bank.r=11", "train.steps=2")
     run_in(tmp_path, *options)
     assert "in the" not in capsys.readouterr().out
-    _, folder = run_in(tmp_path, *options, *with_text(tmp_path))
+    _, folder = run_in(tmp_path, *options, *with_text)
     shown = capsys.readouterr().out
     banks = load(folder / "summary.json")["banks"]
     assert "in the" in shown
@@ -328,10 +330,10 @@ def test_a_finished_run_is_taken_and_another_text_makes_another(tmp_path: Path) 
     assert bytes_of(folder, "layer005.up") != first
 
 
-def test_the_search_fits_candidates_in_the_metric(tmp_path: Path) -> None:
+def test_the_search_fits_candidates_in_the_metric(tmp_path: Path, with_text: tuple[str, ...]) -> None:
     """Few dense atoms are among them; the errors are those in the metric."""
     options = ("model.max_experts=7", "layer=5", "bank.kept=0.6", "budget.seconds=0.5", "train.steps=3")
-    _, folder = run_in(tmp_path, *options, *with_text(tmp_path))
+    _, folder = run_in(tmp_path, *options, *with_text)
     (shape,) = load(folder / "frontier.json")["shapes"].values()
     assert {1, 2, 4} <= {probe["m"] for probe in shape["probes"] if probe["atom_rank"] is None}
     assert max(max(probe["relfrob"].values()) for probe in shape["probes"]) < 0.4

@@ -17,7 +17,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/am", "tests/numerics", "tests/golden", "tests/baselines", "tests/fit")
+TESTS = (
+    "tests/golden",
+    "tests/numerics/test_error_figures.py",
+    *(
+        f"tests/am/test_{name}.py"
+        for name in (
+            "codes",
+            "descent",
+            "gauss_newton",
+            "kernels",
+            "low_precision",
+            "recovery",
+            "ridge",
+            "warm_start",
+        )
+    ),
+    "tests/baselines/test_baselines.py",
+    "tests/fit/test_finalise.py",
+)
+"""What is decided by sums, factorisations and their conditioning. Options, files, schedules and whole runs compute with
+these same functions, and `make test` has them once."""
 
 
 class Setting(NamedTuple):
@@ -98,7 +118,14 @@ def fingerprint_of(setting: Setting) -> str:
 def run_tests(setting: Setting, options: argparse.Namespace) -> tuple[int, int]:
     """Numbers of tests that passed and failed; names of the latter are printed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(options.workers)]
-    command += ["--new-examples", *setting.options, *options.pytest, *(options.tests or TESTS)]
+    command += [
+        "--new-examples",
+        "-m",
+        "not slow and not gpu",
+        *setting.options,
+        *options.pytest,
+        *(options.tests or TESTS),
+    ]
     done = subprocess.run(
         command, env=environment_of(setting), cwd=ROOT, capture_output=True, text=True, check=False
     )
