@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import globe.embedded
 from globe.hf import load
@@ -64,10 +65,13 @@ def clone(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The embedded model as llama.cpp could run it."""
+    """The embedded model with its embedding as its head, which llama.cpp could run with a copy of it."""
     folder = tmp_path / "dense"
     shutil.copytree(globe.embedded.path(), folder)
-    change(folder, norm_topk_prob=False)
+    change(folder, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
