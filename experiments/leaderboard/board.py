@@ -80,10 +80,11 @@ def rows(*, calibrated: bool = False) -> list[Row]:
     )
     for bits in (2, 3, 4):
         few = f"bank.bits={bits}"
+        fed = (few, "normalise.metric=inputs" if calibrated else NO_TEXT)
         found += [
             Row("RTN", f"{bits} bit", ("method=rtn", few, NO_TEXT)),
-            Row("GPTQ", f"{bits} bit", ("method=gptq", few, *metric)),
-            Row("GPTQ, rotated", f"{bits} bit", ("method=gptq_rotated", few, *metric)),
+            Row("GPTQ", f"{bits} bit", ("method=gptq", *fed)),
+            Row("GPTQ, rotated", f"{bits} bit", ("method=gptq_rotated", *fed)),
         ]
     found += [
         Row(f"{title}, rounded", f"kept {kept}, {bits} bit", (f"method={name}", *sized, *metric))

@@ -15,7 +15,9 @@ from globe.bank.file import read_artefact
 from globe.bank.rotation import rotation
 from globe.bank.rounding import Grid, round_nearest
 from globe.baselines.rounded_weights import round_weights
+from globe.config.choices import Metric
 from globe.config.composition import to_config
+from globe.config.schema import chosen_metric
 from globe.errors import ConfigError
 from run_support import EMBEDDED, composed, run_in
 
@@ -109,3 +111,11 @@ def test_runs_store_rounded_weights(tmp_path: Path, options: list[str]) -> None:
 def test_options_that_contradict_rounding_are_refused(options: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         to_config(composed(*options))
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq_rotated"])
+def test_errors_are_fed_back_in_the_inputs_of_a_text(method: str) -> None:
+    assert chosen_metric(to_config(composed(f"method={method}"))) is Metric.experts
+    assert chosen_metric(to_config(composed(f"method={method}", "calibrate.text=embedded"))) is Metric.inputs
+    given = composed(f"method={method}", "calibrate.text=embedded", "normalise.metric=experts")
+    assert chosen_metric(to_config(given)) is Metric.experts

@@ -49,7 +49,7 @@ class NormaliseConfig:
     """Metric in which errors count. none: all alike. experts: columns by the second moment of the experts' rows, which
     lean to the directions that inputs have; needs no text. inputs: columns by the second moment of each expert's own
     inputs, rows and experts by what depends on them, from `calibrate.text`. Both cost RelFrob and gain perplexity. auto
-    is inputs where there is a text, else none."""
+    is inputs where there is a text, else none, or experts for method=gptq|gptq_rotated."""
     store: Store = Store.fit
     """How a fit holds the experts: normalised in its own dtype, or as the checkpoint stores them and normalised anew at
     every use. The second halves their memory for a bfloat16 checkpoint and changes no number."""

@@ -224,7 +224,10 @@ def chosen_metric(config: Config) -> Metric:
     """Return the metric that errors count in: none, experts or inputs."""
     if config.normalise.metric is not Metric.auto:
         return config.normalise.metric
-    return Metric.none if config.calibrate.text is None else Metric.inputs
+    if config.calibrate.text is not None:
+        return Metric.inputs
+    # without a metric there is nothing to feed errors back in
+    return Metric.experts if config.method in (Method.gptq, Method.gptq_rotated) else Metric.none
 
 
 def is_linear(config: Config) -> bool:
