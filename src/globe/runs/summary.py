@@ -243,67 +243,61 @@ def print_summary(summary: RunSummary, folder: Path, console: Console | None = N
 
 
 def summary_table(summary: RunSummary) -> Table:
-    """Return a table with a row for each bank, and a row for all where there are several."""
-    methods = {bank.method for bank in summary.banks} - {"globe"}
+    """Return a table with a row for each bank, and a row for all where there are several.
+
+    An error at the start in another metric is left out, since the end is not to be compared with it.
+    """
+    banks = summary.banks
+    methods = {bank.method for bank in banks} - {"globe"}
     title = summary.name if not methods else f"{summary.name}: {', '.join(sorted(methods))}"
-    low_rank = any(bank.atom_rank is not None for bank in summary.banks)
-    sizes = ("n x p x d", "m", "r", *(["k"] if low_rank else []))
-    weighted = [bank.metrics.get("relfrob_metric") for bank in summary.banks]
-    in_metric = any(one is not None for one in weighted)
-    figures: tuple[str, ...] = ("kept of\nfamily", "kept of\nmodel", "RelFrob\nstart", "RelFrob\nend")
-    figures += ("in the\nmetric",) if in_metric else ()
-    table = new_table(title, ("bank", *sizes, *figures, "support\nmedian", "steps", "seconds"))
-    for bank, also in zip(summary.banks, weighted, strict=True):
-        runtime = summary.runtimes.get(bank.key)
-        cells = (
-            bank.key,
-            f"{bank.n} x {bank.p} x {bank.d}",
-            str(bank.m),
-            str(bank.r),
-            *(["-" if bank.atom_rank is None else str(bank.atom_rank)] if low_rank else []),
-            f"{bank.kept:.1%}",
-            f"{summary.kept_model([bank]):.1%}",
-            _start(bank),
-            f"{bank.relfrob:.4f}",
-            *(["-" if also is None else f"{also:.4f}"] if in_metric else []),
-            f"{median(bank.supports):g}",
-            str(bank.steps),
-            "-" if runtime is None else f"{runtime.seconds:.1f}",
-        )
+    weighted = [bank.metrics.get("relfrob_metric") for bank in banks]
+    known = [one for one in weighted if one is not None]
+    pairs = zip(banks, weighted, strict=True)
+    starts = [bank.relfrob_start if one is None else None for bank, one in pairs]
+    times = [None if (one := summary.runtimes.get(bank.key)) is None else one.seconds for bank in banks]
+    columns = [  # heading, cells of the banks, cell of all together
+        ("bank", [bank.key for bank in banks], f"all {len(banks)}"),
+        (
+            "n x p x d",
+            [f"{bank.n} x {bank.p} x {bank.d}" for bank in banks],
+            f"{sum(bank.n for bank in banks)} experts",
+        ),
+        ("m", [str(bank.m) for bank in banks], ""),
+        ("r", [str(bank.r) for bank in banks], ""),
+        ("k", [_figure(bank.atom_rank, "d") for bank in banks], ""),
+        ("kept of\nfamily", [f"{bank.kept:.1%}" for bank in banks], f"{summary.kept:.1%}"),
+        (
+            "kept of\nmodel",
+            [f"{summary.kept_model([bank]):.1%}" for bank in banks],
+            f"{summary.kept_model():.1%}",
+        ),
+        (
+            "RelFrob\nstart",
+            [_figure(one, ".4f") for one in starts],
+            f"{mean(one or 0.0 for one in starts):.4f}" if banks and not known else "",
+        ),
+        ("RelFrob\nend", [f"{bank.relfrob:.4f}" for bank in banks], f"{summary.relfrob:.4f}"),
+        ("in the\nmetric", [_figure(one, ".4f") for one in weighted], _figure(mean(known or [0.0]), ".4f")),
+        ("support\nmedian", [f"{median(bank.supports):g}" for bank in banks], f"{median_support(summary):g}"),
+        ("steps", [str(bank.steps) for bank in banks], str(sum(bank.steps for bank in banks))),
+        ("seconds", [_figure(one, ".1f") for one in times], f"{sum(one or 0.0 for one in times):.1f}"),
+    ]
+    optional = ("k", "in the\nmetric")
+    columns = [one for one in columns if one[0] not in optional or any(cell != "-" for cell in one[1])]
+    table = new_table(title, [heading for heading, _, _ in columns])
+    for cells in zip(*(own for _, own, _ in columns), strict=True):
         add_row(table, cells)
     for key in summary.failed:
-        add_row(table, (key, *["-"] * (6 + low_rank), "failed", *["-"] * (3 + in_metric)), "red")
-    if len(summary.banks) > 1:
+        marks = {"bank": key, "RelFrob\nend": "failed"}
+        add_row(table, [marks.get(heading, "-") for heading, _, _ in columns], "red")
+    if len(banks) > 1:
         table.add_section()
-        total = _total(summary)
-        known = [one for one in weighted if one is not None]
-        mean = [f"{sum(known) / len(known):.4f}"] if in_metric else []
-        cells = (*total[:3], *([""] if low_rank else []), *total[3:8], *mean, *total[8:])
-        add_row(table, cells, "bold")
+        add_row(table, [total for _, _, total in columns], "bold")
     return table
 
 
-def _start(bank: BankReport) -> str:
-    """Return the error at the start, but for one in another metric, which the end is not to be compared with."""
-    return "-" if bank.metrics.get("relfrob_metric") is not None else f"{bank.relfrob_start:.4f}"
-
-
-def _total(summary: RunSummary) -> list[str]:
-    banks = summary.banks
-    supports = [size for bank in banks for size in bank.supports]
-    return [
-        f"all {len(banks)}",
-        f"{sum(bank.n for bank in banks)} experts",
-        "",
-        "",
-        f"{summary.kept:.1%}",
-        f"{summary.kept_model():.1%}",
-        "" if "-" in map(_start, banks) else f"{mean(bank.relfrob_start for bank in banks):.4f}",
-        f"{summary.relfrob:.4f}",
-        f"{median(supports):g}",
-        str(sum(bank.steps for bank in banks)),
-        f"{sum(runtime.seconds for runtime in summary.runtimes.values()):.1f}",
-    ]
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _footer(summary: RunSummary, folder: Path) -> list[str]:
