@@ -22,7 +22,7 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.objective import error_at
-from globe.am.records import Sizes, StepRecord
+from globe.am.records import Sizes, StepOptions, StepRecord
 from globe.config.choices import Activation, FirstCodes, Seeding
 from globe.config.schema import Config, CurveConfig, InitConfig
 from globe.fit.options import fit_options
@@ -70,7 +70,7 @@ def plant(form: str, noise: float, shape: list[int]) -> Planted:
     X = torch.randn(n, p, r, generator=generator) @ bases
     X = X / X.std() + noise * torch.randn(n, p, d, generator=generator)
     X /= X.std()
-    left = error_at(X, bank, codes, lam=lam, activation=activation)
+    left = error_at(X, bank, codes, StepOptions(lam=lam, activation=activation))
     return Planted(X, Sizes(n, p, d, m, r, atom_rank=k), (left / float(squared_norms(X).sum())) ** 0.5)
 
 

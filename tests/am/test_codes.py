@@ -38,7 +38,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 )
 def test_code_system_agrees_with_the_dense_jacobian(activation: str, lam: float) -> None:
     X, bank, codes = problem()
-    K, h = code_system(bank, evaluate(X, bank, codes, lam=lam, activation=activation))
+    K, h = code_system(bank, evaluate(X, bank, codes, StepOptions(lam=lam, activation=activation)))
     wanted = reference.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
     for found, exact in ((K, wanted[0]), (h, wanted[1])):
         assert float((found - exact).norm()) <= 1e-8 * float(exact.norm())
@@ -62,7 +62,7 @@ def test_proposed_codes_minimise_the_linearised_objective(
         codes = codes * support
     if simplex:
         codes = codes / codes.sum(dim=1, keepdim=True)
-    at = evaluate(X, bank, codes, lam=lam, activation=activation)
+    at = evaluate(X, bank, codes, StepOptions(lam=lam, activation=activation))
     found = propose_codes(bank, codes, at, support=support, l1=l1, simplex=simplex)
     K, h = reference.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
     sparse = False
@@ -91,15 +91,15 @@ def test_proposed_codes_minimise_the_linearised_objective(
 def test_the_price_of_codes_is_the_same_in_every_gauge() -> None:
     """Neither the scale of an expert's codes, which the adapters absorb, nor an atom's norm makes a code dearer."""
     X, bank, codes = problem()
-    found = propose_codes(bank, codes, evaluate(X, bank, codes, **LINEAR), l1=0.3)
+    found = propose_codes(bank, codes, evaluate(X, bank, codes, StepOptions(**LINEAR)), l1=0.3)
     assert 0 < int((found == 0).sum()) < found.numel()
-    small = propose_codes(bank, codes / 50, evaluate(X, bank, codes / 50, **LINEAR), l1=0.3)
+    small = propose_codes(bank, codes / 50, evaluate(X, bank, codes / 50, StepOptions(**LINEAR)), l1=0.3)
     torch.testing.assert_close(50 * small, found, rtol=1e-8, atol=1e-9)
 
 
 def test_l1_shrinks_small_codes_and_leaves_the_scale() -> None:
     X, bank, codes = problem()
-    at = evaluate(X, bank, codes, **LINEAR)
+    at = evaluate(X, bank, codes, StepOptions(**LINEAR))
     ratios, sums = [], []
     for l1 in (0.0, 0.1, 0.5):
         size = contributions(propose_codes(bank, codes, at, l1=l1), bank)
@@ -113,14 +113,16 @@ def test_l1_shrinks_small_codes_and_leaves_the_scale() -> None:
 def test_no_price_leaves_an_expert_without_codes(simplex: bool) -> None:
     X, bank, codes = problem()
     codes = codes / codes.sum(dim=1, keepdim=True)
-    found = propose_codes(bank, codes, evaluate(X, bank, codes, **LINEAR), l1=1e6, simplex=simplex)
+    found = propose_codes(
+        bank, codes, evaluate(X, bank, codes, StepOptions(**LINEAR)), l1=1e6, simplex=simplex
+    )
     assert bool((found >= 0).all())
     assert bool((found.sum(dim=1) > 0).all())
 
 
 def test_an_expert_whose_codes_would_all_vanish_keeps_its_present_ones() -> None:
     X, bank, codes = problem()
-    at = evaluate(X, bank, codes, **LINEAR)
+    at = evaluate(X, bank, codes, StepOptions(**LINEAR))
     against_all = torch.linalg.pinv(bank.flatten(1)).sum(dim=1).view(R, D)
     at = at._replace(force=at.force - 1e6 * against_all)
     assert torch.equal(propose_codes(bank, codes, at), codes)
@@ -221,7 +223,7 @@ def test_coding_raises_no_experts_error(seed: int, lam: float, activation: str, 
     if simplex:
         torch.testing.assert_close(new.atoms.codes.sum(dim=1), torch.ones(N).double(), rtol=0, atol=1e-12)
     # and the point is that of the codes
-    again = evaluate(X, bank, new.atoms.codes, lam=lam, activation=activation)
+    again = evaluate(X, bank, new.atoms.codes, StepOptions(lam=lam, activation=activation))
     assert new.objective == pytest.approx(again.objective, rel=1e-12)
 
 
@@ -252,7 +254,7 @@ def test_coding_on_a_support_keeps_to_it_and_remembers_it() -> None:
     assert bool((new.atoms.codes.sum(dim=1) > 0).all())
     assert new.constraint.support is not None
     assert torch.equal(new.constraint.support, support)
-    cut = evaluate(X, bank, codes * support, **LINEAR)
+    cut = evaluate(X, bank, codes * support, StepOptions(**LINEAR))
     assert bool((new.point.errors <= cut.errors * (1 + 1e-12)).all())
 
 
@@ -284,5 +286,5 @@ def test_the_code_of_a_single_atom_stays_near_where_it_is(r: int, dtype: torch.d
     """Its scale is free: the adapters absorb it. Rounding over rounding must not send it anywhere."""
     X, bank, codes = normal(N, P, D, seed=0), normal(1, r, D, seed=1), normal(N, 1, seed=2).abs()
     X, bank, codes = X.to(dtype), bank.to(dtype), codes.to(dtype)
-    found = propose_codes(bank, codes, evaluate(X, bank, codes, **LINEAR))
+    found = propose_codes(bank, codes, evaluate(X, bank, codes, StepOptions(**LINEAR)))
     torch.testing.assert_close(found, codes, rtol=0.4, atol=0)

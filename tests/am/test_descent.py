@@ -160,11 +160,11 @@ def test_codes_that_are_held_stay_bit_for_bit(joint: bool) -> None:
 def test_chunks_of_experts_do_not_change_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = plant(noise=0.3)
     options = {"lam": 0.7, "activation": "silu"}
-    whole = evaluate(problem.X, problem.bank, problem.codes, **options)
+    whole = evaluate(problem.X, problem.bank, problem.codes, StepOptions(**options))
     system = code_system(problem.bank, whole)
     monkeypatch.setattr(chunks, "CHUNK_NUMBERS", 1)
     assert len(list(chunks.expert_chunks(17, 4, 14))) == 5
-    parts = evaluate(problem.X, problem.bank, problem.codes, **options)
+    parts = evaluate(problem.X, problem.bank, problem.codes, StepOptions(**options))
     for found, wanted in zip(parts, whole, strict=True):
         if isinstance(wanted, Tensor):
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)

@@ -100,7 +100,7 @@ def assert_same_moves(found: dict[str, Tensor], wanted: dict[str, Tensor], relat
 )
 def test_dense_atoms(activation: str, lam: float, masked: bool, joint: bool, lambda_B: float) -> None:
     one = case(masked=masked)
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=lam, activation=activation)
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=lam, activation=activation))
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, lam=lam, activation=activation)
     units = damping_units(one, at, joint=joint, damping=1e-2)
     wanted = reference.gauss_newton(
@@ -122,7 +122,7 @@ def test_dense_atoms(activation: str, lam: float, masked: bool, joint: bool, lam
 @pytest.mark.parametrize(("activation", "lam"), [("identity", 0.0), ("silu", 1.0)])
 def test_low_rank_atoms(activation: str, lam: float, masked: bool, joint: bool, lambda_B: float) -> None:
     one = case(low_rank=True, masked=masked)
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=lam, activation=activation)
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=lam, activation=activation))
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, lam=lam, activation=activation)
     units = damping_units(one, at, joint=joint, damping=3e-2)
     wanted = reference.gauss_newton(
@@ -144,7 +144,7 @@ def test_ridge_of_the_adapters_enters_the_projection(lambda_A: float) -> None:
     """With A_i eliminated from the ridged problem, the part of a move that is free shrinks."""
     one = case()
     options = {"lam": 0.7, "activation": "silu", "lambda_A": lambda_A}
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, **options)
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(**options))
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, **options)
     units = damping_units(one, at, joint=True, damping=1e-2)
     wanted = reference.gauss_newton(exact, one.atoms.bank, one.atoms.codes, damping=units)
@@ -158,7 +158,7 @@ def test_dependent_codes_use_plain_coordinates(what: str) -> None:
         codes = one.atoms.codes.clone()
         codes[:, 2] = codes[:, 0]
         one = one._replace(atoms=one.atoms.with_codes(codes))
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=0.0, activation="identity")
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=0.0, activation="identity"))
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, lam=0.0, activation="identity")
     assert slopes_at(one, joint=True).triangle is None
     units = damping_units(one, at, joint=True, damping=1e-2)
@@ -207,7 +207,7 @@ def test_blended_target(activation: str, lam: float, beta: float) -> None:
 
 def test_damping_is_relative_to_the_mean_diagonal() -> None:
     one = case()
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=0.8, activation="silu")
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=0.8, activation="silu"))
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, lam=0.8, activation="silu")
     coordinates = torch.linalg.qr(one.atoms.codes).Q
     diagonal = torch.zeros(M, R, dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_damping_is_relative_to_the_mean_diagonal() -> None:
 def test_damping_of_the_codes_is_that_of_their_normal_matrix_on_average() -> None:
     """The blocks come from a random sketch of the columns, whose mean is the exact matrix where phi is linear."""
     one = case()
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=0.0, activation="identity")
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=0.0, activation="identity"))
     exact = reference.point(one.X, one.atoms.bank, one.atoms.codes, lam=0.0, activation="identity")
     K_, _ = reference.code_system(exact, one.atoms.bank)
     generator = torch.Generator().manual_seed(3)
@@ -237,7 +237,7 @@ def test_a_zero_gradient_gives_a_zero_move(joint: bool) -> None:
     one = case()
     exact = mix(one.atoms.codes, one.atoms.bank)
     X = normal(N, P, R, seed=11) @ exact
-    at = evaluate(X, one.atoms.bank, one.atoms.codes, lam=0.0, activation="identity")
+    at = evaluate(X, one.atoms.bank, one.atoms.codes, StepOptions(lam=0.0, activation="identity"))
     at = at._replace(force=torch.zeros_like(at.force))
     found = direction(one._replace(X=X), at, joint=joint, damping=1e-3)
     assert all(not bool(move.any()) for move in found.values())
@@ -247,7 +247,7 @@ def test_a_zero_gradient_gives_a_zero_move(joint: bool) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_codes_that_may_not_move_stay_whatever_the_iterations(masked: bool, low_rank: bool) -> None:
     one = case(masked=masked, low_rank=low_rank)
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=0.5, activation="silu")
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=0.5, activation="silu"))
     for iterations in (1, 4):
         found = gauss_newton_direction(
             slopes_at(one, joint=True), at, cg_iterations=iterations, damping=1e-3, generator=sketcher()
@@ -351,7 +351,7 @@ def test_a_spent_point_gives_the_same_move_and_its_memory_back(
     atoms = Atoms(one.atoms.bank.float(), one.atoms.codes.float())
     moves = []
     for spend in (False, True):
-        at = evaluate(X, atoms.bank, atoms.codes, lam=1.0, activation="tanh")
+        at = evaluate(X, atoms.bank, atoms.codes, StepOptions(lam=1.0, activation="tanh"))
         found = gauss_newton_direction(
             tangent(atoms.bank, atoms.codes),
             at,
@@ -375,7 +375,7 @@ def test_a_product_in_chunks_and_parts_is_the_same(
 ) -> None:
     """Chunks of experts, a few of a chunk at a time, and sums of lower-precision products piece by piece."""
     one = case(n=11)
-    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, lam=1.0, activation=activation)
+    at = evaluate(one.X, one.atoms.bank, one.atoms.codes, StepOptions(lam=1.0, activation=activation))
     move = (normal(M, R, D, seed=8), normal(11, M, seed=9))
     whole = [part.clone() for part in Curvature(slopes_at(one, joint=True), at, dtype=dtype).product(move)]
     monkeypatch.setattr(chunks, "CHUNK_NUMBERS", 1)

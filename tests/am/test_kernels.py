@@ -13,6 +13,7 @@ from torch import Tensor
 from globe.am.dictionary.mod import linearised_targets, mod_step, rescale_gauge
 from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
 from globe.am.objective import adapters_at, evaluate, mix, release
+from globe.am.records import StepOptions
 from globe.am.refit import damped_cholesky, refit
 from globe.am.warm_start import truncated_svd
 from globe.errors import FitError
@@ -71,7 +72,10 @@ def test_refit_is_the_least_squares_solution(lambda_A: float) -> None:
 def test_point_agrees_with_the_reference(activation: str, lam: float, lambda_A: float) -> None:
     X, bank, codes = bank_and_codes()
     options = {"lam": lam, "activation": activation, "lambda_A": lambda_A}
-    wanted, found = reference.point(X, bank, codes, **options), evaluate(X, bank, codes, **options)
+    wanted, found = (
+        reference.point(X, bank, codes, **options),
+        evaluate(X, bank, codes, StepOptions(**options)),
+    )
     close(found.adapters, wanted.adapters)
     close(found.gram, wanted.adapters.mT @ wanted.adapters)
     close(found.rows.mT @ found.rows, wanted.projectors)
@@ -97,7 +101,7 @@ def test_force_is_minus_half_the_gradient_of_the_reduced_objective(
     options = {"lam": lam, "activation": activation, "lambda_A": lambda_A}
     objective = reference.reduced_objective(X, Y, **options)
     (gradient,) = torch.autograd.grad(objective, Y)
-    found = evaluate(X, bank, codes, **options)
+    found = evaluate(X, bank, codes, StepOptions(**options))
     assert found.objective == pytest.approx(objective.item(), rel=1e-10)
     close(found.force, -gradient / 2)
 
@@ -247,7 +251,7 @@ def test_rescaling_the_gauge_changes_no_mixed_basis(seed: int, with_a_zero_atom:
 def test_errors_are_of_the_residual_and_not_of_cancelling_norms() -> None:
     """A float32 fit at RelFrob 1e-5: |X|^2 - 2 <X, Xhat> + |Xhat|^2 would have no correct digit left."""
     problem = plant(N, P, D, M, R, noise=1e-5, dtype=torch.float32)
-    found = evaluate(problem.X, problem.bank, problem.codes, lam=0.0, activation="identity")
+    found = evaluate(problem.X, problem.bank, problem.codes, StepOptions(lam=0.0, activation="identity"))
     wanted = reference.point(
         *(t.double() for t in (problem.X, problem.bank, problem.codes)), lam=0.0, activation="identity"
     )
@@ -261,17 +265,20 @@ def test_released_memory_is_taken_again_with_the_same_bits(
     monkeypatch.setattr("globe.am.objective._WORTH_RELEASING", 1)
     X, bank, codes = bank_and_codes()
     options = {"lam": 1.0, "activation": activation, "lambda_A": 1e-3}
-    wanted, spent = evaluate(X, bank, codes, **options), evaluate(X, bank + 1, codes, **options)
+    wanted, spent = (
+        evaluate(X, bank, codes, StepOptions(**options)),
+        evaluate(X, bank + 1, codes, StepOptions(**options)),
+    )
     release(spent.gram, spent.rows, spent.slope)
     assert spent.rows.untyped_storage().nbytes() == 0
-    found = evaluate(X, bank, codes, **options, into=spent._replace(adapters=None))
+    found = evaluate(X, bank, codes, StepOptions(**options), into=spent._replace(adapters=None))
     assert found.rows is spent.rows
     for name in ("gram", "rows", "slope", "force", "errors"):
         one, other = getattr(found, name), getattr(wanted, name)
         assert (one is other is None) or torch.equal(one, other), name
     assert found.objective == wanted.objective
     assert found.adapters is None
-    assert torch.equal(adapters_at(X, bank, codes, **options), wanted.adapters)
+    assert torch.equal(adapters_at(X, bank, codes, StepOptions(**options)), wanted.adapters)
 
 
 @pytest.mark.parametrize("dependence", [1e-2, 1e-4, 1e-6, 0.0])

@@ -65,7 +65,9 @@ def close(found: Tensor, wanted: Tensor, relative: float = 1e-9) -> None:
 
 
 def point_of(one: Case, metric: Metric, **options: Any) -> Any:
-    return evaluate(seen(one.X, metric), one.atoms.bank, one.atoms.codes, metric=metric, **options)
+    return evaluate(
+        seen(one.X, metric), one.atoms.bank, one.atoms.codes, StepOptions(**options), metric=metric
+    )
 
 
 @pytest.mark.parametrize("lambda_A", [0.0, 1e-2])
@@ -85,8 +87,11 @@ def test_a_point_agrees_with_the_dense_metric(activation: str, lam: float, lambd
     close(kept.own, wanted.kept)
     close(kept.mean, wanted.kept.mean(dim=0))
     X = seen(one.X, metric)
-    close(adapters_at(X, one.atoms.bank, one.atoms.codes, metric=metric, **options), wanted.adapters)
-    error = error_at(X, one.atoms.bank, one.atoms.codes, metric=metric, **options)
+    close(
+        adapters_at(X, one.atoms.bank, one.atoms.codes, StepOptions(**options), metric=metric),
+        wanted.adapters,
+    )
+    error = error_at(X, one.atoms.bank, one.atoms.codes, StepOptions(**options), metric=metric)
     residual = wanted.residual
     assert error == found.error == pytest.approx(float((residual @ C * residual).sum()), rel=1e-10)
 
@@ -355,7 +360,7 @@ def test_a_spent_point_gives_the_same_move(inner: torch.dtype, monkeypatch: pyte
     atoms = Atoms(one.atoms.bank.float(), one.atoms.codes.float())
     moves = []
     for spend in (False, True):
-        at = evaluate(X, atoms.bank, atoms.codes, lam=1.0, activation="tanh", metric=metric)
+        at = evaluate(X, atoms.bank, atoms.codes, StepOptions(lam=1.0, activation="tanh"), metric=metric)
         found = gauss_newton_direction(
             slopes_at(Case(X, atoms, None), joint=True),
             at,
@@ -373,7 +378,7 @@ def test_a_spent_point_gives_the_same_move(inner: torch.dtype, monkeypatch: pyte
 def test_bfloat16_products_point_the_same_way() -> None:
     one, metric = case(n=11), metric_for(metrics(11).float())
     X, atoms = seen(one.X.float(), metric), Atoms(one.atoms.bank.float(), one.atoms.codes.float())
-    at = evaluate(X, atoms.bank, atoms.codes, lam=1.0, activation="tanh", metric=metric)
+    at = evaluate(X, atoms.bank, atoms.codes, StepOptions(lam=1.0, activation="tanh"), metric=metric)
     moves = [
         gauss_newton_direction(
             slopes_at(Case(X, atoms, None), joint=True),

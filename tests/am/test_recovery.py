@@ -52,7 +52,7 @@ def test_the_default_start_goes_below_the_floor_of_noise_and_unaligned_groups_do
     """The floor is the error of the planted bank itself; a fit follows some of the noise."""
     truth = plant(n=24, p=20, d=28, m=4, r=6, noise=0.4)
     sizes = sizes_of(truth.X, 4, 6)
-    floor = evaluate(truth.X, truth.bank, truth.codes, lam=0.0, activation="identity").objective
+    floor = evaluate(truth.X, truth.bank, truth.codes, StepOptions(lam=0.0, activation="identity")).objective
     floor = (floor / float(truth.X.square().sum())) ** 0.5
     ends = {}
     for init in (InitConfig(), InitConfig(seeding=Seeding.group_svd)):
@@ -116,7 +116,7 @@ def test_steps_from_near_the_planted_answer_reach_it(name: str, dtype: torch.dty
 def test_the_floor_of_a_noisy_plant_is_reached() -> None:
     """Within 1 % of the error that the planted bank and codes leave."""
     truth = plant(noise=0.1)
-    floor = evaluate(truth.X, truth.bank, truth.codes, lam=0.0, activation="identity").objective
+    floor = evaluate(truth.X, truth.bank, truth.codes, StepOptions(lam=0.0, activation="identity")).objective
     relfrob = (floor / float((truth.X**2).sum())) ** 0.5
     assert relfrob > 0.05
     found = best_of(5, 1.01 * relfrob, truth.X, sizes_of(truth.X), configured(steps=30, cg_iterations=20))
@@ -208,7 +208,7 @@ def test_low_rank_blocks_survive_huge_adapters_off_their_columns() -> None:
     left = truth.left.double()
     left = (left - torch.einsum("a,b,jbk->jak", direction, direction, left)).float()
     bank = left @ truth.right
-    at = evaluate(truth.X, bank, truth.codes, lam=0.0, activation="identity")
+    at = evaluate(truth.X, bank, truth.codes, StepOptions(lam=0.0, activation="identity"))
     at = at._replace(gram=at.gram + 1e9 * torch.outer(direction, direction).float())
     slopes = tangent(bank, truth.codes, left=left, right=truth.right, joint=False)
     found = precondition(slopes, at, damping=1e-3, generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ from planted import configured, fitted, normal, sizes_of
 from torch import Tensor
 
 from globe.am.objective import evaluate, mix
+from globe.am.records import StepOptions
 from globe.config.schema import InitConfig
 
 N, P, D, R = 12, 21, 34, 8
@@ -67,8 +68,8 @@ def test_the_objective_of_a_linear_fit_knows_no_scale(ridge: float) -> None:
     """Larger bases and smaller adapters are the same fit, so no step is drawn along the bases."""
     X = layer(dtype=torch.float64)
     bank, codes = normal(4, R, D, seed=9), normal(N, 4, seed=10).abs()
-    at = evaluate(X, bank, codes, lam=0.0, activation="identity", lambda_A=ridge)
-    larger = evaluate(X, 7 * bank, codes, lam=0.0, activation="identity", lambda_A=ridge)
+    at = evaluate(X, bank, codes, StepOptions(lam=0.0, activation="identity", lambda_A=ridge))
+    larger = evaluate(X, 7 * bank, codes, StepOptions(lam=0.0, activation="identity", lambda_A=ridge))
     assert larger.objective == pytest.approx(at.objective, rel=1e-12)
     Y = mix(codes, bank)
     along = (at.force * Y).sum(dim=(1, 2)) / (at.force.norm(dim=(1, 2)) * Y.norm(dim=(1, 2)))

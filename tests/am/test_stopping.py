@@ -9,7 +9,7 @@ import torch
 from planted import configured, fitted, plant, sizes_of
 
 from globe.am.objective import evaluate
-from globe.am.records import StopReason
+from globe.am.records import StepOptions, StopReason
 from globe.am.temperature import prune
 from globe.config.choices import Curve, FirstCodes, Seeding
 from globe.config.schema import CurveConfig, InitConfig
@@ -107,7 +107,10 @@ def test_the_validation_error_is_that_of_what_would_be_exported() -> None:
     codes = prune(factors.codes, 0.3)
     assert int((codes > 0).sum()) < int((factors.codes > 0).sum())
     at = evaluate(
-        X, factors.bank.bfloat16().double(), codes.bfloat16().double(), lam=0.0, activation="identity"
+        X,
+        factors.bank.bfloat16().double(),
+        codes.bfloat16().double(),
+        StepOptions(lam=0.0, activation="identity"),
     )
     wanted = math.sqrt(at.objective / float((X**2).sum()))
     assert records[-1].validation_relfrob == pytest.approx(wanted, rel=1e-9)

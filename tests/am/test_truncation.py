@@ -14,6 +14,7 @@ from globe.am.dictionary.gauss_newton import Direction, gauss_newton_direction
 from globe.am.dictionary.preconditioner import Preconditioner, precondition
 from globe.am.dictionary.tangent import Tangent, tangent
 from globe.am.objective import Point, evaluate
+from globe.am.records import StepOptions
 from globe.am.state import Atoms, low_rank_atoms
 
 N, P, D, M, R, K = 12, 9, 14, 7, 6, 2
@@ -29,7 +30,7 @@ def problem(*, low_rank: bool, dtype: torch.dtype = torch.float64) -> tuple[Tang
         )
     else:
         atoms = Atoms(normal(M, R, D, seed=2).to(dtype) / 3, codes)
-    at = evaluate(X, atoms.bank, codes, lam=1.0, activation="tanh")
+    at = evaluate(X, atoms.bank, codes, StepOptions(lam=1.0, activation="tanh"))
     return tangent(atoms.bank, codes, left=atoms.left, right=atoms.right), at
 
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.records import StepOptions
 from globe.am.refit import Refit, refit, ridge_of
 from globe.numerics.activation import phi, phi_prime
 from globe.numerics.chunks import expert_chunks
@@ -67,15 +68,13 @@ def evaluate(
     X: Float[Tensor, "n p d"],
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
+    options: StepOptions,
     *,
-    lam: float,
-    activation: str,
-    lambda_A: float = 0.0,
     metric: Metric | None = None,
     into: Point | None = None,
     group: ProcessGroup = ALONE,
 ) -> Point:
-    """Refit the adapters to (bank, codes) and return the point there.
+    """Refit the adapters to (bank, codes) under `options.lam`, activation and lambda_A, and return the point there.
 
     Runs in chunks of experts: beyond the result, only temporaries of one chunk exist. The objective is taken from
     the residual, never from a difference of squared norms, and summed in float64. `into` is a point of the same sizes
@@ -90,13 +89,13 @@ def evaluate(
     else:
         adapters, gram, rows, force, slope = into.adapters, into.gram, into.rows, into.force, into.slope
         _take_again(adapters, gram, rows, force, slope)
-    if lam == 0.0 or activation == "identity":
+    if options.lam == 0.0 or options.activation == "identity":
         slope = None
     elif slope is None:
         slope = X.new_empty(n, r, d)
     errors, penalties, regularised = X.new_empty(n), X.new_empty(n), 0
-    ridge = ridge_of(lambda_A, X.dtype) / r
-    for part, fit, M, residual in _refits(X, bank, codes, lam, activation, lambda_A, metric, slope):
+    ridge = ridge_of(options.lambda_A, X.dtype) / r
+    for part, fit, M, residual in _refits(X, bank, codes, options, metric, slope):
         errors[part] = torch.linalg.vector_norm(residual, dim=(1, 2)) ** 2
         rows[part] = fit.rows
         if adapters is not None:
@@ -121,15 +120,13 @@ def error_at(
     X: Float[Tensor, "n p d"],
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
+    options: StepOptions,
     *,
-    lam: float,
-    activation: str,
-    lambda_A: float = 0.0,
     metric: Metric | None = None,
     group: ProcessGroup = ALONE,
 ) -> float:
     """Return the error of `evaluate` alone, which needs no memory beyond a chunk's."""
-    refits = _refits(X, bank, codes, lam, activation, lambda_A, metric)
+    refits = _refits(X, bank, codes, options, metric)
     errors = torch.cat([torch.linalg.vector_norm(left, dim=(1, 2)) ** 2 for *_, left in refits])
     return group.total(_sum(errors))
 
@@ -138,15 +135,13 @@ def adapters_at(
     X: Float[Tensor, "n p d"],
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
+    options: StepOptions,
     *,
-    lam: float,
-    activation: str,
-    lambda_A: float = 0.0,
     metric: Metric | None = None,
 ) -> Float[Tensor, "n p r"]:
     """Return the adapters of `evaluate` alone, with the same bits."""
     adapters = X.new_empty(*X.shape[:2], bank.shape[1])
-    for part, fit, *_ in _refits(X, bank, codes, lam, activation, lambda_A, metric):
+    for part, fit, *_ in _refits(X, bank, codes, options, metric):
         adapters[part] = fit.adapters
     return adapters
 
@@ -173,9 +168,7 @@ def _refits(
     X: Float[Tensor, "n p d"],
     bank: Float[Tensor, "m r d"],
     codes: Float[Tensor, "n m"],
-    lam: float,
-    activation: str,
-    lambda_A: float,
+    options: StepOptions,
     metric: Metric | None,
     slope: Float[Tensor, "n r d"] | None = None,
 ) -> Iterator[tuple[slice, Refit, Float[Tensor, "_ r d"], Float[Tensor, "_ p d"]]]:
@@ -186,9 +179,9 @@ def _refits(
     n, p, d = X.shape
     for part in expert_chunks(n, max(bank.shape[1], p), d):
         Y = mix(codes[part], bank)
-        M = phi(Y, lam=lam, activation=activation)
+        M = phi(Y, lam=options.lam, activation=options.activation)
         if slope is not None:
-            J = phi_prime(Y, lam=lam, activation=activation, image=M)
+            J = phi_prime(Y, lam=options.lam, activation=options.activation, image=M)
             assert J is not None
             slope[part] = J
             del J
@@ -196,7 +189,7 @@ def _refits(
         if metric is not None:
             M = metric.times(M, part)
         own = X[part]
-        fit = refit(own, M, lambda_A=lambda_A)
+        fit = refit(own, M, lambda_A=options.lambda_A)
         residual = torch.bmm(fit.adapters, M)
         torch.sub(own, residual, out=residual)
         del own

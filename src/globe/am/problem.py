@@ -69,23 +69,15 @@ def cut_support(problem: Problem, state: AMState, controls: Controls) -> AMState
 
 def validation_relfrob(problem: Problem, state: AMState) -> float:
     """Return RelFrob with codes pruned, bank and codes rounded to the export dtype, and adapters refit."""
-    step, dtype = problem.options.step, problem.options.export_dtype
+    dtype = problem.options.export_dtype
     codes = prune(state.atoms.codes, problem.options.prune)
     bank = state.atoms.bank
     if dtype is not None:
         codes, bank = codes.to(dtype).to(codes), bank.to(dtype).to(bank)
     elif not problem.group.any(not torch.equal(codes, state.atoms.codes)):
         return problem.relfrob(state.point.error)
-    error = error_at(
-        problem.X,
-        bank,
-        codes,
-        lam=state.lam,
-        activation=step.activation,
-        lambda_A=step.lambda_A,
-        metric=problem.metric,
-        group=problem.group,
-    )
+    step = replace(problem.options.step, lam=state.lam)
+    error = error_at(problem.X, bank, codes, step, metric=problem.metric, group=problem.group)
     return problem.relfrob(error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -107,44 +108,13 @@ def start_state(
     group: ProcessGroup = ALONE,
 ) -> AMState:
     """Return a state at rest with the adapters refit to `atoms`; `metric` and `into` as in `evaluate`."""
-    point = point_at(X, atoms, options, metric=metric, into=into, group=group)
+    point = evaluate(X, atoms.bank, atoms.codes, options, metric=metric, into=into, group=group)
     return AMState(atoms, point, atoms, 0, damping, options.lam, constraint)
-
-
-def point_at(
-    X: Float[Tensor, "n p d"],
-    atoms: Atoms,
-    options: StepOptions,
-    *,
-    metric: Metric | None = None,
-    into: Point | None = None,
-    group: ProcessGroup = ALONE,
-) -> Point:
-    """Return the point of `evaluate` at `atoms` under the step's lam, activation and ridge."""
-    return evaluate(
-        X,
-        atoms.bank,
-        atoms.codes,
-        lam=options.lam,
-        activation=options.activation,
-        lambda_A=options.lambda_A,
-        metric=metric,
-        into=into,
-        group=group,
-    )
 
 
 def adapters_of(X: Float[Tensor, "n p d"], state: AMState, options: StepOptions) -> Float[Tensor, "n p r"]:
     """Return the adapters of the state's point, made anew where the point goes without."""
     if state.point.adapters is not None:
         return state.point.adapters
-    bank, codes = state.atoms.bank, state.atoms.codes
-    return adapters_at(
-        X,
-        bank,
-        codes,
-        lam=state.lam,
-        activation=options.activation,
-        lambda_A=options.lambda_A,
-        metric=state.point.metric,
-    )
+    options = replace(options, lam=state.lam)
+    return adapters_at(X, state.atoms.bank, state.atoms.codes, options, metric=state.point.metric)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from globe.am.coding import entmax_support, propose_codes
 from globe.am.dictionary.descent import gauss_newton_step, mod_dictionary_step
-from globe.am.objective import release
+from globe.am.objective import evaluate, release
 from globe.am.records import StepOptions
-from globe.am.state import AMState, Constraint, point_at
+from globe.am.state import AMState, Constraint
 from globe.numerics.group import ALONE, ProcessGroup
 
 
@@ -68,7 +68,9 @@ def am_step(
         state = state._replace(point=state.point._replace(adapters=None))
     if options.lam != state.lam:
         into = state.point if spend else None
-        point = point_at(X, state.atoms, options, metric=state.point.metric, into=into, group=group)
+        point = evaluate(
+            X, state.atoms.bank, state.atoms.codes, options, metric=state.point.metric, into=into, group=group
+        )
         state = AMState(state.atoms, point, state.atoms, 0, state.damping, options.lam, state.constraint)
     refitted = time.perf_counter()
     if options.coding:
@@ -123,10 +125,10 @@ def coding_step(
     into = state.point if spend else None
     objectives = state.point.errors + state.point.penalties
     if options.l1 == 0 and group.any(not torch.equal(present, state.atoms.codes)):
-        cut = point_at(X, state.atoms.with_codes(present), options, metric=metric, into=into, group=group)
+        cut = evaluate(X, state.atoms.bank, present, options, metric=metric, into=into, group=group)
         objectives = cut.errors + cut.penalties
     new = state.atoms.with_codes(proposed)
-    point = point_at(X, new, options, metric=metric, into=into, group=group)
+    point = evaluate(X, new.bank, new.codes, options, metric=metric, into=into, group=group)
     codes = proposed
     if options.l1 == 0:
         # rounding must not decide a tie, as between two scales of a single atom
@@ -134,7 +136,7 @@ def coding_step(
         codes = torch.where(better[:, None], proposed, present)
     atoms = state.atoms.with_codes(codes)
     if group.any(not torch.equal(codes, proposed)):
-        point = point_at(X, atoms, options, metric=metric, into=point, group=group)
+        point = evaluate(X, atoms.bank, atoms.codes, options, metric=metric, into=point, group=group)
     # the bank stands still here, so the extrapolation may go on; the codes' share of it starts anew
     anchor = state.anchor.with_codes(codes)
     return state._replace(atoms=atoms, point=point, anchor=anchor, constraint=constraint)

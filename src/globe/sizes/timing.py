@@ -69,7 +69,6 @@ def _timed_step(config: Config, sizes: Sizes, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     state, X = _random_state(config, sizes, device)
     inner = curvature_dtype(config.train.curvature_dtype, X)
-    lam, activation = state.lam, str(config.bank.activation)
 
     def direction(iterations: int) -> float:
         atoms = state.atoms
@@ -91,25 +90,13 @@ def _timed_step(config: Config, sizes: Sizes, device: torch.device) -> float:
 
     prepare = direction(0)
     product = max(0.0, direction(_ITERATIONS) - prepare) / _ITERATIONS
-    evaluated = _time(
-        lambda: evaluate(
-            X,
-            state.atoms.bank,
-            state.atoms.codes,
-            lam=lam,
-            activation=activation,
-            lambda_A=config.train.lambda_A,
-            into=state.point,
-        ),
-        device,
-    )
+    bank, codes, options = state.atoms.bank, state.atoms.codes, _options(config)
+    evaluated = _time(lambda: evaluate(X, bank, codes, options, into=state.point), device)
     coded = 1 / config.codes.every if config.codes.every else 0.0
     total = prepare + usual_iterations(config.train) * product
     total += (EVALUATIONS + 1 / config.train.evaluate_every + 2 * coded) * evaluated
     if coded:
-        total += coded * _time(
-            lambda: propose_codes(state.atoms.bank, state.atoms.codes, state.point), device
-        )
+        total += coded * _time(lambda: propose_codes(bank, codes, state.point), device)
     return total
 
 
@@ -128,9 +115,12 @@ def _random_state(
         atoms = Atoms(0.2 * normal(sizes.m, sizes.r, sizes.d), codes)
     else:
         atoms = low_rank_atoms(0.2 * normal(sizes.m, sizes.r, k), normal(sizes.m, k, sizes.d), codes)
+    return start_state(X, atoms, _options(config)), X
+
+
+def _options(config: Config) -> StepOptions:
     lam = config.schedule.lam.end if is_curved(config) else 0.0
-    activation, ridge = str(config.bank.activation), config.train.lambda_A
-    return start_state(X, atoms, StepOptions(activation, lam=lam, lambda_A=ridge)), X
+    return StepOptions(str(config.bank.activation), lam=lam, lambda_A=config.train.lambda_A)
 
 
 def _time(kernel: Callable[[], object], device: torch.device) -> float:

@@ -12,10 +12,10 @@ from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.mod import linearised_targets, mod_step, rescale_gauge
 from globe.am.dictionary.tangent import tangent
 from globe.am.dictionary.targets import aligned_warm_start, blend, weight_aware_targets
-from globe.am.objective import mix
+from globe.am.objective import evaluate, mix
 from globe.am.records import StepOptions
 from globe.am.refit import ridge_of
-from globe.am.state import AMState, Atoms, adapters_of, point_at
+from globe.am.state import AMState, Atoms, adapters_of
 from globe.numerics.activation import phi
 from globe.numerics.chunks import expert_chunks
 from globe.numerics.figures import squared_norms
@@ -74,17 +74,21 @@ def gauss_newton_step(
         error = _blended_error(X, adapters, state, pull, options)
         if not _blended_error(X, adapters, state._replace(atoms=plain), pull, options) < error:
             return _refused(state, promised), False
-        point = point_at(X, plain, options, metric=metric, into=into, group=group)
+        point = evaluate(X, plain.bank, plain.codes, options, metric=metric, into=into, group=group)
         return state._replace(atoms=plain, point=point, anchor=plain, momentum_steps=0, damping=relaxed), True
     for atoms, momentum_steps in _candidates(state, plain, options):
-        point = point_at(X, atoms, options, metric=metric, into=into, group=group)
+        point = evaluate(X, atoms.bank, atoms.codes, options, metric=metric, into=into, group=group)
         if point.objective < state.objective:
             return state._replace(
                 atoms=atoms, point=point, anchor=plain, momentum_steps=momentum_steps, damping=relaxed
             ), True
         del point, atoms  # before the next one is made
     if spend:
-        state = state._replace(point=point_at(X, state.atoms, options, metric=metric, into=into, group=group))
+        state = state._replace(
+            point=evaluate(
+                X, state.atoms.bank, state.atoms.codes, options, metric=metric, into=into, group=group
+            )
+        )
     return _refused(state, promised), False
 
 
@@ -208,5 +212,5 @@ def mod_dictionary_step(
     atoms = Atoms(bank, state.atoms.codes)
     if not state.constraint.simplex:
         atoms = Atoms(*rescale_gauge(bank, state.atoms.codes))
-    point = point_at(X, atoms, options, metric=metric, group=group)
+    point = evaluate(X, atoms.bank, atoms.codes, options, metric=metric, group=group)
     return state._replace(atoms=atoms, point=point, anchor=atoms, momentum_steps=0)
