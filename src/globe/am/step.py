@@ -13,7 +13,7 @@ from globe.am.coding import entmax_support, propose_codes
 from globe.am.dictionary.descent import gauss_newton_step, mod_dictionary_step
 from globe.am.objective import evaluate, release
 from globe.am.records import StepOptions
-from globe.am.state import AMState, Constraint
+from globe.am.state import AMState, Constraint, start_state
 from globe.numerics.group import ALONE, ProcessGroup
 
 
@@ -67,21 +67,19 @@ def am_step(
         release(state.point.adapters)  # nothing below needs them
         state = state._replace(point=state.point._replace(adapters=None))
     if options.lam != state.lam:
-        into = state.point if spend else None
-        point = evaluate(
-            X, state.atoms.bank, state.atoms.codes, options, metric=state.point.metric, into=into, group=group
+        state = start_state(
+            X,
+            state.atoms,
+            options,
+            damping=state.damping,
+            constraint=state.constraint,
+            metric=state.point.metric,
+            into=state.point if spend else None,
+            group=group,
         )
-        state = AMState(state.atoms, point, state.atoms, 0, state.damping, options.lam, state.constraint)
     refitted = time.perf_counter()
     if options.coding:
-        support = None
-        if options.sparse:
-            support = entmax_support(
-                state.atoms.codes,
-                state.atoms.bank,
-                temperature=options.temperature,
-                code_map=options.code_map,
-            )
+        support = _chosen_support(state, options) if options.sparse else None
         state = coding_step(X, state, options, support=support, group=group, spend=spend)
     coded = time.perf_counter()
     if options.dictionary == "mod":
@@ -92,6 +90,11 @@ def am_step(
         )
     done = time.perf_counter()
     return new, StepFigures(accepted, new.point.regularised, coded - refitted, done - coded, refitted - start)
+
+
+def _chosen_support(state: AMState, options: StepOptions) -> Bool[Tensor, "n m"]:
+    codes, bank = state.atoms.codes, state.atoms.bank
+    return entmax_support(codes, bank, temperature=options.temperature, code_map=options.code_map)
 
 
 def coding_step(
