@@ -11,11 +11,15 @@ import pytest
 import torch
 from made_runs import lossless_bank, write_run
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantised_models as made
+from globe.calibration.decoder import Decoder
 from globe.checkpoint import open_checkpoint
 from globe.errors import CheckpointError
+from globe.evaluation.sizes import measure_sizes
+from globe.evaluation.subject import open_subject
 from globe.hf.loading import load
 from globe.patch import parse, patch
 from quantised_models import write_quantised
@@ -105,3 +109,66 @@ def test_gpt_oss_is_not_written_as_factors(checkpoint_of: Callable[[str], Path],
     ):
         patch(parse([f"run={run}", f"out={tmp_path / 'out'}", "format=globe"]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "gptq"])
+def test_a_calibration_runs_the_dequantised_layers(kind: str, checkpoint_of: Callable[[str], Path]) -> None:
+    folder = checkpoint_of(kind)
+    decoder = Decoder(
+        open_checkpoint(str(folder)), dtype=torch.float32, device=torch.device("cpu"), head=True
+    )
+    hidden = None
+    for layer in range(decoder.layers):
+        with decoder.loaded(layer):
+            hidden = decoder.step(layer, IDS, hidden)
+    model = load(folder, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    assert hidden is not None
+    torch.testing.assert_close(decoder.logits(IDS, hidden), logits(model), atol=1e-5, rtol=0)
+
+
+def test_an_evaluation_counts_the_bytes_in_the_files(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = checkpoint_of("fp8")
+    source = open_checkpoint(str(folder))
+    run = write_run(tmp_path / "run", [lossless_bank(source, (1, "up"))])
+    subject, original = open_subject(str(run), "auto")
+    assert original is not None
+    one = torch.nn.Linear(2, 3)
+    sizes = measure_sizes(subject, original, one, one)
+    scales = 6 * (64 // 32) * (96 // 16) * 4
+    assert sizes.family_bytes is not None
+    assert sizes.family_bytes.before == 6 * 64 * 96 + scales
+    assert (
+        sizes.model_bytes.before
+        == source.stored_bytes
+        == sum(end - start for file in folder.glob("*.safetensors") for start, end in _offsets(file))
+    )
+    factors = 2 * (6 * 6 + 6 * 64 * 64 + 6 * 64 * 96)  # codes, adapters and atoms in bfloat16
+    assert sizes.family_bytes.after == factors
+    assert sizes.dense_bytes == source.plain_bytes
+    assert sizes.model_bytes.after == source.plain_bytes - 2 * 6 * 64 * 96 + factors
+
+
+def _offsets(file: Path) -> list[tuple[int, int]]:
+    raw = file.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return [tuple(one["data_offsets"]) for name, one in header.items() if name != "__metadata__"]
+
+
+def test_biases_of_zeros_that_gptq_adds_are_no_foreign_tensors(tmp_path: Path) -> None:
+    write_quantised(tmp_path, "qwen3_moe", made.gptq_config(4), made.gptq(4))
+    before = logits(load(tmp_path, dtype=torch.float32))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    name = "model.layers.0.mlp.experts.0.gate_proj.bias"
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    for value, tolerated in ((0.0, True), (0.5, False)):
+        save_file(load_file(file) | {name: torch.full((64,), value)}, file, metadata={"format": "pt"})
+        index["weight_map"][name] = file.name
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if tolerated:
+            assert torch.equal(logits(load(tmp_path, dtype=torch.float32)), before)
+        else:
+            with pytest.raises(CheckpointError, match="tensors that are not of the model"):
+                load(tmp_path, dtype=torch.float32)

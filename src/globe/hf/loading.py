@@ -91,7 +91,7 @@ def load(
             model, found = AutoModelForCausalLM.from_pretrained(
                 str(path), config=config, output_loading_info=True, use_safetensors=True, **kwargs
             )
-    _require_whole(config, found, path)
+    _require_whole(config, found, path, reader)
     if "experts_implementation" not in kwargs and _has_misaligned_experts(model):
         model.set_experts_implementation("eager")
     return model.eval()
@@ -205,9 +205,13 @@ def require_sizes(config: Any, reader: ShardReader) -> None:
         )
 
 
-def _require_whole(config: Any, found: dict[str, Any], path: str | Path) -> None:
-    """Raise CheckpointError if tensors were missing, or left over where the files are of a language model alone."""
-    missing, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+def _require_whole(config: Any, found: dict[str, Any], path: str | Path, reader: ShardReader | None) -> None:
+    """Raise CheckpointError if tensors were missing, or left over where the files are of a language model alone.
+
+    Biases of zeros may be left over: GPTQ's older writers give one to every layer that they quantise.
+    """
+    missing = sorted(found["missing_keys"])
+    left = sorted(name for name in found["unexpected_keys"] if not _is_zero_bias(name, reader))
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} tensors of the model, such as {missing[0]}: save or download it again"
@@ -217,6 +221,12 @@ def _require_whole(config: Any, found: dict[str, Any], path: str | Path) -> None
             f"{path} has {len(left)} tensors that are not of the model, such as {left[0]}: give config.json and "
             "weights that belong together"
         )
+
+
+def _is_zero_bias(name: str, reader: ShardReader | None) -> bool:
+    return (
+        reader is not None and name.endswith(".bias") and name in reader and not bool(reader.read(name).any())
+    )
 
 
 def _has_misaligned_experts(model: nn.Module) -> bool:
