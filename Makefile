@@ -137,6 +137,10 @@ torture: $(STAMP)  ## Hostile files, failing disks, kills, and combinations of o
 	$(ENV) $(PY) experiments/torture/faults.py
 	$(ENV) $(PY) experiments/torture/combinations.py
 
+.PHONY: fuzz
+fuzz: $(STAMP)  ## Examples of Hypothesis for the readers of foreign files, for ten minutes or ARGS="--minutes N"
+	$(ENV) $(PY) experiments/torture/fuzz.py $(ARGS)
+
 AUDIT := .venv-audit
 .PHONY: audit
 audit: $(STAMP)  ## Look exact versions up among known vulnerabilities, as far as they can be reached; write an SBOM

@@ -6,6 +6,8 @@
 - errors: each errno, and MemoryError, raised at each file operation of a run, and of one that repeats a finished run
   with overwrite=true. Held: the run ends well or by one sentence, old or new results are whole, the same command ends
   with the bytes of an undisturbed run.
+- allocations: memory that runs out, as torch says it and as Python does, at one operation of tensors or from one on.
+  Held: as for errors, but that a fit which went on in smaller chunks may differ by rounding.
 - kills: SIGKILL at random moments, a third of the runs twice. Held: the same command ends as above.
 - full disks: files may not grow beyond a limit (RLIMIT_FSIZE), in steps up to the largest file. Held: as for errors.
 - canaries: files beside the runs, and a user's files inside their folders, are as they were after all of it.
@@ -40,6 +42,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from globe.config.commands import explain
 from globe.config.composition import conf_dir, register
@@ -179,6 +182,69 @@ def errors(root: Path, whole: tuple[str, ...], short: bool, every: int, repeat: 
                 faults += [] if results(folder) == whole else ["other results than undisturbed"]
             part.check(f"{name} at {operation} {at}", faults)
     part.note = f"{len(operations)} operations"
+    return part
+
+
+class NoMemory(TorchDispatchMode):
+    """Count operations of tensors, and raise `error` in the place of that number `at`, and of later ones if `on`."""
+
+    def __init__(
+        self, at: int | None = None, error: BaseException | None = None, *, on: bool = False
+    ) -> None:
+        super().__init__()
+        self.at, self.error, self.on, self.seen = at, error, on, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.error is not None and self.at is not None:
+            number = self.seen - 1
+            if number == self.at or (self.on and number > self.at):
+                raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you asked for 9 bytes."
+)
+
+
+def allocations(root: Path, whole: tuple[str, ...], repeat: Path, count: int) -> Part:
+    """Let memory run out at `count` operations, spread over a run; every second run repeats `repeat`."""
+    part = Part("memory that runs out in tensors")
+    fresh, again = composed(*SMALL), composed(*SMALL, "overwrite=true")
+    old = results(repeat)
+    assert old is not None
+    with NoMemory() as counted:
+        quiet_run(fresh, root / "counted")
+    shutil.rmtree(root / "counted")
+    folder = root / "scarce"
+    for number in range(count):
+        at, repeats, on = counted.seen * number // count, number % 2 == 1, number % 4 < 2
+        error = RuntimeError(ALLOCATOR) if number % 3 else MemoryError()
+        shutil.rmtree(folder, ignore_errors=True)
+        if repeats:
+            shutil.copytree(repeat, folder, symlinks=True)
+        node, faults, ended = again if repeats else fresh, [], False
+        with NoMemory(at, error, on=on):
+            try:
+                quiet_run(node, folder)
+                ended = True
+            except Exception as raised:
+                if explain(raised) is None:
+                    faults.append(f"no sentence for {raised!r}")
+        if repeats and not ended:
+            faults += sound(folder, [old])
+        faults += ["it ended well without memory"] if ended and on else []
+        try:
+            quiet_run(node, folder)
+        except Exception as raised:
+            faults.append(f"the same command does not go on: {raised!r}")
+        found = results(folder)
+        faults += (
+            [] if found is not None and (found == whole or not on) else ["other results than undisturbed"]
+        )
+        part.check(f"{type(error).__name__} {'from' if on else 'at'} operation {at}", faults)
+    part.note = f"{counted.seen} operations"
     return part
 
 
@@ -357,6 +423,7 @@ def main() -> int:
         parts = [
             errors(root, whole, short, options.every, None),
             errors(root, whole, short, options.every, old),
+            allocations(root, whole, old, 6 if short else 60),
             kills(root, whole, old, options.kills or (6 if short else 60), draw),
             full_disks(root, whole, old, 4 if short else 20),
             many_fits(root, options.fits or (24 if short else 200)),
