@@ -27,7 +27,7 @@ from typing import Any
 
 from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import start
-from globe.errors import sentence
+from globe.errors import ConfigError, sentence
 from globe.files import clear_folders
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
@@ -35,12 +35,6 @@ from globe.hf.loading import quiet
 from globe.hf.run_banks import open_run, open_source, recorded_cache
 from globe.hf.sanity import fits_in_memory, look
 from globe.runs.folder import RunFolder, State
-
-
-class Check(StrEnum):
-    auto = "auto"
-    true = "true"
-    false = "false"
 
 
 class Format(StrEnum):
@@ -65,12 +59,19 @@ class PatchOptions:
     S_cache: int | str | None = None
     packed: bool = True
     overwrite: bool = False
-    check: Check = Check.auto
+    check: bool | str = "auto"
 
 
 def parse(arguments: Sequence[str]) -> PatchOptions:
     """Checked options of a command line. Raises ConfigError, or OmegaConf's error for a key or value."""
-    return parse_options(PatchOptions, arguments)
+    options = parse_options(PatchOptions, arguments)
+    _refuse_other_checks(options)
+    return options
+
+
+def _refuse_other_checks(options: PatchOptions) -> None:
+    if options.check not in (True, False, "auto"):
+        raise ConfigError(f"check={options.check!r} is not possible: give one of auto, true, false")
 
 
 def patch(options: PatchOptions) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def main() -> None:
 
 
 def _patch_and_say(options: PatchOptions) -> None:
+    _refuse_other_checks(options)
     status = RunFolder(options.run).status
     record = patch(options)
     if status is not None and status.state is not State.finished:
@@ -112,7 +114,7 @@ def _patch_and_say(options: PatchOptions) -> None:
         f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
         f"of the model's {parameters['model']:,} parameters"
     )
-    if options.check is Check.true or (options.check is Check.auto and fits_in_memory(Path(options.out))):
+    if options.check is True or (options.check == "auto" and fits_in_memory(Path(options.out))):
         quiet()
         print(f"checked: {look(options.out, open_run(options.run)).sentence}")
     print(

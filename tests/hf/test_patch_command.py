@@ -45,6 +45,13 @@ def test_options_are_read_into_their_types() -> None:
     )
 
 
+def test_a_look_at_the_result_is_taken_or_not() -> None:
+    typed = [parse(["run=a", "out=b", f"check={one}"]).check for one in ("true", "false", "auto")]
+    assert typed == [True, False, "auto"]
+    with pytest.raises(ConfigError, match="check='never' is not possible: give one of auto, true, false"):
+        parse(["run=a", "out=b", "check=never"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
