@@ -350,7 +350,7 @@ def pruned(bench: Bench, share: float) -> str:
 @contextmanager
 def processor_seconds() -> Iterator[None]:
     """Fits count their limits in seconds of the processor, of all threads."""
-    modules = ((globe.fit.one_bank, "fit_bank"), (globe.fit.baseline, "run_baseline"))
+    modules = ((globe.fit.one_bank, "fit_bank"), (globe.fit.baseline, "Limits"))
     before = [getattr(module, name) for module, name in modules]
     for (module, name), function in zip(modules, before, strict=True):
         setattr(module, name, functools.partial(function, clock=time.process_time))
