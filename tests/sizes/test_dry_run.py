@@ -85,7 +85,7 @@ def test_within_a_budget_it_shows_the_candidates_and_does_not_search(
 ) -> None:
     run_in(tmp_path, "dry_run=true", "bank.kept=0.47", "layer=3-5")
     printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if "16 x 48 x 64" in line]
+    rows = [line for line in printed.splitlines() if "16 x 48 x 64" in line and "KiB" in line]
     assert len(rows) > 5  # once, for all three layers
     assert all("3 banks" in row for row in rows)
     assert "chooses among these" in printed
