@@ -119,15 +119,26 @@ def _is_path(one: Field[Any]) -> bool:
 def _as_typed(key: str, value: str, optional: bool, path: bool) -> str | None:
     if optional and value == "null":
         return None
-    if path and not value:
+    return path_as_typed(key, value) if path else _without_null(key, value)
+
+
+def path_as_typed(key: str, value: str) -> str:
+    """Return a path, `~` at its beginning made the home folder. Raises ConfigError if it is none, or none is known."""
+    if not value.strip():
         raise ConfigError(f"{key}= is empty: give a path, such as {key}=./folder")
+    try:
+        return (
+            str(Path(_without_null(key, value)).expanduser())
+            if value.startswith("~")
+            else _without_null(key, value)
+        )
+    except RuntimeError as error:  # a user that this machine does not know
+        raise ConfigError(
+            f"{key}={value}: there is no such home folder, ./{value} is a folder here"
+        ) from error
+
+
+def _without_null(key: str, value: str) -> str:
     if "\0" in value:
         raise ConfigError(f"{key} holds a null character, which no name may hold: leave it out")
-    if path and value.startswith("~"):
-        try:
-            return str(Path(value).expanduser())
-        except RuntimeError as error:  # a user that this machine does not know
-            raise ConfigError(
-                f"{key}={value}: there is no such home folder, ./{value} is a folder here"
-            ) from error
     return value

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from globe.config.command_line import text_options
+from globe.config.command_line import path_as_typed, text_options
 from globe.config.composition import conf_dir
 from globe.config.schema import Config
-from globe.errors import ConfigError
 
 PATHS = ("model.path", "output", "hydra.run.dir", "hydra.sweep.dir")
 """Options that are paths, in which `~` stands for the home folder."""
@@ -43,25 +42,12 @@ def _one(argument: str, texts: Collection[str], sweep: bool) -> str:
     if sweep and _CALL.fullmatch(value):  # such as choice(a,b)
         return argument
     values = value.split(",") if sweep and key not in _ONE_VALUE else [value]
-    return f"{key}={','.join(_quoted(_path(key, one) if key in PATHS else one) for one in values)}"
+    return f"{key}={','.join(_quoted(path_as_typed(key, one) if key in PATHS else one) for one in values)}"
 
 
 def _is_model_path(value: str) -> bool:
     names = {file.stem for file in (Path(conf_dir()) / "model").glob("*.yaml")}
     return value not in names and ("/" in value or Path(value).expanduser().is_dir())
-
-
-def _path(key: str, value: str) -> str:
-    if not value.strip():
-        raise ConfigError(f"{key}= is empty: give a path, such as {key}=./folder")
-    if "\0" in value:
-        raise ConfigError(f"{key} holds a null character, which no name may hold: leave it out")
-    try:
-        return str(Path(value).expanduser()) if value.startswith("~") else value
-    except RuntimeError as error:  # a user that this machine does not know
-        raise ConfigError(
-            f"{key}={value}: there is no such home folder, ./{value} is a folder here"
-        ) from error
 
 
 def _quoted(text: str) -> str:
