@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from globe.checkpoint import Checkpoint
 from globe.config.choices import Centre
 from globe.config.console import add_row, new_table, wide_console
 from globe.config.schema import Config
