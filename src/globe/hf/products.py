@@ -52,7 +52,7 @@ def spans_of(ends: Int[Tensor, " e"], rows: Sequence[int]) -> list[Span]:
 
 def grouped(
     x: Float[Tensor, "s a"],
-    weights: Float[Tensor, h * matrix],
+    weights: Float[Tensor, "h ..."],
     ends: Int[Tensor, " e"],
     rows: Sequence[int],
     *,
