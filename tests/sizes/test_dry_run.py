@@ -115,6 +115,7 @@ class Large(Checkpoint):
 
     def __init__(self, *shape: int, layers: int = 5) -> None:
         self.num_layers, self._size = layers + 1, ExpertShape(*shape)
+        self.config = {}
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
