@@ -190,7 +190,14 @@ def _slices(
     flat = atoms.reshape(m, q * d)
     for first in range(0, len(codes), EXPERTS_AT_ONCE):
         mixed = codes[first : first + EXPERTS_AT_ONCE] @ flat
-        yield from phi(mixed, lam=lam, activation=activation).view(-1, q, d).unbind()
+        yield from _activated(mixed, lam, activation).view(-1, q, d).unbind()
+
+
+def _activated(mixed: Float[Tensor, "h qd"], lam: float, activation: str) -> Float[Tensor, "h qd"]:
+    """Return phi_lam, in place where it can be, since a second tile would push the first one out of the cache."""
+    if lam == 1.0 and activation == "silu" and not torch.is_grad_enabled():
+        return F.silu(mixed, inplace=True)
+    return phi(mixed, lam=lam, activation=activation)
 
 
 _grouped_operator = torch.library.custom_op(
