@@ -21,11 +21,11 @@ from globe.fit.baseline import less_mean
 from globe.fit.normalise import join, normalise
 from globe.fit.plan import plan
 from outlined_model import Model
-from run_support import bytes_of, composed, lines, load, run_in
+from run_support import EMBEDDED, bytes_of, composed, lines, load, run_in
 
 BASELINES = [method for method in Method if method is not Method.globe and method not in WEIGHT_METHODS]
 FEW = ("model.max_experts=8", "bank.m=3", "bank.r=11", "export_dtype=float32")
-n, p, d, m, r = 8, 44, 64, 3, 11
+n, p, d, m, r = 8, EMBEDDED.p, EMBEDDED.d, 3, 11
 SAME = n * p * r + m * r * d + n * m
 """what the GloBE bank of these options keeps, beside its mean"""
 
