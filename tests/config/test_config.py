@@ -151,7 +151,8 @@ def _changed(value: object) -> str:
 
 
 def test_identity_sees_every_other_option() -> None:
-    node = composed("calibrate.text=embedded")  # without a text the options of a calibration change nothing
+    # without a text the options of a calibration change nothing, nor without a limit those of serving
+    node = composed("calibrate.text=embedded", "serve.speed=1.1")
     base = plain(node)
     blind = (
         "output", "sweep", "overwrite", "dry_run", "wandb", "device", "threads", "S_cache", "objectives",
