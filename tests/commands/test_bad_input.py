@@ -76,7 +76,7 @@ WRONG = [
     ("bank.atom_rank=r/5", "bank.atom_rank='r/5'", "give 4 or 5"),
     ("bank.atom_rank=n/4", "bank.atom_rank='n/4'", "r/4"),
     ("bank.r=p/5", "bank.r='p/5'", "give 9 or 10"),
-    ("codes.target_support=5", "codes.target_support=5", "at most 4"),
+    ("codes.target_support=0", "codes.target_support=0", "at least 1"),
     ("model.include_shared=true bank.m=5", "model.include_shared", "false"),
     ("model.path=/no/such/folder", "model.path='/no/such/folder'", "hub id"),
     ("model.path=''", "model.path=''", "a folder"),
