@@ -229,7 +229,7 @@ def test_scales_of_another_shape(family: str, main: str, part: str, changed: Cal
         name = next(one for one in tensors if one.startswith(main.rsplit(".", 1)[0]) and one.endswith(part))
         tensors[name] = tensors[name][..., :-1].repeat_interleave(2, -1).contiguous()
 
-    refusal(changed(family, cut), main.rsplit(".", 1)[0], "do not fit together", "scales")
+    refusal(changed(family, cut), main.rsplit(".", 1)[0], "scales", "checkpoint again")
 
 
 def test_values_that_contradict_each_other(changed: Callable[..., Path]) -> None:

@@ -246,10 +246,10 @@ def test_a_yaml_file_with_a_tab_is_a_sentence() -> None:
 
 
 def test_settings_of_the_environment_that_change_numbers_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(monkeypatch, FakeFit())
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    caplog.set_level(logging.INFO)
     _, folder = run_in(tmp_path, "train.steps=1")
     assert "part of the numbers: ATEN_CPU_CAPABILITY=avx2" in (folder / "train.log").read_text()

@@ -158,7 +158,10 @@ def test_one_cell_leaves_nothing_behind_for_the_next(
 
 def test_the_best_of_a_column_is_bold(bench: ModuleType) -> None:
     def cell(perplexity: float) -> dict[str, Any]:
-        figures = {"perplexity": {"perplexity": perplexity}, "divergence": {"kl": perplexity / 100, "top1_agreement": 0.9}}
+        figures = {
+            "perplexity": {"perplexity": perplexity},
+            "divergence": {"kl": perplexity / 100, "top1_agreement": 0.9},
+        }
         shared = {"original": {"perplexity": 40.0}, "settings": {"tokens": 7000, "window": 16, "stride": 8}}
         return {**figures, **shared, "relfrob": perplexity / 90}
 
