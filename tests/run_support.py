@@ -114,11 +114,16 @@ class FakeFit:
             if options.checkpoint_every == 0 and step < options.steps:
                 state = {"bank": bank, "generator": generator.get_state()}
                 on_checkpoint(FitState(state, {"step": step, "best": float("inf")}))
+        left = right = None
+        if (k := sizes.atom_rank) is not None:
+            u, s, vh = torch.linalg.svd(bank, full_matrices=False)
+            left, right = u[..., :k] * s[..., None, :k], vh[..., :k, :]
+            bank = left @ right
         codes = torch.rand(sizes.n, sizes.m, generator=generator) + 0.1
         bases = (codes @ bank.flatten(1)).view(sizes.n, sizes.r, sizes.d)
         adapters = refit(experts, bases).adapters
         return FitResult(
-            Factors(bank, codes, adapters),
+            Factors(bank, codes, adapters, left, right),
             lam=0.0,
             stop=StopReason.steps,
             steps=step,

@@ -364,7 +364,8 @@ def test_without_a_text_a_run_has_the_name_it_had() -> None:
 
 def test_a_text_that_no_metric_asks_for_is_not_read(tmp_path: Path) -> None:
     given = (
-        *with_text(tmp_path),
+        *TEXT,
+        f"calibrate.out={tmp_path / 'statistics'}",
         "normalise.metric=none",
         "layer=12",
         "bank.m=2",

@@ -82,7 +82,7 @@ def evaluate(folder: Path, *, perplexity: float) -> None:
         parity_tolerance=1e-3,
         arithmetic="float32",
         sizes=ModelSizes(
-            ((12, "up"),), None, Change(1000, 900), None, Change(2000, 1900), footprint, footprint
+            ((12, "up"),), None, Change(1000, 900), None, Change(2000, 1900), 2000, footprint, footprint
         ),
         tasks={},
         tasks_original={},

@@ -372,7 +372,7 @@ def test_a_run_tells_the_keys_that_sweeps_are_read_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb
 ) -> None:
     monkeypatch.setattr(globe.fit.one_bank, "fit_bank", FakeFit())
-    options = ("bank.m=n/4", "bank.r=p/4", "codes.target_support=m/2", "S_cache=5", "train.steps=1")
+    options = ("bank.m=n/4", "bank.r=11", "codes.target_support=m/2", "S_cache=5", "train.steps=1")
     run_in(tmp_path, *options, "wandb=offline")
     (init,) = wandb.inits
     assert {key: init["config"][key] for key in ("m", "r", "target_support", "S_cache")} == {
