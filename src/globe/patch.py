@@ -98,6 +98,13 @@ def main() -> None:
     run_command(__doc__ or "", PatchOptions, _patch_and_say)
 
 
+def _weights(options: PatchOptions) -> str:
+    """Return how many bytes the weights take in files."""
+    held = sum(file.stat().st_size for file in Path(options.out).glob("*.safetensors"))
+    dense = ", as the original's, since its experts are multiplied out" if options.format == "dense" else ""
+    return f"{held:,} bytes of weights in files{dense}"
+
+
 def _patch_and_say(options: PatchOptions) -> None:
     _refuse_other_checks(options)
     status = RunFolder(options.run).status
@@ -112,7 +119,7 @@ def _patch_and_say(options: PatchOptions) -> None:
     print(
         f"{options.out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "
         f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
-        f"of the model's {parameters['model']:,} parameters"
+        f"of the model's {parameters['model']:,} parameters; {_weights(options)}"
     )
     if options.check is True or (options.check == "auto" and fits_in_memory(Path(options.out))):
         quiet()

@@ -105,6 +105,9 @@ def test_the_command_finds_the_model_by_itself_and_says_what_it_kept(
     assert f"{form}, 2 banks" in line
     assert f"{record['parameters']['kept_of_families']:.3f} of the compressed families" in line
     assert f"{record['parameters']['kept_of_model']:.3f} of the model's" in line
+    held = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert f"; {held:,} bytes of weights in files" in line
+    assert ("as the original's" in line) is (form == "dense")
 
 
 def test_an_unfinished_run_is_used_as_far_as_it_is_and_said_to_be_so(
