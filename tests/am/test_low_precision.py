@@ -14,6 +14,11 @@ from globe.config.choices import CurvatureDtype
 LARGE, SMALL = (3, 128, 256), (300, 64, 256)
 
 
+@pytest.fixture(autouse=True)
+def _curvature() -> None:
+    """Nothing is forced here, in the place of the fixture that forces it: the choice is what these tests are about."""
+
+
 @pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from globe.bank.packing import Packed
 from globe.bank.rounding import Grid, LevelGrid, round_nearest
+from scripts import load_script
 
 PLUGIN = Path(__file__).parents[2] / "integrations" / "vllm" / "globe_vllm" / "packed.py"
 
@@ -17,11 +17,7 @@ PLUGIN = Path(__file__).parents[2] / "integrations" / "vllm" / "globe_vllm" / "p
 @pytest.mark.parametrize("leveled", [False, True])
 @pytest.mark.parametrize("turned", [None, 3])
 def test_the_plugin_reads_the_same_numbers(turned: int | None, leveled: bool) -> None:
-    spec = importlib.util.spec_from_file_location("globe_vllm_packed", PLUGIN)
-    assert spec is not None
-    assert spec.loader is not None
-    plugin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plugin)
+    plugin = load_script(PLUGIN, "globe_vllm_packed")
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(5, 12, 11, generator=generator)
     bits = [3, 3, 3, 5, 5, 0, 8, 8, 2, 2, 2]

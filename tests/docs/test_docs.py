@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -34,6 +33,7 @@ from globe.config.command_line import parse_options
 from globe.config.composition import conf_dir, register, to_config
 from globe.errors import ConfigError
 from globe.evaluation.options import EvaluateOptions
+from scripts import load_script
 
 register()
 ROOT = Path(__file__).parents[2]
@@ -253,22 +253,13 @@ def test_every_formula_of_the_method_names_what_computes_it() -> None:
 
 
 def test_the_site_names_files_it_does_not_have() -> None:
-    hook = module_at(ROOT / "experiments" / "docs" / "formulas.py")
+    hook = load_script(ROOT / "experiments" / "docs" / "formulas.py")
     seen = hook.on_page_markdown(
         "see [`refit`](../src/globe/am/refit.py), [`examples/a.py`](../examples/a.py) [x](y.md)"
     )
     assert seen == "see `refit` in `src/globe/am/refit.py`, `examples/a.py` [x](y.md)"
     for page in (ROOT / "docs").glob("*.md"):
         assert "](../" not in hook.on_page_markdown(page.read_text()), page.name
-
-
-def module_at(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_site_needs_no_network() -> None:
@@ -279,7 +270,7 @@ def test_the_site_needs_no_network() -> None:
 
 
 def test_every_formula_becomes_mathml_with_nothing_left_of_latex() -> None:
-    hook = module_at(ROOT / "experiments" / "docs" / "formulas.py")
+    hook = load_script(ROOT / "experiments" / "docs" / "formulas.py")
     config = hook.on_config({"mdx_configs": {}})
     (fence,) = config["mdx_configs"]["pymdownx.superfences"]["custom_fences"]
     formulas = [
@@ -306,7 +297,7 @@ def test_the_site_has_every_page_once_and_the_overview_links_to_all() -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    return module_at(ROOT / "experiments" / "docs" / "reference.py")
+    return load_script(ROOT / "experiments" / "docs" / "reference.py")
 
 
 def test_the_configuration_reference_is_what_the_dataclasses_say(reference: ModuleType) -> None:
@@ -315,7 +306,7 @@ def test_the_configuration_reference_is_what_the_dataclasses_say(reference: Modu
 
 
 def test_presets_are_files_and_the_table_is_what_is_counted() -> None:
-    presets = module_at(ROOT / "experiments" / "docs" / "presets.py")
+    presets = load_script(ROOT / "experiments" / "docs" / "presets.py")
     page = (ROOT / "docs" / "architectures.md").read_text()
     assert f"<!-- presets -->\n{presets.render()}\n<!-- end of presets -->" in page, (
         "run experiments/docs/presets.py"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,14 @@ import torch
 
 from globe.errors import ConfigError
 from globe.hf import load, patch_model
+from scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "bench" / "perplexity.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_perplexity", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT, "bench_perplexity")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import globe.embedded
 from globe.hf import load
+from scripts import load_script
 
 FILE = Path(__file__).parents[2] / "examples" / "llama_cpp.py"
 CONVERTER = """\
@@ -41,12 +41,7 @@ print(said[prompt] + " [end of text]")
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("llama_cpp_example", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE, "llama_cpp_example")
 
 
 @pytest.fixture

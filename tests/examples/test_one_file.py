@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +20,14 @@ from globe.config.keywords import configure
 from globe.fit.finalise import finalise
 from globe.fit.normalise import normalise
 from globe.fit.options import fit_options
+from scripts import load_script
 
 FILE = Path(__file__).parents[2] / "examples" / "globe_in_one_file.py"
 
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("globe_in_one_file", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["globe_in_one_file"] = module
-    spec.loader.exec_module(module)
+    module = load_script(FILE, "globe_in_one_file")
     yield module
     del sys.modules["globe_in_one_file"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,17 +9,14 @@ from types import ModuleType
 import pytest
 import torch
 
+from scripts import load_script
+
 FILE = Path(__file__).parents[2] / "experiments" / "bench" / "forward.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_forward", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE, "bench_forward")
 
 
 def test_bytes_and_reads_are_counted(bench: ModuleType, tmp_path: Path) -> None:

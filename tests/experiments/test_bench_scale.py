@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,18 +11,13 @@ import torch
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
 from globe.fit.options import fit_options
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
     file = Path(__file__).parents[2] / "experiments" / "bench" / "scale.py"
-    spec = importlib.util.spec_from_file_location("bench_scale", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_scale"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(file, "bench_scale")
 
 
 def test_every_doubling_is_possible_and_doubles_one_size(scale: ModuleType) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +9,14 @@ import pytest
 
 from globe.config.composition import to_config
 from run_support import composed
+from scripts import load_script
 
 FILE = Path(__file__).parents[2] / "experiments" / "leaderboard" / "board.py"
 
 
 @pytest.fixture(scope="module")
 def board() -> Any:
-    spec = importlib.util.spec_from_file_location("leaderboard", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["leaderboard"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE, "leaderboard")
 
 
 def point(size: int, kl: float, **more: Any) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def test_figures_are_those_of_the_exported_dtype(dtype: torch.dtype, centre: str
     assert done.mean.dtype == (dtype if centre == "expert_mean" else torch.float64)
     one = exported(done, 0.7)
     _, expected = slow_relfrob(W, joined, rebuild(one, dtype=torch.float64))
-    assert done.relfrob == pytest.approx(expected, rel=1e-3)
-    assert done.relfrob != pytest.approx(exact.relfrob, rel=1e-10)
+    assert done.relfrob == pytest.approx(expected, rel=5e-6)
+    if dtype != torch.float32:  # whose rounding is below what the figure itself is accurate to
+        assert done.relfrob != pytest.approx(exact.relfrob, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from globe.fit.finalise import finalise
 from globe.fit.input_metric import InputMetric, second_moment_metric
 from globe.fit.normalise import normalise
 from globe.fit.plan import precision_of
-from globe.fit.rounding import round_factors
+from globe.fit.rounding import RoundedFactors, round_factors
 from globe.numerics.metric import metric_of_roots
 
 N, P, D, M, R, K = 7, 12, 20, 3, 9, 4
@@ -140,30 +140,20 @@ def test_rows_that_matter_get_the_bits(group: int | None) -> None:
     X, factors = planted()
     often = torch.logspace(0, -2, N)[:, None].expand(N, P).contiguous()
     metric = InputMetric(None, often)
-    found = round_factors(
-        X,
-        factors,
-        Precision(2.0, 6, group, 8),
-        lam=0.0,
-        activation="identity",
-        export_dtype=torch.float32,
-        metric=metric,
-    )
+
+    def rounded(group: int | None) -> RoundedFactors:
+        precision = Precision(2.0, 6, group, 8)
+        return round_factors(
+            X, factors, precision, lam=0.0, activation="identity", export_dtype=torch.float32, metric=metric
+        )
+
+    found = rounded(group)
     packed = found.packed["adapters"]
     if group is None:
         assert isinstance(packed.grid, LevelGrid)
         widths = torch.tensor([sum(table) for table in packed.grid.tables])[packed.grid.levels.long()]
         assert float(widths[0].float().mean()) > float(widths[-1].float().mean()) + R
-    by_row = round_factors(
-        X,
-        factors,
-        Precision(2.0, 6, None, 8),
-        lam=0.0,
-        activation="identity",
-        export_dtype=torch.float32,
-        metric=metric,
-    )
-    assert group is None or by_row.error < 0.6 * found.error
+    assert group is None or rounded(None).error < 0.6 * found.error
 
 
 def test_rows_that_are_inputs_are_rounded_together() -> None:

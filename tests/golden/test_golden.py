@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,13 +9,10 @@ import pytest
 import torch
 
 from globe.numerics import chunks
+from scripts import load_script
 
 _FILE = Path(__file__).with_name("make_trace.py")
-_SPEC = importlib.util.spec_from_file_location("make_trace", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-make_trace = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(make_trace)
+make_trace = load_script(_FILE, "make_trace")
 
 CASES = make_trace.cases()
 PLAIN = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,19 +14,14 @@ from made_runs import random_bank
 from globe.bank.file import write_artefact
 from globe.checkpoint import open_checkpoint
 from globe.hf import load, patch_model
+from scripts import load_script
 from tiny_models import VOCABULARY
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     script = Path(__file__).parents[2] / "experiments" / "bench" / "recovery.py"
-    spec = importlib.util.spec_from_file_location("bench_recovery", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(script, "bench_recovery")
 
 
 def test_scales_train_alone_fold_into_the_adapters_and_help(

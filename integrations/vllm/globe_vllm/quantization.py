@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -205,7 +205,7 @@ class GlobeMoEMethod(FusedMoEMethodBase):
         return torch.ops.globe.experts(x, topk_weights, topk_ids, layer.layer_name)
 
 
-@torch.library.custom_op("globe::experts", mutates_args=())
+@library.custom_op("globe::experts", mutates_args=())
 def experts_of(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
     """One operator, so that torch.compile does not look inside: what runs depends on which experts are hit."""
     layer, factors = LAYERS[layer_name]

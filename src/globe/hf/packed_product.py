@@ -9,11 +9,12 @@ offset of its `int4pack` kernel, half a byte. Both are fast in bfloat16 alone; c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from globe.bank.packing import Packed
 from globe.bank.rounding import Grid
@@ -120,7 +121,7 @@ def _packed(
     return spread(parts, spans, x.bfloat16(), height).to(x.dtype)
 
 
-_operator = torch.library.custom_op(
+_operator = library.custom_op(
     "globe::packed",
     _packed,
     mutates_args=(),
@@ -130,14 +131,5 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor,
-    columns: Tensor,
-    ends: Tensor,
-    rows: Sequence[int],
-    nibbles: bool,
-    height: int,
-) -> Tensor:
-    return x.new_empty(x.shape[0], height)
+def _(x: Tensor, words: Tensor, scale: Tensor, columns: Tensor, ends: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rest[-1])

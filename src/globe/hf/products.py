@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, library
 
 from globe.numerics.activation import phi
 
@@ -200,13 +200,13 @@ def _activated(mixed: Float[Tensor, "h qd"], lam: float, activation: str) -> Flo
     return phi(mixed, lam=lam, activation=activation)
 
 
-_grouped_operator = torch.library.custom_op(
+_grouped_operator = library.custom_op(
     "globe::grouped",
     _grouped,
     mutates_args=(),
     schema="(Tensor x, Tensor weights, Tensor ends, int[] rows, bool transposed) -> Tensor",
 )
-_bank_operator = torch.library.custom_op(
+_bank_operator = library.custom_op(
     "globe::through_bank",
     _through_bank,
     mutates_args=(),
