@@ -3,6 +3,7 @@
     python experiments/bench/fit.py                                   # globe-ref, layers 0-3, up and gate; hours
     python experiments/bench/fit.py --layers 1 --families up --times 10 30 60 120
     python experiments/bench/fit.py CHECKPOINT --layers 12 --m 4 --r 22 --times 1 3 10
+    python experiments/bench/fit.py --mobe-script MoBE/train.py       # and MoBE's public script
 
 Every method gets its own fit of the longest time, on one thread, counted in CPU seconds, so that other work on the
 machine falls on nobody; SLBF, whose cosine ends with its time, gets one for each time. The budget is that of a bank of
@@ -16,12 +17,9 @@ nothing. Each fit is preceded by a product of fixed size, whose rate is kept wit
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fit_tables import OURS, SCRIPT, THEIRS, overall, speed, table
+from mobe_script import script_history
 from torch import Tensor
 
 from globe.am.loop import fit_bank
@@ -46,23 +46,6 @@ from globe.fit.options import fit_options
 
 _DEFAULT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "globe-ref"
 _CLOSED = (Method.svd, Method.shared_basis, Method.mean_svd)
-_OURS = ("globe linear", "globe silu", "globe tanh", "globe tanh, low-rank")
-_THEIRS = (
-    "mobe silu",
-    "mobe tanh",
-    "mobe_corrected silu",
-    "mobe_corrected tanh",
-    "slbf silu",
-    "slbf tanh",
-)
-
-
-_KINDS = {
-    "MoBE": tuple(name for name in _THEIRS if name.startswith("mobe")),
-    "SLBF": tuple(name for name in _THEIRS if name.startswith("slbf")),
-    "GloBE, dense": tuple(name for name in _OURS if "low-rank" not in name),
-    "GloBE, low-rank": tuple(name for name in _OURS if "low-rank" in name),
-}
 
 
 def arguments() -> argparse.Namespace:
@@ -77,12 +60,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--m", type=int, default=15)
     parser.add_argument("--r", type=int, default=88)
     parser.add_argument("--times", type=float, nargs="+", default=[10.0, 30.0, 60.0, 120.0, 600.0])
-    parser.add_argument("--methods", nargs="+", default=[*_OURS, *_THEIRS], choices=(*_OURS, *_THEIRS))
+    parser.add_argument("--methods", nargs="+", choices=(*OURS, *THEIRS, *SCRIPT), help="left out: all")
+    parser.add_argument(
+        "--mobe-script", type=Path, help="train.py of MoBE's public repository, fetched by you"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file of finished fits, read and extended")
     parser.add_argument("--tables", action="store_true", help="print what --json knows, fit nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.methods = options.methods or [*OURS, *THEIRS, *(SCRIPT if options.mobe_script else ())]
+    if not options.tables and options.mobe_script is None and set(options.methods) & set(SCRIPT):
+        parser.error("--methods mobe_script needs --mobe-script FILE, the train.py of MoBE's repository")
+    return options
 
 
 def sizes_for(name: str, X: Tensor, options: argparse.Namespace) -> Sizes:
@@ -148,6 +138,21 @@ def fit_theirs(
     return {"kept": result.kept, "sizes": shape, "history": history}
 
 
+def fit_script(name: str, W: Tensor, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of MoBE's own script, on the weights as the checkpoint has them."""
+    sizes = Sizes(*W.shape, options.m, options.r)
+    history = script_history(
+        options.mobe_script,
+        W,
+        m=sizes.m,
+        r=sizes.r,
+        activation=name.split()[1],
+        seconds=seconds,
+        threads=options.threads,
+    )
+    return {"kept": sizes.kept, "sizes": f"m={sizes.m} r={sizes.r}", "history": history}
+
+
 def machine_rate() -> float:
     """GFLOP per CPU second of a float32 product of 1024 x 1024: the best of five."""
     left, right = torch.randn(2, 1024, 1024)
@@ -192,88 +197,19 @@ def closed(X: Tensor, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return cells
 
 
-def best_until(cell: dict[str, Any], seconds: float) -> float:
-    return min((error for at, error in cell["history"] if at <= 1.02 * seconds), default=float("nan"))
-
-
-def table(cells: dict[str, dict[str, Any]], times: list[float]) -> list[str]:
-    lines = ["| method | sizes | kept | " + " | ".join(f"{t:g} s" for t in times) + " | rises |"]
-    lines.append("|---" * (len(times) + 4) + "|")
-    for name, cell in cells.items():
-        errors = " | ".join(
-            f"{best_until(cell, t):.4f}" if t <= cell.get("seconds", t) else "" for t in times
-        )
-        lines.append(
-            f"| {name} | {cell['sizes']} | {cell['kept']:.4f} | {errors} | {cell.get('rises', '')} |"
-        )
-    return lines
-
-
-def race(cells: dict[str, dict[str, Any]], peer: str, own: str, seconds: float) -> tuple[float, float] | None:
-    """The peer's least error until then, and when one of our forms has it (inf: never); None without both."""
-    goal = least(cells, _KINDS[peer], seconds)
-    ours = [cells[name] for name in _KINDS[own] if name in cells]
-    if goal is None or not ours:
-        return None
-    return goal, min(
-        (at for cell in ours for at, error in cell["history"] if error <= goal), default=math.inf
-    )
-
-
-def least(cells: dict[str, dict[str, Any]], names: tuple[str, ...], seconds: float) -> float | None:
-    """The least error of the named methods until then; None where none was run so long."""
-    run = [cells[name] for name in names if name in cells]
-    return min((best_until(cell, seconds) for cell in run if seconds <= cell["seconds"]), default=None)
-
-
-def speed(cells: dict[str, dict[str, Any]], times: list[float]) -> str:
-    """How much sooner GloBE is where MoBE ends, for the best of each at the same (m, r)."""
-    found = race(cells, "MoBE", "GloBE, dense", max(times))
-    if found is None:
-        return ""
-    goal, at = found
-    if math.isinf(at):
-        return f"MoBE's best at {max(times):g} s, {goal:.4f}, is not reached at the same (m, r)."
-    return (
-        f"MoBE's best at {max(times):g} s, {goal:.4f}, after {at:.1f} s: {max(times) / at:.1f} times sooner."
-    )
-
-
-def overall(banks: list[dict[str, dict[str, Any]]], times: list[float]) -> list[str]:
-    """Over all matrices: mean errors, how much sooner GloBE's forms have the peers' last errors, and rises."""
-    lines = [
-        "| mean RelFrob | " + " | ".join(f"{t:g} s" for t in times) + " |",
-        "|---" * (len(times) + 1) + "|",
-    ]
-    for kind, names in _KINDS.items():
-        errors = [[least(cells, names, t) for cells in banks] for t in times]
-        means = [None if None in column else statistics.mean(filter(None, column)) for column in errors]
-        if any(means):
-            lines.append(f"| {kind} | " + " | ".join(f"{one:.4f}" if one else "" for one in means) + " |")
-    for peer, own in itertools.product(("MoBE", "SLBF"), ("GloBE, dense", "GloBE, low-rank")):
-        races = [found for cells in banks if (found := race(cells, peer, own, max(times))) is not None]
-        ratios = [max(times) / at for _, at in races if not math.isinf(at)]
-        if ratios:
-            lines.append(
-                f"\n{own}, to {peer}'s error of {max(times):g} s: {min(ratios):.1f} to {max(ratios):.1f} times sooner, "
-                f"median {statistics.median(ratios):.1f} ({len(ratios)} of {len(races)} matrices)"
-            )
-    ours = [cell for cells in banks for name, cell in cells.items() if name.startswith("globe")]
-    steps = sum(len(cell["history"]) for cell in ours)
-    return [
-        *lines,
-        f"\nrises of the objective: {sum(cell['rises'] for cell in ours)} in {steps} steps of GloBE",
-    ]
-
-
 def fit_cell(
-    key: str, name: str, X: Tensor, std: float, known: Known, options: argparse.Namespace
+    key: str, name: str, W: Tensor, known: Known, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """The row of one method: one fit of the longest time, or for SLBF one for each."""
+    longest = max(options.times)
+    if name in SCRIPT:
+        return known.fit(key, longest, lambda: fit_script(name, W, longest, options))
+    normalised = normalise(W, centre="scalar", scale="family")
+    assert normalised.scale is not None
+    X, std = normalised.experts, float(normalised.scale)
     if name.startswith("globe"):
-        return known.fit(key, max(options.times), lambda: fit_ours(name, X, options))
+        return known.fit(key, longest, lambda: fit_ours(name, X, options))
     if not name.startswith("slbf"):
-        longest = max(options.times)
         return known.fit(key, longest, lambda: fit_theirs(name, X, std, longest, options))
     rows = []
     for limit in options.times:
@@ -303,16 +239,13 @@ def main() -> None:
     for layer in options.layers:
         for family in options.families:
             W = checkpoint.read_experts(layer, family).weights
-            normalised = normalise(W, centre="scalar", scale="family")
-            assert normalised.scale is not None
-            X, std = normalised.experts, float(normalised.scale)
-            cells = closed(X, options)
+            cells = closed(normalise(W, centre="scalar", scale="family").experts, options)
             key = f"{checkpoint.folder.name}/{layer}/{family}/m{options.m}r{options.r}"
             for name in options.methods:
-                found = fit_cell(f"{key}/{name}", name, X, std, known, options)
+                found = fit_cell(f"{key}/{name}", name, W, known, options)
                 if found is not None:
                     cells[name] = found
-            shape = " x ".join(str(side) for side in X.shape)
+            shape = " x ".join(str(side) for side in W.shape)
             print(f"\n{checkpoint.folder.name}, layer {layer}, {family}: {shape}\n")
             print("\n".join([*table(cells, options.times), "", speed(cells, options.times)]), flush=True)
             banks.append(cells)
