@@ -366,3 +366,41 @@ def test_a_shared_bank_is_in_no_layer_and_moves_to_the_layers_device() -> None:
     module = GlobeExperts(PlainExperts(6), {"up": (bank, bank.members[0], atoms)})
     assert not any("bank" in name for name, _ in module.named_parameters())
     assert module.globe_up.bank_here().atoms is atoms.atoms
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_prepacked_bases_give_what_plain_ones_give(changes: dict[str, Any]) -> None:
+    module = factored(6, **changes).requires_grad_(False).bfloat16()
+    twin = copy.deepcopy(module).float()
+    for tokens in (1, 2, 9):  # fewer rows than the smallest product, and enough
+        x, index, weight = call(6, tokens)
+        x, weight = x.bfloat16(), weight.bfloat16()
+        plain = module(x.clone().requires_grad_(), index, weight)
+        with torch.no_grad():
+            found = module(x, index, weight)
+            exact = twin(x.float(), index, weight.float())
+        torch.testing.assert_close(found.float(), exact, atol=0.03, rtol=0.03)
+        torch.testing.assert_close(found, plain.detach(), atol=0.03, rtol=0.03)
+
+
+@torch.no_grad()
+def test_prepacked_bases_are_counted_forgotten_and_not_copied() -> None:
+    module = factored(6, up=layout(range(6))).requires_grad_(False).bfloat16()
+    inputs = call(6, 9)
+    x, index, weight = inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16()
+    expected = module(x, index, weight)
+    assert module.globe_up.composed_bytes == 6 * R * D * 2
+    assert copy.deepcopy(module.globe_up).composed_bytes == 0
+    torch.testing.assert_close(copy.deepcopy(module)(x, index, weight), expected)
+    module.globe_up.codes.mul_(3)
+    found = module(x, index, weight)
+    torch.testing.assert_close(found.float(), copy.deepcopy(module).float()(*inputs), atol=0.05, rtol=0.05)
+    assert (found - expected).abs().max() > 0.05
+
+
+def test_autocast_of_a_wider_module_takes_narrow_tokens() -> None:
+    module = factored(6, up=layout(range(6))).requires_grad_(False)
+    inputs = call(6, 9)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = module(inputs[0].bfloat16(), *inputs[1:])
+        torch.testing.assert_close(rough.float(), module(*inputs).float(), atol=0.05, rtol=0.05)

@@ -82,7 +82,7 @@ class GlobeExperts(nn.Module):
             outputs = grouped(inner, self.down_proj, ends, range(self.num_experts))
         weighted = outputs * top_k_weights.reshape(-1)[order, None]
         # back to one row per pair, then a sum over k: deterministic, unlike adding rows by index on a GPU
-        back = torch.empty_like(weighted).index_copy(0, order, weighted)
+        back = torch.empty_like(weighted).index_copy_(0, order, weighted)
         return back.view(*top_k_index.shape, back.shape[1]).sum(1).to(hidden_states.dtype)
 
     def _activate(self, gate: Float[Tensor, "s p"], up: Float[Tensor, "s p"]) -> Float[Tensor, "s p"]:

@@ -8,6 +8,7 @@ applied to the tokens once, and its results are mixed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from globe.hf.atoms import Atoms, Bank
 from globe.hf.few_bits import of_member, place
 from globe.hf.layout import BankLayout, Mean, MemberLayout
 from globe.hf.packed_product import PackedMatrices
+from globe.hf.prepacked import can_prepack, prepack, prepacked_products
 from globe.hf.products import Routing, grouped, spans_of, through_bank
 
 READ = 8
@@ -61,6 +63,7 @@ class Projection(nn.Module):
         self.cache = BasisCache(len(factored))
         """Its capacity is S_cache: how many experts' bases stay composed; it holds them where that is not all"""
         self._stack: Tensor | None = None
+        self._prepacked: list[Tensor] | None = None
         self._signature: tuple[tuple[int, int], ...] = ()
         shapes: dict[str, tuple[int, ...]] = {}
         if self.dense_row:
@@ -144,6 +147,8 @@ class Projection(nn.Module):
         rows, found = self.rows, None
         keeping = self.cache.capacity > 0 and not self._differentiable(bank)
         if keeping and self.cache.capacity >= len(self.row):
+            if can_prepack(x, self.codes):
+                return prepacked_products(x, self._compose_prepacked(bank, transposed), routing.ends, rows)
             _compose_once(self)
             assert self._stack is not None
             return grouped(x, self._stack, routing.ends, rows, transposed=transposed)
@@ -189,6 +194,18 @@ class Projection(nn.Module):
             for row in range(len(out)):
                 out[row] = self._compose([row], bank)[0]
             self._stack = out
+
+    def _compose_prepacked(self, bank: Bank, transposed: bool) -> list[Tensor]:
+        """Return what `compose` makes, or its transposes, prepacked; a projection always asks for the same of both."""
+        self._drop_stale(bank)
+        if self._prepacked is None:
+            rows = range(len(self.row))
+            bases = (
+                self._stack if self._stack is not None else (self._compose([row], bank)[0] for row in rows)
+            )
+            self._prepacked = [prepack(one.mT if transposed else one) for one in bases]
+            self._stack = None
+        return self._prepacked
 
     def _from_cache(self, rows: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
         """Bases of as many of the rows that a call needs as the cache has or has room for."""
@@ -245,13 +262,18 @@ class Projection(nn.Module):
     def clear_cache(self) -> None:
         """Forget all bases: after the factors have changed, or to give the memory back."""
         self.cache.clear()
-        self._stack = None
+        self._stack = self._prepacked = None
         self._signature = ()
 
     @property
     def composed_bytes(self) -> int:
         """Bytes of the bases that are composed now."""
-        return self.cache.nbytes + (0 if self._stack is None else self._stack.nbytes)
+        kept = ([] if self._stack is None else [self._stack]) + (self._prepacked or [])
+        return self.cache.nbytes + sum(one.nbytes for one in kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy composes its bases anew: prepacked ones can't be copied."""
+        return self.__dict__ | {"_stack": None, "_prepacked": None, "_signature": ()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
         """Every move to another device or dtype ends here; what was composed before is of no more use."""
