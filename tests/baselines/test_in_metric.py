@@ -11,9 +11,16 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from globe.am.records import Factors
 from globe.bank.compose import factor_bases, mixed_bases
 from globe.baselines import mobe, slbf
-from globe.baselines.in_metric import alternated, best_mean, group_svd_in_metric, svd_in_metric
+from globe.baselines.in_metric import (
+    alternated,
+    better_mean,
+    group_svd_in_metric,
+    mean_svd_in_metric,
+    svd_in_metric,
+)
 from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import metric_of_roots, root_of
 
@@ -74,13 +81,48 @@ def test_each_expert_has_its_best_approximation(X: Tensor, metric: InputMetric, 
 
 
 @pytest.mark.parametrize("matrices", [False, True])
-def test_no_mean_expert_is_better(matrices: bool, X: Tensor, metric: InputMetric, C: Tensor) -> None:
+def test_no_mean_beside_given_low_ranks_is_better(matrices: bool, X: Tensor, metric: InputMetric) -> None:
     if matrices:
         metric = InputMetric(None, root_of(second_moments(N, P)).mT.contiguous())
-    mean = best_mean(seen(X, metric), metric).requires_grad_()
-    left = seen(X - mean, metric).square().sum()
+    inside = seen(X, metric)
+    low = Factors(draw(N, 2, D, seed=5), torch.eye(N), draw(N, P, 2, seed=6))
+    mean = draw(P, D, seed=7)
+    for _ in range(12):
+        mean = better_mean(inside, metric, mean, low)
+    mean.requires_grad_()
+    left = (inside - seen(mean.expand_as(X), metric) - low.adapters @ low.bank).square().sum()
     (gradient,) = torch.autograd.grad(left, mean)
     assert float(gradient.abs().max()) < 1e-9 * float(left.detach())
+
+
+def test_a_mean_beside_low_ranks_is_never_worse_than_low_ranks_alone(X: Tensor, C: Tensor) -> None:
+    """Rows that hardly count made the mean by itself take any value there."""
+    metric = InputMetric(
+        metric_of_roots(root_of(C)), torch.logspace(0, -2, P, dtype=torch.float64).repeat(N, 1)
+    )
+    inside = seen(X, metric)
+
+    def left(factors: Factors, mean: Tensor) -> float:
+        A = metric.adapters(factors.adapters, slice(0, N))
+        return error(X, A @ factors.bank + mean, metric, C)
+
+    alone = left(svd_in_metric(inside, metric, r=2), torch.zeros(P, D, dtype=torch.float64))
+    factors, mean = mean_svd_in_metric(inside, metric, r=2)
+    assert left(factors, mean) < 0.95 * alone
+    assert (
+        float((metric.adapters(factors.adapters, slice(0, N)) @ factors.bank + mean - X).norm() / X.norm())
+        < 1
+    )
+
+
+def test_a_planted_mean_is_found_beside_low_ranks(metric: InputMetric) -> None:
+    mean, rest = draw(P, D, seed=4), draw(N, P, 2, seed=5) @ draw(N, 2, D, seed=6)
+    inside = seen(mean + 0.1 * rest, metric)
+    factors, found = mean_svd_in_metric(inside, metric, r=2)
+    A = metric.adapters(factors.adapters, slice(0, N))
+    left = inside - seen(A @ factors.bank + found, metric)
+    assert float(left.norm() / inside.norm()) < 5e-3  # where the rest alone is a tenth
+    assert float((found - mean).norm() / mean.norm()) < 0.1
 
 
 def slow_basis(X: Tensor, metric: InputMetric, C: Tensor, B: Tensor, rounds: int) -> Tensor:

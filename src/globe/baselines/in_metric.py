@@ -6,6 +6,8 @@ in another metric: it is found by alternating least squares from the one of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,7 +25,7 @@ ROUNDS = 20
 WORTH = 1e-3
 """They end once one lowers the error by less than this share."""
 ITERATIONS = 12
-"""Conjugate-gradient iterations for a basis whose adapters are given."""
+"""Conjugate-gradient iterations for a basis whose adapters are given, or a mean beside given low ranks."""
 
 
 def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> Factors:
@@ -38,34 +40,70 @@ def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> 
 def mean_svd_in_metric(
     X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int
 ) -> tuple[Factors, Float[Tensor, "p d"]]:
-    """Return the best mean expert, then `svd_in_metric` of what is left beside it."""
-    mean, rest = best_mean(X, metric), torch.empty_like(X)
+    """Return a mean expert E and the rank-r A_i B_i of what it leaves, of low sum_i ||D_i (X_i - E - A_i B_i) L_i||^2.
+
+    The two are fitted in turn, each to what the other leaves, from no mean or the plain mean, whichever leaves less: so
+    the error is never above that of `svd_in_metric` of the same rank. A mean fitted by itself would fill the directions
+    and rows that hardly count with anything, which low ranks then can't undo.
+    """
+    plain = torch.stack([metric.unseen(X[i : i + 1], slice(i, i + 1))[0] for i in range(len(X))]).mean(0)
+    starts = [(mean, _beside(X, metric, mean, r)) for mean in (torch.zeros_like(plain), plain)]
+    mean, (factors, left) = min(starts, key=lambda one: one[1][1])
+    for _ in range(ROUNDS):
+        moved = better_mean(X, metric, mean, factors)
+        found, error = _beside(X, metric, moved, r)
+        if not error < left:
+            break
+        small = error > (1 - WORTH) * left
+        mean, factors, left = moved, found, error
+        if small:
+            break
+    bases = factors.bank if metric.columns is None else metric.columns.solved(factors.bank, slice(0, len(X)))
+    return factors._replace(bank=bases), mean
+
+
+def _beside(
+    X: Float[Tensor, "n p d"], metric: InputMetric, mean: Float[Tensor, "p d"], r: int
+) -> tuple[Factors, float]:
+    """Return the best rank-r A_i B_i L_i of every D_i (X_i - E) L_i, and the squared error left."""
+    rest = torch.empty_like(X)
     for i in range(len(X)):
         one = slice(i, i + 1)
         rest[one] = X[one] - metric.seen(mean[None], one)
-    return svd_in_metric(rest, metric, r=r), mean
+    start = truncated_svd(rest, r)
+    left = sum(
+        float(squared_norms(rest[i : i + 1] - A @ B)) for i, (A, B) in enumerate(zip(*start, strict=True))
+    )
+    return Factors(start.bases, torch.eye(len(X)).to(X), start.adapters), left
 
 
-def best_mean(X: Float[Tensor, "n p d"], metric: InputMetric) -> Float[Tensor, "p d"]:
-    """Return argmin over E of sum_i ||D_i (X_i - E) L_i||^2 for the experts X = D_i X_i L_i.
+def better_mean(
+    X: Float[Tensor, "n p d"], metric: InputMetric, mean: Float[Tensor, "p d"], factors: Factors
+) -> Float[Tensor, "p d"]:
+    """Return E of lower sum_i ||X_i - D_i E L_i - A_i B_i||^2, by conjugate gradients from `mean`.
 
-    With weights of rows its k-th row is (sum_i D_ik^2 x_ik C_i) (sum_i D_ik^2 C_i)^-1. A matrix D_i comes without L_i,
-    and then the mean is (sum_i D_i^T D_i)^-1 sum_i D_i^T D_i X_i.
+    X, the adapters and the bases (the bank, one for each expert) are as the metric sees them.
     """
-    n, p, d = X.shape
-    pulled = X.new_zeros(p, d)
+    n = len(X)
+
+    def curved(Y: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        parts = (slice(i, i + 1) for i in range(n))
+        return torch.stack([metric.adjoint_weighted(metric.seen(Y[None], one), one)[0] for one in parts]).sum(
+            0
+        )
+
+    residual = -curved(mean)
     for i in range(n):
-        pulled += metric.adjoint_weighted(X[i : i + 1], slice(i, i + 1))[0]
-    if metric.rows is not None and metric.rows.dim() == 3:
-        assert metric.columns is None
-        return torch.linalg.solve(torch.einsum("nkp,nkq->pq", metric.rows, metric.rows), pulled)
-    eye = torch.eye(d, dtype=X.dtype, device=X.device)
-    systems = X.new_zeros(p, d, d)
-    for i in range(n):
-        C = eye if metric.columns is None else _square(metric.columns, slice(i, i + 1))
-        weight = X.new_ones(p) if metric.rows is None else metric.rows[i].square()
-        systems += weight[:, None, None] * C
-    return torch.linalg.solve(systems, pulled.unsqueeze(2)).squeeze(2)
+        low = factors.adapters[i] @ factors.bank[i]
+        residual += metric.adjoint_weighted((X[i] - low)[None], slice(i, i + 1))[0]
+    columns = None if metric.columns is None else _inverse(metric.columns.mean)
+    rows = _inverse_rows(metric.rows)
+
+    def solved(F: Float[Tensor, "p d"]) -> Float[Tensor, "p d"]:
+        F = F if columns is None else F @ columns
+        return F if rows is None else rows[:, None] * F if rows.dim() == 1 else rows @ F
+
+    return mean + _conjugate_gradients(residual, curved, solved)
 
 
 def group_svd_in_metric(
@@ -135,8 +173,16 @@ def _basis(
         residual += (A.T @ X[i]) @ columns.of(slice(i, i + 1)).view(B.shape[1], -1).T
     rows = _inverse(torch.stack(grams).sum(dim=0))
     cols = _inverse(columns.mean)
-    step = torch.zeros_like(B)
-    search = rows @ residual @ cols
+    return B + _conjugate_gradients(residual, curved, lambda F: rows @ F @ cols)
+
+
+def _conjugate_gradients(
+    residual: Float[Tensor, "a b"],
+    curved: Callable[[Tensor], Tensor],
+    solved: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "a b"]:
+    """Return Y with curved(Y) near `residual`; `solved` is the preconditioner. Every iteration lowers the quadratic."""
+    step, search = torch.zeros_like(residual), solved(residual)
     energy = (residual * search).sum()
     for _ in range(ITERATIONS):
         if not energy > 0:
@@ -144,10 +190,10 @@ def _basis(
         product = curved(search)
         size = energy / (search * product).sum()
         step, residual = step + size * search, residual - size * product
-        solved = rows @ residual @ cols
-        energy, before = (residual * solved).sum(), energy
-        search = solved + energy / before * search
-    return B + step
+        preconditioned = solved(residual)
+        energy, before = (residual * preconditioned).sum(), energy
+        search = preconditioned + energy / before * search
+    return step
 
 
 def _inverse(C: Float[Tensor, "s s"]) -> Float[Tensor, "s s"]:
@@ -155,9 +201,11 @@ def _inverse(C: Float[Tensor, "s s"]) -> Float[Tensor, "s s"]:
     return torch.cholesky_inverse(torch.linalg.cholesky(C + ridge))
 
 
-def _square(columns: Metric, one: slice) -> Float[Tensor, "d d"]:
-    root = columns.of(one).reshape(columns.mean.shape)
-    return root @ root.T
+def _inverse_rows(rows: Tensor | None) -> Tensor | None:
+    """Return (sum_i D_i^T D_i)^-1: None, the diagonal (p,), or a matrix (p, p)."""
+    if rows is None:
+        return None
+    return 1 / rows.square().sum(0) if rows.dim() == 2 else _inverse(torch.einsum("nkp,nkq->pq", rows, rows))
 
 
 def _adapters(

@@ -37,8 +37,12 @@ class InputMetric:
     def leave(self, X: Float[Tensor, "n p d"]) -> None:
         """Undo `enter`, but for rounding: at most 1e-5 of X in float32."""
         for part in expert_chunks(*X.shape):
-            own = self.adapters(X[part], part)
-            X[part] = own if self.columns is None else self.columns.solved(own, part)
+            X[part] = self.unseen(X[part], part)
+
+    def unseen(self, E: Float[Tensor, "c p d"], part: slice) -> Float[Tensor, "c p d"]:
+        """D_i^-1 E_i L_i^-1 for the experts of `part`, which undoes `seen` but for rounding."""
+        own = self.adapters(E, part)
+        return own if self.columns is None else self.columns.solved(own, part)
 
     def norms(self, E: Float[Tensor, "n p d"], start: int = 0) -> Float[Tensor, " n"]:
         """||D_i E_i L_i||_F^2 of experts that begin with expert `start`."""
