@@ -45,6 +45,7 @@ from globe.config.commands import explain
 from globe.config.composition import conf_dir, plain, to_config
 from globe.config.identity import identity
 from globe.errors import ConfigError, GlobeError
+from globe.evaluation.activation_error import activation_errors
 from globe.evaluation.divergence import divergence
 from globe.evaluation.perplexity import perplexity, rise, score
 from globe.evaluation.subject import Subject, check_model, load_tokenizer
@@ -278,6 +279,9 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
     assert sums.kl is not None
     assert sums.agreement is not None
     assert sums.nll_original is not None
+    blocks = activation_errors(
+        bench.original, bench.copy, bench.tokens, bench.windows, batch=options.batch, device=CPU
+    )
     cell = {
         "method": method,
         "asked": kept,
@@ -285,6 +289,7 @@ def do_cell(bench: Bench, method: str, kept: float) -> dict[str, Any]:
         "kept": summary.kept,
         "kept_of_model": summary.kept_model(),
         "relfrob": summary.relfrob,
+        "block_error": sum(one.block for one in blocks) / len(blocks),
         "sizes": {bank.key: [bank.m, bank.r] for bank in summary.banks},
         "seconds": {key: one.seconds for key, one in summary.runtimes.items()},
         "processor_seconds": spent,
@@ -362,7 +367,7 @@ def processor_seconds() -> Iterator[None]:
 
 
 def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str:
-    """Tables with a row a method and a column a share: perplexity, KL, RelFrob, processor seconds, the best in bold."""
+    """Tables with a row a method and a column a share for each figure, the best in bold."""
     lines = []
     if cells:
         one = next(iter(cells.values()))
@@ -379,6 +384,7 @@ def markdown(cells: Cells, methods: Sequence[str], kept: Sequence[float]) -> str
             lambda cell: 100 - 100 * cell["divergence"]["top1_agreement"],
             "{:.2f}",
         ),
+        ("error of a MoE block, mean over layers", lambda cell: cell["block_error"], "{:.4f}"),
         ("RelFrob", lambda cell: cell["relfrob"], "{:.4f}"),
         ("processor seconds", lambda cell: cell.get("processor_seconds", math.nan), "{:.0f}"),
     ):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from globe.fit.plan import BankPlan, Outline, is_met_by_every_atom, outline, pla
 from globe.fit.provenance import stamp
 from globe.numerics.device import arithmetic, limit_threads, return_large_blocks
 from globe.processes import sweep, torchrun, watch
+from globe.reporting.budget_plot import draw_allocation
 from globe.runs.folder import RunFolder, State
 from globe.runs.progress import Progress
 from globe.runs.shared_fit import adopt
@@ -143,7 +145,9 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
         with _begun(task, config, group) as folder:
             calibration = _calibrate(config, checkpoint, outlines, folder, device, group)
             if is_chosen(config):
-                banks = sized_banks(config, outlines, Sizing(checkpoint, device, calibration), folder)
+                drawn = partial(draw_allocation, folder=folder.path)
+                sizing = Sizing(checkpoint, device, calibration, on_allocation=drawn)
+                banks = sized_banks(config, outlines, sizing, folder)
             ledger = Ledger(
                 folder,
                 name=task.folder.path.name,

@@ -69,7 +69,7 @@ def test_the_windows_are_spread_over_the_text(bench: ModuleType) -> None:
 
 def figures(text: str, table: int) -> dict[str, list[str]]:
     """Rows of the table with this number, the stars of the best taken off."""
-    found = text.split("\n\n")[-5:][table]
+    found = text.split("\n\n")[-6:][table]
     rows = [
         [cell.strip().strip("*") for cell in line.split("|")[1:-1]] for line in found.strip().splitlines()
     ]
@@ -124,7 +124,11 @@ def test_a_cell_is_the_run_put_into_the_model(
     assert cell["perplexity"]["perplexity"] == pytest.approx(expected.perplexity.perplexity, rel=1e-5)
     assert cell["kept"] <= 0.8
     assert figures(shown, 0)["svd"] == [f"{expected.perplexity.perplexity:.2f}"]
-    assert figures(shown, 3)["svd"] == [f"{cell['relfrob']:.4f}"]
+    blocks = [one.block for one in expected.activation_errors]
+    assert len(blocks) == 2
+    assert cell["block_error"] == pytest.approx(sum(blocks) / 2, rel=1e-4)
+    assert figures(shown, 3)["svd"] == [f"{cell['block_error']:.4f}"]
+    assert figures(shown, 4)["svd"] == [f"{cell['relfrob']:.4f}"]
 
 
 def test_one_cell_leaves_nothing_behind_for_the_next(
@@ -157,7 +161,7 @@ def test_the_best_of_a_column_is_bold(bench: ModuleType) -> None:
             "divergence": {"kl": perplexity / 100, "top1_agreement": 0.9},
         }
         shared = {"original": {"perplexity": 40.0}, "settings": {"tokens": 7000, "window": 16, "stride": 8}}
-        return {**figures, **shared, "relfrob": perplexity / 90}
+        return {**figures, **shared, "relfrob": perplexity / 90, "block_error": perplexity / 80}
 
     cells = {("globe", 0.6): cell(41.0), ("svd", 0.6): cell(42.5), ("svd", 0.35): cell(44.0)}
     text = bench.markdown(cells, ("globe", "svd"), (0.6, 0.35))

@@ -23,9 +23,10 @@ from globe.errors import ConfigError
 from globe.fit.input_metric import second_moment_metric
 from globe.fit.normalise import join, normalise
 from globe.fit.plan import outline
+from globe.runs.allocation import Allocation
 from globe.sizes.curves import approximated, limits, spectrum
 from globe.sizes.sizing import Sizing
-from globe.sizes.whole_budget import Allocation, spread_budget
+from globe.sizes.whole_budget import spread_budget
 from run_support import EMBEDDED, composed, load, run_in
 
 N, P, D = 7, 11, 13
@@ -197,6 +198,8 @@ def test_a_run_keeps_to_the_budget_and_leaves_the_rest_alone(
     printed = capsys.readouterr().out
     assert "one budget of 60.0% over 4 banks" in printed
     assert "instead of" in printed
+    assert f"{folder}/allocation.png shows the shares" in printed
+    assert (folder / "allocation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     plan = load(folder / "allocation.json")
     shares = {one["key"]: one["kept"] for one in plan["shares"]}
     banks = {one["key"]: one for one in load(folder / "summary.json")["banks"]}

@@ -15,6 +15,7 @@ from typing import Any
 
 from globe.errors import ConfigError, printable
 from globe.reporting.run_files import Quality, Trace, fault_of, read_options, read_quality, read_traces
+from globe.runs.allocation import FILE, Allocation, read_allocation
 from globe.runs.folder import RunFolder, State
 from globe.runs.summary import RunSummary, read_summary
 
@@ -44,6 +45,8 @@ class ReportRun:
     """as many as the run has told of so far"""
     caches: tuple[str, ...] = ()
     """`S_cache` of the run, and of those that share its fit and stand for nothing else in the report"""
+    allocation: Allocation | None = None
+    """the shares of its banks, of budget.over=model"""
 
     @property
     def banks_done(self) -> int:
@@ -174,6 +177,7 @@ def _read(path: Path, name: str) -> ReportRun:
             0 if summary is None else len(summary.banks) + len(summary.failed),
         ),
         caches=() if summary is None else (printable(str(summary.S_cache)),),
+        allocation=read_allocation(path / FILE),
     )
 
 

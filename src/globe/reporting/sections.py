@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from globe.errors import printable
 from globe.reporting import bank_plots, curve_plots, sweep_plots
+from globe.reporting.budget_plot import budget_picture
 from globe.reporting.front import CURVES, Track, all_tracks, fronts, highlighted, tracks
 from globe.reporting.labels import common_options, labels, methods_of, varied_options
 from globe.reporting.plot import Picture
@@ -58,6 +59,7 @@ def build(runs: Sequence[ReportRun], title: str, *, details: int) -> Report:
         detailed = tracks(measured, names, details)
         sections += [
             *(_one_run(measured[0]) if len(runs) == 1 else _whole_sweep(runs, measured, varied)),
+            _budget(measured, names),
             _perplexity(measured),
             _support(measured),
             _convergence(measured, curves),
@@ -157,6 +159,21 @@ def _size(measured: Sequence[ReportRun]) -> Section | None:
             "globe.train experiment=references sweep=NAME, with the model, layer and family of these runs."
         )
     return Section("Error against size", tuple(said), None, (sweep_plots.error_front(measured),))
+
+
+def _budget(measured: Sequence[ReportRun], names: Mapping[int, str]) -> Section | None:
+    """Return what budget.over=model gave each bank, of the first runs that have it."""
+    spread = [run for run in measured if run.allocation is not None]
+    if not spread:
+        return None
+    pictures = []
+    for run in spread[:CURVES]:
+        assert run.allocation is not None
+        drawn = budget_picture(run.allocation, f"fig-budget-{run.number}")
+        pictures.append(replace(drawn, caption=f"{names[run.number]}: {drawn.caption}"))
+    left = len(spread) - len(pictures)
+    said = (f"{left} further runs have a budget over all banks.",) if left else ()
+    return Section("Budget over layers and families", said, None, tuple(pictures))
 
 
 def _maps(measured: Sequence[ReportRun]) -> Section | None:

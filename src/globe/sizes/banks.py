@@ -10,13 +10,14 @@ from globe.config.choices import Over
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.fit.plan import BankPlan, BankSize, Outline, is_search, plan_bank
+from globe.runs.allocation import FILE
 from globe.runs.folder import RunFolder
 from globe.sizes.budget import enlarged
 from globe.sizes.byte_spread import spread_bytes
 from globe.sizes.chosen import allows, choose_sizes, room_of
 from globe.sizes.serving import require_served, serving_of
 from globe.sizes.sizing import Sizing
-from globe.sizes.whole_budget import FILE, spread_budget
+from globe.sizes.whole_budget import spread_budget
 
 
 def is_chosen(config: Config) -> bool:

@@ -26,6 +26,7 @@ from globe.fit.calibrated import calibration_for
 from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
+from globe.runs.allocation import FILE
 from globe.sizes.budget import enlarged
 from globe.sizes.chosen import allows, limits_of, room_of
 from globe.sizes.costs import fit_bytes, in_metric
@@ -33,7 +34,7 @@ from globe.sizes.search import plan_search
 from globe.sizes.serving import Cost, costs_of, require_served, served, serving_of, serving_table, size_of
 from globe.sizes.sizing import Sizing
 from globe.sizes.timing import is_curved, seconds_of_steps
-from globe.sizes.whole_budget import FILE, spread_budget
+from globe.sizes.whole_budget import spread_budget
 
 _LATER = 40 * 2**20
 """Bytes of what a fit loads only when it needs it, scipy's solvers above all."""

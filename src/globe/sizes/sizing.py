@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from globe.fit.normalise import Joined
 from globe.fit.plan import Outline
 from globe.fit.reading import read_experts
 from globe.numerics.input_metric import InputMetric
+from globe.runs.allocation import Allocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class Sizing:
     calibration: Calibration | None = None
     quiet: bool = False
     """print no table"""
+    on_allocation: Callable[[Allocation], None] = lambda found: None
+    """is called with the shares of `budget.over=model` once they are chosen, before any fit"""
 
     def read(self, config: Config, bank: Outline) -> tuple[Joined, InputMetric | None]:
         """Return the experts of a bank, and the metric that errors count in. Raises CheckpointError."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jaxtyping import Float
@@ -24,67 +23,31 @@ from globe.checkpoint.in_memory import ExpertsInMemory
 from globe.config.console import add_row, new_table, say, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
-from globe.files import read_record, write_json
 from globe.fit.plan import Outline
 from globe.fit.provenance import bank_options, stamp
+from globe.runs.allocation import Allocation, Share, read_allocation, write_allocation
 from globe.sizes.allocation import Curve, allocate
 from globe.sizes.curves import Spectrum, approximated, limits, spectrum
 from globe.sizes.sizing import Sizing
 
-FILE = "allocation.json"
-FORMAT_VERSION = 1
 _BAR = 20
 """Characters of a share of 1 in the table."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one bank gets."""
-
-    key: str
-    parameters: int
-    """numbers of its experts"""
-    kept: float
-    """share of them that it may keep; 1.0 leaves them as they are"""
-    sensitivity: float
-    """divergence (nats per token) of the model with this bank alone at the run's share; 1 where nothing was measured"""
-    loss: float
-    """predicted, at `kept`: in nats per token, or as a share of the bank's energy"""
-    uniform_loss: float
-    """the same at the run's share"""
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """The shares of all banks of a run."""
-
-    kept: float
-    """of all numbers together"""
-    measured: bool
-    """whether the losses are divergences on a calibration text"""
-    shares: tuple[Share, ...]
-
-    @property
-    def used(self) -> float:
-        """Share of all numbers that the banks may keep together."""
-        return sum(int(one.kept * one.parameters) for one in self.shares) / sum(
-            one.parameters for one in self.shares
-        )
-
-
 def spread_budget(config: Config, banks: Sequence[Outline], sizing: Sizing, file: Path) -> Allocation:
-    """Choose the share of every bank and print it, or read what `file` holds if it is of the same run.
+    """Choose the share of every bank, print and show it, or read what `file` holds if it is of the same run.
 
     Raises ConfigError where the share is too small for the smallest
     banks, CheckpointError when experts can't be read, and what `sensitivities` raises.
     """
     key = _fingerprint(config, sizing.checkpoint, banks)
-    found = _read(file, key)
+    found = read_allocation(file, fingerprint=key)
     if found is None:
         found = _spread(config, banks, sizing)
-        write_json(file, {"format_version": FORMAT_VERSION, "fingerprint": key, **asdict(found)})
+        write_allocation(found, file, fingerprint=key)
         if not sizing.quiet:
             print_allocation(found)
+        sizing.on_allocation(found)
     return found
 
 
@@ -169,18 +132,6 @@ def _fingerprint(config: Config, checkpoint: Checkpoint, banks: Sequence[Outline
     what = [bank_options(config), calibrate, checkpoint.source(), stamp(config.model.path)]
     text = json.dumps([*what, [bank.key for bank in banks]], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(file: Path, key: str) -> Allocation | None:
-    """Return what a file holds of the same run; None for another's, a damaged one or none."""
-    record = read_record(file)
-    if record is None or record.get("fingerprint") != key or record.get("format_version") != FORMAT_VERSION:
-        return None
-    try:
-        shares = tuple(Share(**one) for one in record["shares"])
-        return Allocation(float(record["kept"]), bool(record["measured"]), shares)
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def print_allocation(found: Allocation, console: Console | None = None) -> None:
