@@ -78,6 +78,15 @@ def rows(*, calibrated: bool = False) -> list[Row]:
     found.append(
         Row("GloBE, equal bytes for all banks", f"{shares[0]:g} each", (f"bank.size={shares[0]}", *one_atom))
     )
+    found += [
+        Row(
+            f"{title}, bits by row",
+            f"{share:g} of the bytes",
+            (f"method={name}", "bank.bits=null", f"bank.size={share}", *metric, *ONE_BUDGET),
+        )
+        for share in shares
+        for title, name in (("GPTQ", "gptq"), ("GPTQ, rotated", "gptq_rotated"))
+    ]
     for bits in (2, 3, 4):
         few = f"bank.bits={bits}"
         fed = (few, "normalise.metric=inputs" if calibrated else NO_TEXT)

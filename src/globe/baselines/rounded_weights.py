@@ -12,7 +12,7 @@ from torch import Tensor
 from globe.bank.feedback import round_with_feedback
 from globe.bank.packing import Packed
 from globe.bank.rotation import rotation
-from globe.bank.rounding import Grid, round_nearest
+from globe.bank.rounding import Grid, LevelGrid, round_nearest
 from globe.numerics.chunks import expert_chunks
 
 Moments = Callable[[slice], Float[Tensor, "c d d"]]
@@ -29,33 +29,37 @@ class RoundedWeights(NamedTuple):
 
 def round_weights(
     W: Float[Tensor, "n p d"],
+    grid: Grid | LevelGrid,
     *,
-    bits: int,
-    group: int,
     moments: Moments | None = None,
     coupled: Moments | None = None,
     seed: int | None = None,
+    whole_rows: bool = False,
 ) -> RoundedWeights:
-    """Round every row of W_i to `bits` bits, with one searched scale for each `group` columns.
+    """Round every row of W_i to the bits of `grid`, with one searched scale for each of its groups of columns.
 
     moments   error feedback in the metric C_i of each expert (GPTQ, arXiv 2210.17323); None rounds to the nearest level
     coupled   second moments of what the rows stand for, where these are inputs, as those of down are
     seed      rounds R W_i S^T in the place of W_i, with the rotations R and S of this seed and the next, and the metric
               S C_i S^T (incoherence: QuIP, arXiv 2307.13304, section 4)
+    whole_rows rotates the columns alone, R = I, so that rows of different bits stay what they are
     """
     n, p, d = W.shape
-    grid = Grid.of(bits, d, group)
-    rows = None if seed is None else rotation(p, seed).to(W)
+    rows = None if seed is None or whole_rows else rotation(p, seed).to(W)
     basis = torch.eye(d, dtype=W.dtype, device=W.device) if seed is None else rotation(d, seed + 1).to(W)
     parts = []
     for part in expert_chunks(n, max(p, d), d):
-        own = W[part] if rows is None else rows @ W[part] @ basis.T
+        here, own = grid.of_rows(part), W[part]
+        if seed is not None:
+            own = own @ basis.T if rows is None else rows @ own @ basis.T
         if moments is None:
-            rounded = round_nearest(own, grid)
+            rounded = round_nearest(own, here)
         else:
             C, R = moments(part), None if coupled is None else coupled(part)
+            if seed is not None:
+                C = basis @ C @ basis.T
             if rows is not None:
-                C, R = basis @ C @ basis.T, None if R is None else rows @ R @ rows.T
-            rounded = round_with_feedback(own, C, grid, rows=R)
-        parts.append(Packed.of(rounded, turned=seed))
+                R = None if R is None else rows @ R @ rows.T
+            rounded = round_with_feedback(own, C, here, rows=R)
+        parts.append(Packed.of(rounded, turned=None if rows is None else seed))
     return RoundedWeights(Packed.joined(parts), basis)

@@ -68,9 +68,9 @@ class BankConfig:
     """Share of the experts' own parameters to keep at most, 0 to 1: chooses m, r and the atom rank, those of a GloBE
     bank by short fits (see `budget`); null takes the sizes above."""
     size: float | None = None
-    """Share of the experts' bytes in bfloat16 that the bank may take, 0 to 1, and never exceeds, for method=globe.
-    Chooses the bits of adapters and atoms, and m and r by short fits that are rounded unless both are given. Null takes
-    what is given."""
+    """Share of the experts' bytes in bfloat16 that the bank may take, 0 to 1, and never exceeds. Chooses the bits of
+    adapters and atoms, and m and r by short fits that are rounded unless both are given; with method=gptq|gptq_rotated
+    (and bank.bits=null) the bits of each row of the weights. Null takes what is given."""
     bits: float | None = None
     """Bits of the factors' numbers, which are then packed as integers with scales: the average over the entries of the
     adapters, 1 to 8, shared out over their rows and columns by what these matter, so that an expert that is used more

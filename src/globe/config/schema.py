@@ -157,7 +157,8 @@ def _check_method(config: Config) -> None:
             f"bank.atom_rank is not possible with method={method}, whose atoms are dense: leave it out"
         )
     if bank.size is not None:
-        check(method is Method.globe, "bank.size", bank.size, f"null with method={method}")
+        sized = method in (Method.globe, Method.gptq, Method.gptq_rotated)
+        check(sized, "bank.size", bank.size, f"null with method={method}")
         support = config.codes.target_support
         check(support is None, "codes.target_support", support, "null with bank.size, or sizes instead")
         check(not config.dry_run, "dry_run", True, "false with bank.size, whose choice takes fits")
@@ -191,7 +192,9 @@ def _check_method(config: Config) -> None:
             "normalise.metric=experts, which needs none"
         )
     if config.budget.over is Over.model:
-        given = bank.kept is not None or (bank.size is not None and bank.m is not None)
+        given = bank.kept is not None or (
+            bank.size is not None and (bank.m is not None or method in WEIGHT_METHODS)
+        )
         check(given, "budget.over", "model", "bank.kept, or bank.size, bank.m and bank.r, with it")
         check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with budget.over=model")
     if bank.scope is Scope.families:
@@ -211,7 +214,7 @@ def _check_weight_method(config: Config) -> None:
     bank, method = config.bank, config.method
     bits = bank.bits if bank.bits_A is None else bank.bits_A
     whole = bits is not None and bits == int(bits)
-    check(whole, "bank.bits", bits, f"an integer from 1 to 8 with method={method}")
+    check(whole or bank.size is not None, "bank.bits", bits, f"an integer from 1 to 8 with method={method}")
     for key in ("m", "r", "atom_rank", "kept", "bits_B"):
         value = getattr(bank, key)
         check(value is None, f"bank.{key}", value, f"null with method={method}, which rounds all weights")

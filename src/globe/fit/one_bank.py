@@ -259,7 +259,9 @@ def _fitted(
     """Fit by the method of the run; return how it went, what is exported, and the activation that holds for it."""
     config, generator = run.config, torch.Generator().manual_seed(seed)
     if config.method in WEIGHT_METHODS:
-        return *fit_rounded_weights(read, config, seed=seed), str(Activation.identity)
+        assert bank.precision is not None
+        done = fit_rounded_weights(read, config, bank.precision, seed=seed)
+        return *done, str(Activation.identity)
     if bank.baseline is not None:
         return fit_baseline(read, bank.baseline, config, generator=generator, on_step=watch.step)
     fit = fit_globe(config, bank, read, generator, state, group, watch=watch)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from globe.am.records import Sizes
 from globe.am.seeding import JOINT
 from globe.bank.precision import Precision
+from globe.bank.rounding import MOST_BITS
 from globe.baselines.budget import allowed_parameters
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.baselines.records import BaselineSizes
@@ -210,7 +211,20 @@ def plan_bank(config: Config, bank: Outline, chosen: BankSize | None = None) -> 
         return BankPlan(bank, resolve_sizes(config, bank, chosen), None, means, precision_of(config, chosen))
     own = _baseline_sizes(config, bank)
     sizes = Sizes(*bank.shape, m=own.m, r=own.r, atom_rank=own.atom_rank)
-    return BankPlan(bank, sizes, own, means, precision_of(config))
+    return BankPlan(bank, sizes, own, means, precision_of(config) or _bits_by_row(config, bank))
+
+
+def _bits_by_row(config: Config, bank: Outline) -> Precision | None:
+    """Return the bits of weights that are rounded within `bank.size`, shared out over their rows."""
+    if config.bank.size is None or config.method not in WEIGHT_METHODS:
+        return None
+    n, p, d = bank.shape
+    average = config.bank.size * 16 - (32 * mean_parameters(config, bank) + 16 * d) / (n * p * d) - 24 / d
+    if average < 1:
+        raise ConfigError(
+            f"bank.size={config.bank.size} leaves less than a bit for each weight: give a larger share"
+        )
+    return Precision(min(8.0, average), MOST_BITS)
 
 
 def mean_parameters(config: Config, bank: Outline) -> int:

@@ -86,13 +86,6 @@ class _Task:
         """Return adapters of D_i X_i L_i as those of X_i."""
         return A if self.metric is None else self.metric.adapters(A, part)
 
-    def row_weights(self, part: slice, p: int) -> Float[Tensor, "c p"]:
-        """Return the diagonal of D_i^T D_i."""
-        rows = None if self.metric is None else self.metric.rows
-        if rows is None:
-            return self.X.new_ones(len(self.X[part]), p)
-        return rows[part].square() if rows.dim() == 2 else rows[part].square().sum(dim=1)
-
     def coupled(self, part: slice) -> Float[Tensor, "c p p"] | None:
         """D_i^T D_i where rows are coupled, as seen by what is stored."""
         rows = None if self.metric is None else self.metric.rows
@@ -231,7 +224,9 @@ def _shared_bits(
     rows = A.new_empty(n, p)
     for part in task.parts(r):
         own = task.unscaled(A[part], part)
-        rows[part] = (own.square() @ weights[part, :, None])[..., 0] * task.row_weights(part, p)
+        rows[part] = (own.square() @ weights[part, :, None])[..., 0]
+        if task.metric is not None:
+            rows[part] *= task.metric.row_squares(part, task.X)
     grid = share_bits(rows, squares * mean, n * p * task.precision.row_bits(r))
     if grid is None:
         return Grid.of(bits, r, r), column_factors(squares, mean, bits)

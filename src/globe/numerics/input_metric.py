@@ -63,6 +63,12 @@ class InputMetric:
         rows = self.rows[part]
         return rows.unsqueeze(2) * A if rows.dim() == 2 else rows @ A
 
+    def row_squares(self, part: slice, like: Float[Tensor, "n p d"]) -> Float[Tensor, "c p"]:
+        """Return the diagonal of D_i^T D_i: what the square of a row counts for."""
+        if self.rows is None:
+            return like.new_ones(like[part].shape[:2])
+        return self.rows[part].square() if self.rows.dim() == 2 else self.rows[part].square().sum(dim=1)
+
     def adapters(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """D_i^-1 A_i: adapters fitted to D_i X_i L_i as those of X_i."""
         if self.rows is None:

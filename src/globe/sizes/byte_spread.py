@@ -21,6 +21,7 @@ from globe.bank.feedback import elimination
 from globe.bank.precision import Precision
 from globe.bank.rounding import MOST_BITS, NOISE
 from globe.checkpoint import Checkpoint
+from globe.config.choices import WEIGHT_METHODS
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.fit.calibrated import observed_members
@@ -72,10 +73,14 @@ def spread_bytes(config: Config, banks: Sequence[Outline], sizing: Sizing) -> di
     """
     found = []
     for bank in banks:
-        sizes, (joined, metric) = resolve_sizes(config, bank), sizing.read(config, bank)
+        joined, metric = sizing.read(config, bank)
         observed = observed_members(config, sizing.checkpoint, bank, sizing.calibration)
         weight = _weight(sizing.checkpoint, observed)
-        found.append(Bank(bank, _classes(joined.experts, metric, sizes.r), weight, sizes.m, sizes.r))
+        if config.method in WEIGHT_METHODS:  # no atoms, and columns that are all alike
+            found.append(Bank(bank, _classes(joined.experts, metric, None), weight, 0, bank.d))
+        else:
+            sizes = resolve_sizes(config, bank)
+            found.append(Bank(bank, _classes(joined.experts, metric, sizes.r), weight, sizes.m, sizes.r))
         del joined, metric
     size = config.bank.size
     assert size is not None
@@ -97,13 +102,20 @@ def spread_bytes(config: Config, banks: Sequence[Outline], sizing: Sizing) -> di
     return shares
 
 
-def _classes(X: Float[Tensor, "n p d"], metric: InputMetric | None, r: int) -> Float[Tensor, " classes"]:
-    """How many entries of the adapters have which share of a bank's energy, the largest first."""
+def _classes(
+    X: Float[Tensor, "n p d"], metric: InputMetric | None, r: int | None
+) -> Float[Tensor, " classes"]:
+    """How many entries of the adapters have which share of a bank's energy, the largest first.
+
+    Without r the weights themselves are meant, and their rotated columns share the energy of a row evenly.
+    """
     V = spectrum(X, metric).vectors[:, :r]
     counts, total = torch.zeros(_FINE * _SPAN, dtype=torch.float64), float(X.double().square().sum())
     for part in expert_chunks(*X.shape):
         seen = X[part] if metric is None else metric.seen(X[part], part)
         energies = (_conditional(X[part], metric, part, V) if _is_coupled(metric) else seen @ V).square()
+        if r is None:
+            energies = energies.mean(dim=2, keepdim=True).expand_as(energies)
         place = (
             (-(energies.double() / max(total, 1e-300)).clamp_min(2.0**-_SPAN).log2() * _FINE).round().long()
         )
