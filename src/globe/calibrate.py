@@ -33,7 +33,7 @@ from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import Device, ExportDtype
 from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.config.layers import parse_layers
 from globe.numerics.device import pick_device
 
@@ -116,7 +116,7 @@ def show(calibration: Calibration, layers: Sequence[int]) -> None:
             table, [str(layer), *(f"{cell:,}" for cell in cells), f"{directions(one):.1f} of {one.inputs.q}"]
         )
     console = wide_console()
-    console.print(table)
+    show_table(console, table)
     say(console, f"{calibration.folder}: statistics of {len(layers)} layer{'s' * (len(layers) != 1)}")
 
 

@@ -34,7 +34,7 @@ import sys
 
 from globe.config.command_line import run_command
 from globe.config.commands import start
-from globe.config.console import say, wide_console
+from globe.config.console import say, show_table, wide_console
 from globe.errors import ConfigError, SweepError
 from globe.evaluation.measure import evaluate
 from globe.evaluation.options import EvaluateOptions, output_file
@@ -92,7 +92,7 @@ def _evaluate_sweep_and_show(options: EvaluateOptions, folder: str) -> None:
     console = wide_console()
     result = evaluate_sweep(options, lambda line: say(console, line))
     if result.records:
-        console.print(sweep_table(result))
+        show_table(console, sweep_table(result))
         say(console, f"next: python -m globe.report sweep={folder} shows them beside their errors")
     _warn_of_overlap(max((shared_with_calibration(one) for one in result.records.values()), default=None))
     if result.failed:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import explain
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, progress_bar, say, show_table, wide_console
 from globe.errors import CheckpointError, ConfigError
 from globe.evaluation.options import EvaluateOptions
 from globe.inspect import InspectOptions
@@ -157,6 +157,25 @@ def test_lines_are_not_cut_where_there_is_no_terminal() -> None:
     assert wide_console(Console(file=io.StringIO(), width=80)).width == 120
     assert wide_console(Console(file=io.StringIO(), width=200), 160).width == 200
     assert wide_console(Console(file=io.StringIO(), width=50, force_terminal=True)).width == 50
+
+
+@pytest.mark.parametrize(("terminal", "width"), [(True, 40), (True, 24), (True, 10), (False, 30)])
+def test_a_table_loses_nothing_where_the_terminal_is_narrow(terminal: bool, width: int) -> None:
+    """At 80 columns the table of a run lost its columns m, r and k, and the last digits of its errors."""
+    stream = io.StringIO()
+    table = new_table("a run", ("bank", "m", "kept of\nfamily", "RelFrob"))
+    add_row(table, ("layer000.up", "16", "59.6%", "0.3081"))
+    show_table(Console(file=stream, force_terminal=terminal or None, width=width, color_system=None), table)
+    shown = stream.getvalue()
+    assert all(text in shown for text in ("layer000.up", " 16 ", "59.6%", "0.3081", "kept of", "family"))
+    whole = max(map(len, shown.splitlines()))
+    assert whole <= width or whole <= 31 or not terminal  # 31: without frame, one column apart
+
+
+def test_a_bar_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(3, "fit", "sizes") as bar:
+        bar.update()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_typed_folder_is_the_one_that_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

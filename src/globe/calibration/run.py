@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 import globe.embedded
 from globe.calibration.collect import LayerSums, watched
@@ -37,6 +36,7 @@ from globe.calibration.text import Text, passages, read_file, read_tokenizer, sp
 from globe.checkpoint import Checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import ExportDtype
+from globe.config.console import progress_bar
 from globe.errors import ConfigError
 from globe.files import clear_files, lock, read_record, write_json
 
@@ -227,7 +227,7 @@ def _run(calibration: Calibration, request: Request, last: int, device: torch.de
         decoder.wrapped = None if done is None else done.wrapped
     first = 0 if done is None else done.next
     batches = -(-request.windows.shape[0] // request.options.batch)
-    with tqdm(total=(last + 1 - first) * batches, unit="batch", disable=None, leave=False) as bar:
+    with progress_bar((last + 1 - first) * batches, "batch") as bar:
         for layer in range(first, last + 1):
             done = _one_layer(calibration, request, decoder, layer, states, done, bar.update)
     if all(calibration.has(layer) for layer in decoder.moe_layers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from globe.checkpoint.quantised.reader import DequantisedReader
 from globe.checkpoint.shards import INDEX, ShardReader, ShardWriter
 from globe.checkpoint.support import copy_file, copy_support_files
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
+from globe.config.console import progress_bar
 from globe.errors import CheckpointError
 from globe.files import write_text
 
@@ -42,9 +43,11 @@ def copy_checkpoint(
     left_out = copy_support_files(reader, folder)
     if (reader.folder / INDEX).is_file():
         copy_file(reader.folder / INDEX, folder / INDEX)
-    for shard in reader.files:
-        (folder / shard).parent.mkdir(parents=True, exist_ok=True)
-        _copy_shard(reader.file(shard), folder / shard, replace)
+    with progress_bar(len(reader.names), "tensor", "writing") as bar:
+        for shard in reader.files:
+            (folder / shard).parent.mkdir(parents=True, exist_ok=True)
+            for _ in _copy_shard(reader.file(shard), folder / shard, replace):
+                bar.update()
     return left_out
 
 
@@ -61,9 +64,10 @@ def copy_dequantised(
     tensor.
     """
     left_out = copy_plain_support(reader, config, folder)
-    with ShardWriter(folder) as writer:
+    with ShardWriter(folder) as writer, progress_bar(len(reader.names), "tensor", "writing") as bar:
         for name in reader.names:
             writer.write(name, _changed(reader.read(name), name, replace))
+            bar.update()
     return left_out
 
 
@@ -79,7 +83,10 @@ def copy_plain_support(reader: ShardReader, config: Mapping[str, Any], folder: P
     return left_out
 
 
-def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+def _copy_shard(
+    file: TensorFile, target: Path, replace: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[str]:
+    """Write the copy, and yield the name of each tensor once it is written."""
     with target.open("xb") as copy:
         copy.write(file.header)
         for name in file.entries:  # in the order of their bytes, which leave no gap
@@ -88,6 +95,7 @@ def _copy_shard(file: TensorFile, target: Path, replace: Mapping[str, Callable[[
             else:
                 for piece in file.chunks(name):
                     copy.write(piece)
+            yield name
         copy.flush()
         os.fsync(copy.fileno())
 

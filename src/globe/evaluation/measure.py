@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from globe.config.console import progress_bar
 from globe.evaluation.activation_error import LayerError, activation_errors
 from globe.evaluation.divergence import divergence
 from globe.evaluation.ground import Ground, arithmetic_of
@@ -78,9 +77,7 @@ def measure(subject: Subject, ground: Ground, progress: str = "") -> Evaluation:
 
 def _score(case: _Case, progress: str) -> WindowSums:
     ground = case.ground
-    with tqdm(
-        total=len(ground.windows), unit="window", desc=progress or None, disable=None, leave=False
-    ) as bar:
+    with progress_bar(len(ground.windows), "window", progress or None) as bar:
         return score(
             case.model,
             ground.tokens,

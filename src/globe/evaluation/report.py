@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.evaluation.activation_error import LayerError
 from globe.evaluation.bootstrap import Interval
 from globe.evaluation.divergence import Divergence
@@ -85,7 +85,7 @@ def plain(value: Any) -> Any:
 def print_evaluation(result: Evaluation, file: Path | None, console: Console | None = None) -> None:
     """Print the table, what it means, and where the figures are kept. Without a terminal, lines have 120 columns."""
     console = wide_console(console)
-    console.print(table(result))
+    show_table(console, table(result))
     for line in advice(result):
         say(console, line)
     say(console, "not kept: give out=FILE to write them down" if file is None else f"written to {file}")

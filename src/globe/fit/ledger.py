@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from globe.am.records import StopReason
 from globe.fit.figures import jaccard_figures
 from globe.fit.one_bank import Learned
 from globe.fit.plan import BankPlan, cache_bytes
@@ -52,7 +53,9 @@ class Ledger:
             error = f"{start:.4f} -> {report.relfrob:.4f}"
         else:  # the start was measured in the metric of the fit, and is compared with the end there
             error = f"{report.relfrob:.4f} ({start:.4f} -> {seen:.4f} in the metric of the fit)"
-        what = f"{report.steps} steps, {report.stop}" if learned.fitted else "complete already"
+        what = f"{report.steps} steps" if learned.fitted else "complete already"
+        if learned.fitted and report.stop != StopReason.steps.sentence:
+            what += f", {report.stop}"
         _log.info("%s: RelFrob %s, %.1f %% kept; %s", bank.key, error, 100 * report.kept, what)
 
     def fail(self, bank: BankPlan, error: Exception) -> None:

@@ -15,6 +15,7 @@ from globe.checkpoint import Checkpoint, ShardWriter
 from globe.checkpoint.model_config import PREFIX
 from globe.checkpoint.quantised.reader import forget_quantisation
 from globe.checkpoint.rewrite import copy_plain_support
+from globe.config.console import progress_bar
 from globe.errors import CheckpointError
 from globe.hf.dense_checkpoint import rewriters
 from globe.hf.destination import destination, inputs_of, write_record
@@ -59,7 +60,7 @@ def write_globe(
     layouts = [entry.layout for entry in entries]
     skeleton = build_skeleton(checkpoint)
     modules = swap_in(skeleton, layouts)
-    disk = disk_names(skeleton)
+    disk, kept = disk_names(skeleton), _kept(entries, checkpoint, modules)
     verify_source(entries, checkpoint)
     description = {
         VERSION_KEY: version_of(layouts),
@@ -73,11 +74,18 @@ def write_globe(
     }
     with destination(out, overwrite=overwrite, inputs=inputs_of(entries, checkpoint)) as folder:
         left_out = copy_plain_support(checkpoint.reader, config, folder)
-        with ShardWriter(folder, _largest_shard(checkpoint)) as writer:
-            for name, tensor in _kept_tensors(entries, checkpoint, modules):
-                writer.write(name, tensor)
+        with (
+            ShardWriter(folder, _largest_shard(checkpoint)) as writer,
+            progress_bar(len(kept) + len(disk), "tensor", "writing") as bar,
+        ):
+            shared = rewriters(entries, checkpoint, shared_only=True)
+            for name in kept:
+                stored = checkpoint.reader.read(name)
+                writer.write(name, shared[name](stored) if name in shared else stored)
+                bar.update()
             for name, tensor in _factors(entries, checkpoint, modules):
                 writer.write(disk[name], tensor)
+                bar.update()
         return write_record(folder, "globe", entries, checkpoint, left_out)
 
 
@@ -121,19 +129,13 @@ def disk_names(skeleton: nn.Module) -> dict[str, str]:
     return {name: next(iter(revert_weight_conversion(skeleton, {name: torch.empty(1)}))) for name in names}
 
 
-def _kept_tensors(
-    entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every stored tensor but those of the routed experts' families that a `GlobeExperts` holds."""
+def _kept(entries: tuple[BankEntry, ...], checkpoint: Checkpoint, modules: Mapping[int, str]) -> list[str]:
+    """Return the names of all tensors but those of the routed experts' families that a `GlobeExperts` holds."""
     gone = set()
     for layer, family in _held(entries, modules):
         experts = range(checkpoint.shape(layer, family).n)
         gone |= {checkpoint.locate(layer, family, expert).tensor for expert in experts}
-    shared = rewriters(entries, checkpoint, shared_only=True)
-    for name in checkpoint.reader.names:
-        if name not in gone:
-            stored = checkpoint.reader.read(name)
-            yield name, shared[name](stored) if name in shared else stored
+    return [name for name in checkpoint.reader.names if name not in gone]
 
 
 def _factors(

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.config.layers import ranges
 
 _WIDTH = 160
@@ -70,7 +70,7 @@ def _experts(console: Console, found: dict[str, Any]) -> None:
             group["tensor"],
         )
         add_row(table, cells)
-    console.print(table)
+    show_table(console, table)
     if (shared := found["shared"]) is not None:
         what = f"{shared['p']} x {shared['d']} in {ranges(shared['layers'])}"
         say(console, f"besides, a shared expert that every token uses, gate and up {what}")
@@ -92,7 +92,7 @@ def _predictions(console: Console, found: dict[str, Any]) -> None:
             f"{row['parameters']:,}",
         )
         add_row(table, cells)
-    console.print(table)
+    show_table(console, table)
     if any(one["rounded"] for row in found["predictions"] for one in row["sizes"]):
         say(console, "~ is rounded: globe.train takes whole numbers only")
 
@@ -123,7 +123,7 @@ def show_banks(found: dict[str, Any], console: Console | None = None) -> None:
     for bank in banks:
         add_row(table, _bank_row(bank, low_rank=low_rank), None if bank["intact"] else "red")
     if banks:
-        console.print(table)
+        show_table(console, table)
     if low_rank:
         say(console, "k is the rank of atoms that are stored as products of two factors, - is none")
     if len(banks) == 1 and banks[0]["intact"]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.runs.summary import BankReport, RunSummary, median_support, read_summary
 
 _MOST_ROWS = 200
@@ -57,7 +57,7 @@ def print_comparison(sweep: Path) -> None:
         ]
         add_row(table, cells, "bold" if name == best else None)
     console = wide_console()
-    console.print(table)
+    show_table(console, table)
     if len(runs) > _MOST_ROWS:
         say(console, f"and {len(runs) - _MOST_ROWS} more with larger errors")
     say(console, f"smallest error: {_shown(sweep / best)}")

@@ -5,10 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from types import TracebackType
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from globe.am.records import StepRecord
+from globe.config.console import progress_bar
 from globe.runs.tracking import Fanout
 
 
@@ -21,11 +19,7 @@ class Progress:
         self._done = 0
 
     def __enter__(self) -> Progress:
-        # Hydra's console handler keeps the stream it was made with, so that its lines would land on the bar
-        self._stack.enter_context(logging_redirect_tqdm())
-        self._bar = self._stack.enter_context(
-            tqdm(total=self.banks * self.steps, unit="step", disable=None, dynamic_ncols=True, leave=False)
-        )
+        self._bar = self._stack.enter_context(progress_bar(self.banks * self.steps, "step"))
         return self
 
     def __exit__(

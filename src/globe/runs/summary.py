@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.files import parse_record, plain_record, read_record
 from globe.runs.chart_data import BankCharts
 
@@ -237,7 +237,7 @@ def _finite(value: float) -> float | None:
 def print_summary(summary: RunSummary, folder: Path, console: Console | None = None) -> None:
     """Print the table of a run and where its artefacts are. Without a terminal, lines are not cut to 80 columns."""
     console = wide_console(console)
-    console.print(summary_table(summary))
+    show_table(console, summary_table(summary))
     for line in _footer(summary, folder):
         say(console, line)
 
@@ -323,7 +323,12 @@ def _footer(summary: RunSummary, folder: Path) -> list[str]:
     lines += _mse_lines(summary)
     for key, reason in summary.failed.items():
         lines.append(f"{key} failed: {reason}")
-    return [*lines, f"artefact: {where}"]
+    lines.append(f"artefact: {where}")
+    if summary.banks:
+        lines.append(
+            f"next: python -m globe.patch run={folder} out=FOLDER, with format=globe for smaller files"
+        )
+    return lines
 
 
 def _mse_lines(summary: RunSummary) -> list[str]:

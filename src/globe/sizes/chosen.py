@@ -16,7 +16,7 @@ from rich.table import Table
 
 from globe.checkpoint import Checkpoint
 from globe.config.choices import Centre
-from globe.config.console import add_row, new_table, wide_console
+from globe.config.console import add_row, new_table, show_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.files import read_record, write_json
@@ -246,7 +246,7 @@ def _finite(value: float) -> float | None:
 
 def print_frontier(searched: Searched, console: Console | None = None) -> None:
     """The table of a search: what each candidate keeps, and its error after each rung."""
-    wide_console(console).print(frontier_table(searched))
+    show_table(wide_console(console), frontier_table(searched))
 
 
 def frontier_table(searched: Searched) -> Table:
@@ -260,7 +260,9 @@ def frontier_table(searched: Searched) -> Table:
     steps = sorted(set(frontier.steps))
     few = frontier.chosen.bits_A is not None
     bits = ("bits of A", "bits of B") if few else ()
-    table = new_table(title, ("m", "r", "k", *bits, "kept", *(f"RelFrob\n{count} steps" for count in steps)))
+    table = new_table(
+        title, ("m", "r", "k", *bits, "kept", *(f"error after\n{count} steps" for count in steps))
+    )
     for probe in sorted(frontier.probes, key=lambda one: (one.size.atom_rank or 0, one.size.m)):
         size = probe.size
         cells = (

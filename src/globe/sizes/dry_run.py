@@ -20,7 +20,7 @@ from rich.table import Table
 from globe.am.records import Sizes
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.config.choices import ExportDtype, Method, Metric, Over, Scale, Store
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.config.schema import Config, chosen_metric
 from globe.fit.calibrated import calibration_for
 from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
@@ -261,9 +261,9 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
                 spread = spread_budget(config, banks, sizing, Path(scratch) / FILE)
             shares = {one.key: one.kept for one in spread.shares}
         found = predict(config, checkpoint, device, shares)
-    console.print(_table(config, found, str(device)))
+    show_table(console, _table(config, found, str(device)))
     if any(one.serving for one in found):
-        console.print(serving_table({one.bank.sizes: one.serving for one in found}, config.serve.batch))
+        show_table(console, serving_table({one.bank.sizes: one.serving for one in found}, config.serve.batch))
     for line in sentences(config, totals(config, checkpoint, found)):
         say(console, line)
     return found
@@ -332,7 +332,7 @@ def _table(config: Config, found: Sequence[Prediction], device: str) -> Table:
             f"{one.bank.kept:.1%}",
             "-" if one.bytes is None else f"{one.bytes / 2**20:,.0f} MiB",
             "-" if one.seconds is None else f"{one.seconds:.3g}",
-            "-" if longest is None else f"{longest:,.0f}",
+            "-" if longest is None else f"{longest:,.0f}" if longest >= 10 else f"{longest:.2g}",
             _size(one.file_bytes),
         )
         add_row(table, cells)

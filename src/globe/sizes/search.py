@@ -19,6 +19,7 @@ from torch import Tensor
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes
 from globe.config.choices import Dictionary
+from globe.config.console import progress_bar
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
 from globe.fit.options import fit_options
@@ -129,10 +130,12 @@ def search(
     running = list(plan.first)
     for rung, steps in enumerate(plan.steps):
         _log.info("trying %d sizes on %d experts of %d x %d for %d steps", len(running), *X.shape, steps)
-        for size in running:
-            tried = seen.setdefault(size, {})
-            if steps not in tried:
-                tried[steps] = _error(X, columns, block, size, config, steps, seed)
+        with progress_bar(len(running), "fit", f"sizes, round {rung + 1} of {len(plan.steps)}") as bar:
+            for size in running:
+                tried = seen.setdefault(size, {})
+                if steps not in tried:
+                    tried[steps] = _error(X, columns, block, size, config, steps, seed)
+                bar.update()
         merits = {size: _merit(block, size, seen[size][steps], block is not room) for size in running}
         running.sort(key=merits.__getitem__)
         if rung == 0:

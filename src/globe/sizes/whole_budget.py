@@ -20,7 +20,7 @@ from torch import Tensor
 from globe.calibration.sensitivity import sensitivities
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.in_memory import ExpertsInMemory
-from globe.config.console import add_row, new_table, say, wide_console
+from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
 from globe.fit.plan import Outline
@@ -137,7 +137,7 @@ def _fingerprint(config: Config, checkpoint: Checkpoint, banks: Sequence[Outline
 def print_allocation(found: Allocation, console: Console | None = None) -> None:
     """Print the table of shares with a bar for each, and what is gained over equal shares."""
     console = wide_console(console)
-    console.print(allocation_table(found))
+    show_table(console, allocation_table(found))
     least, uniform = (sum(getattr(one, name) for one in found.shares) for name in ("loss", "uniform_loss"))
     unit = (
         "nats per token"
