@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import reference
+import reference_codes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,9 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_code_system_agrees_with_the_dense_jacobian(activation: str, lam: float) -> None:
     X, bank, codes = problem()
     K, h = code_system(bank, evaluate(X, bank, codes, StepOptions(lam=lam, activation=activation)))
-    wanted = reference.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
+    wanted = reference_codes.code_system(
+        reference.point(X, bank, codes, lam=lam, activation=activation), bank
+    )
     for found, exact in ((K, wanted[0]), (h, wanted[1])):
         assert float((found - exact).norm()) <= 1e-8 * float(exact.norm())
 
@@ -64,16 +67,16 @@ def test_proposed_codes_minimise_the_linearised_objective(
         codes = codes / codes.sum(dim=1, keepdim=True)
     at = evaluate(X, bank, codes, StepOptions(lam=lam, activation=activation))
     found = propose_codes(bank, codes, at, support=support, l1=l1, simplex=simplex)
-    K, h = reference.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
+    K, h = reference_codes.code_system(reference.point(X, bank, codes, lam=lam, activation=activation), bank)
     sparse = False
     for i in range(N):
         mean = K[i].diagonal().mean()
         damped = K[i] + 1e-3 * mean * torch.eye(M, dtype=K.dtype)
-        wanted = reference.best_codes(
+        wanted = reference_codes.best_codes(
             damped,
             h[i],
             codes[i],
-            price=l1 * reference.price_of_codes(damped.diagonal(), codes[i], bank),
+            price=l1 * reference_codes.price_of_codes(damped.diagonal(), codes[i], bank),
             simplex=simplex,
             support=None if support is None else support[i],
         )

@@ -143,6 +143,5 @@ def test_a_linear_fit_of_low_rank_atoms_in_sharp_metrics_stays_finite(condition:
     result, records = fitted(seen(X, metric), Sizes(n, p, d, 32, 60, atom_rank=6), config, metric=metric)
     assert len(records) == 60
     assert result.rejected < 10
-    assert (
-        result.relfrob < 0.75 * result.relfrob_start
-    )  # 0.63 seen; the way of 60 float32 steps is rounding's
+    # 0.62808 and 0.4993; under other arithmetic they differ by 4e-5, since all of 60 steps differ in their rounding
+    assert result.relfrob < 0.75 * result.relfrob_start

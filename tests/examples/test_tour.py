@@ -37,6 +37,7 @@ def test_the_cells_run_in_order(
     errors = [one.relfrob for one in names["banks"]]
     assert errors == sorted(errors, reverse=True)
     assert names["model"].num_parameters() < names["original"].num_parameters()
+    # 1.0036, and 1.0032 under other arithmetic: the compressed model is no better, by more than rounding makes
     assert 0.99 * names["before"] < names["after"] < 1.5 * names["before"]
     printed = capsys.readouterr().out
     assert "perplexity " in printed

@@ -24,13 +24,17 @@ TESTS = (
         f"tests/am/test_{name}.py"
         for name in (
             "codes",
+            "curvature",
             "descent",
             "gauss_newton",
             "kernels",
             "low_precision",
+            "metric",
+            "metric_fits",
             "recovery",
             "ridge",
             "warm_start",
+            "whole_steps",
         )
     ),
     "tests/baselines/test_baselines.py",
