@@ -78,7 +78,7 @@ def damping_units(
 def assert_same_moves(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """The moves agree to the root of 1e-14, the ridge that holds adapters of a basis M_i of lower rank than r.
 
-    One low-rank atom is such a basis; there 3e-10 has been seen, and with full rank 100 roundings of a condition of 2e4.
+    One low-rank atom is such a basis; there 3e-10 has been seen, and with full rank 1e-12, a condition of 2e4.
     """
     relative = 1e-14**0.5
     assert found.keys() == wanted.keys()
