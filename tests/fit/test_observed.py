@@ -335,11 +335,13 @@ def test_the_search_fits_candidates_in_the_metric(tmp_path: Path, with_text: tup
     options = ("model.max_experts=7", "layer=5", "bank.kept=0.6", "budget.seconds=0.5", "train.steps=3")
     _, folder = run_in(tmp_path, *options, *with_text)
     (shape,) = load(folder / "frontier.json")["shapes"].values()
-    assert {1, 2, 4} <= {probe["m"] for probe in shape["probes"] if probe["atom_rank"] is None}
-    assert max(max(probe["relfrob"].values()) for probe in shape["probes"]) < 0.4
+    assert {1, 2, 4} <= {
+        probe["size"]["m"] for probe in shape["frontier"]["probes"] if probe["size"]["atom_rank"] is None
+    }
+    assert max(max(probe["relfrob"].values()) for probe in shape["frontier"]["probes"]) < 0.4
     _, plain_run = run_in(tmp_path, *options)
     (shape,) = load(plain_run / "frontier.json")["shapes"].values()
-    assert min(min(probe["relfrob"].values()) for probe in shape["probes"]) > 0.2
+    assert min(min(probe["relfrob"].values()) for probe in shape["frontier"]["probes"]) > 0.2
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

@@ -64,7 +64,7 @@ def test_search_takes_the_least_error_and_says_all_it_tried() -> None:
     config = Config()
     config.schedule.lam.start = config.schedule.lam.end = 0.0
     found = search_bytes(X, room, config, seed=3)
-    errors = {probe.size: probe.errors[FEWEST_STEPS] for probe in found.probes}
+    errors = {probe.size: probe.relfrob[FEWEST_STEPS] for probe in found.probes}
     assert found.chosen == min(errors, key=errors.__getitem__)
     assert len(errors) >= 4
     assert len({size.m for size in errors}) >= 2
@@ -99,8 +99,8 @@ def test_a_run_keeps_to_its_bytes(tmp_path: Path, options: list[str]) -> None:
         assert set(artefact.packed) == {"adapters", "bank"}
     shapes = load(folder / "frontier.json")["shapes"]
     (searched,) = shapes.values()
-    assert searched["chosen"]["m"] == banks[0]["m"]
-    assert searched["chosen"]["bits_A"] > 1
+    assert searched["frontier"]["chosen"]["m"] == banks[0]["m"]
+    assert searched["frontier"]["chosen"]["bits_A"] > 1
 
 
 @pytest.mark.parametrize("share", [0.16, 0.3])

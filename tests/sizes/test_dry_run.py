@@ -168,7 +168,7 @@ def test_the_run_takes_sizes_between_those_shown(tmp_path: Path, quick: None) ->
     sizing = Sizing(source, torch.device("cpu"), quiet=True)
     found = choose_sizes(config, [bank], sizing, tmp_path / "f.json")
     chosen = found[bank.shape]
-    frontier = json.loads((tmp_path / "f.json").read_text())["shapes"]["9x160x200"]
+    frontier = json.loads((tmp_path / "f.json").read_text())["shapes"]["9x160x200"]["frontier"]
     assert frontier["block"]["p"] < 160
     dense = sorted((one.sizes.m, one.sizes.r) for one in plans if one.sizes.atom_rank is None)
     assert dense[0][0] <= chosen.m <= dense[-1][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ P, D = 20, 28
 
 def drawn_reads(layer: Layer, size: BankSize, form: str, tokens: int) -> float:
     """Numbers that one step reads on average, expert by expert, over all equally likely choices of single tokens."""
-    m, r, k = size[:3]
+    m, r, k = size.m, size.r, size.atom_rank
     missed = 1.0
     for _ in range(tokens):
         missed *= (layer.experts - layer.top_k) / layer.experts
@@ -46,7 +47,7 @@ def drawn_reads(layer: Layer, size: BankSize, form: str, tokens: int) -> float:
 
 def held(layer: Layer, size: BankSize, form: str) -> float:
     """Numbers that one layer holds."""
-    m, r, k = size[:3]
+    m, r, k = size.m, size.r, size.atom_rank
     dense = (3 * layer.experts - layer.families * layer.factored) * P * D
     if form == "composed":
         return dense + layer.families * layer.factored * r * (P + D)
@@ -90,7 +91,7 @@ def test_a_cut_size_has_the_most_rows_that_serve(
 ) -> None:
     serving = Serving(layer, speed, memory, (1, 8), linear=False)
     size = BankSize(m, r, None)
-    every = [size._replace(r=rows) for rows in range(1, r + 1)]
+    every = [replace(size, r=rows) for rows in range(1, r + 1)]
     good = [one for one in every if serving.serves(P, D, one)]
     assert serving.cut(P, D, size) == (good[-1] if good else None)
 
@@ -175,7 +176,8 @@ def test_a_run_keeps_to_a_limit(tmp_path: Path) -> None:
     options = ("bank.kept=0.9", "budget.seconds=0.2", "train.steps=1", "family=up", "serve.speed=1.1")
     run_in(tmp_path, *options)
     (folder,) = tmp_path.iterdir()
-    (record,) = load(folder / "frontier.json")["shapes"].values()
+    (searched,) = load(folder / "frontier.json")["shapes"].values()
+    record = searched["frontier"]
     checkpoint = open_checkpoint("embedded")
     experts, top_k = record["room"]["n"], experts_per_token(checkpoint.config)
     serving = Serving(Layer(experts, experts, top_k or 0, 1), 1.1, None, (1, 8, 64), linear=False)

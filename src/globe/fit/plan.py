@@ -59,7 +59,8 @@ class Matrices(NamedTuple):
     family: str
 
 
-class BankSize(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class BankSize:
     """What `bank.kept` or `bank.size` chooses."""
 
     m: int

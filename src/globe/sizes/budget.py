@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from globe.am.records import Sizes
 from globe.errors import ConfigError
@@ -14,7 +14,8 @@ MOST_ADAPTERS, LEAST_ADAPTERS = 0.85, 0.35
 and on 60 trained experts."""
 
 
-class Room(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Room:
     """What sizes may be: experts of n x p x d, and at most `limit` numbers in adapters, atoms and codes."""
 
     n: int
@@ -31,7 +32,7 @@ class Room(NamedTuple):
 
         Where m is not allowed the nearest number of atoms that is stands in for it.
         """
-        n, p, d, limit = self
+        n, p, d, limit = self.n, self.p, self.d, self.limit
         near = next(
             (one for one in sorted(range(1, n + 1), key=lambda one: abs(one - m)) if allows(one)), None
         )
@@ -45,13 +46,13 @@ class Room(NamedTuple):
 
     def low_rank(self, k: int, allows: Callable[[int], bool] = lambda m: True) -> BankSize | None:
         """Return the most rows of n atoms of rank k; None if none fit, or if dense atoms would be smaller."""
-        n, p, d, limit = self
+        n, p, d, limit = self.n, self.p, self.d, self.limit
         r = min(p, d, (limit - n * n - n * k * d) // (n * p + n * k))
         return BankSize(n, r, k) if r > k >= 1 and k * (r + d) < r * d and allows(n) else None
 
     def rank_of_share(self, share: float) -> int:
         """Return k of n atoms when adapters take a share of the budget."""
-        n, p, d, limit = self
+        n, p, d, limit = self.n, self.p, self.d, self.limit
         r = share * limit / (n * p)
         return max(1, round((limit - n * p * r - n * n) / (n * (r + d))))
 
@@ -109,7 +110,7 @@ def enlarged(
 
 def too_small(kept: float, room: Room, *, means: int) -> ConfigError:
     """Return the sentence for a share in which nothing fits."""
-    n, p, d, _ = room
+    n, p, d = room.n, room.p, room.d
     least = (room.parameters(BankSize(1, 1, None)) + means) / (n * p * d)
     return ConfigError(
         f"bank.kept={kept} is too small for {n} experts of {p} x {d}: give a share from "

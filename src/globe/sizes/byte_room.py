@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from globe.bank.precision import Precision
 from globe.errors import ConfigError
@@ -18,7 +18,8 @@ ATOM_BITS = (8, 7, 6, 5)
 _LEAST, _MOST = 1.0, 8.0
 
 
-class ByteRoom(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ByteRoom:
     """What a bank may be: experts of n x p x d, and bits of its adapters, atoms and codes in a file."""
 
     n: int

@@ -7,9 +7,8 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +18,7 @@ from globe.config.choices import Centre
 from globe.config.console import add_row, new_table, show_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
-from globe.files import read_record, write_json
+from globe.files import parse_record, plain_record, read_record, write_json
 from globe.fit.plan import (
     BankSize,
     Outline,
@@ -35,12 +34,12 @@ from globe.sizes.budget import Room, candidates, too_small
 from globe.sizes.byte_room import ByteRoom
 from globe.sizes.byte_room import too_small as bytes_too_small
 from globe.sizes.byte_search import search_bytes
-from globe.sizes.search import RATIO, Frontier, Probe, search
+from globe.sizes.search import RATIO, Frontier, search
 from globe.sizes.serving import Serving, costs_of, served, serving_of, unservable
 from globe.sizes.sizing import Sizing
 
 _log = logging.getLogger(__name__)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Shape = tuple[int, int, int]
 
 
@@ -53,6 +52,13 @@ class Searched:
     fingerprint: str
     """hash of all that decides the choice"""
     frontier: Frontier
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    format_version: int
+    shapes: dict[str, Searched]
+    """by their names, as `7x48x64`"""
 
 
 def room_of(config: Config, bank: Outline) -> Room:
@@ -169,7 +175,7 @@ def _search(config: Config, probed: Outline, room: Room | ByteRoom, sizing: Sizi
 
 def _fingerprint(config: Config, probed: Outline, room: Room | ByteRoom, sizing: Sizing) -> str:
     source = source_of(config, sizing.checkpoint, probed, sizing.calibration)
-    what = [bank_options(config), probed.key, room, source["sha256"], sizing.device.type]
+    what = [bank_options(config), probed.key, asdict(room), source["sha256"], sizing.device.type]
     what += [source["calibration"]] if "calibration" in source else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -179,31 +185,8 @@ def _name(shape: Shape) -> str:
 
 
 def _write(file: Path, known: dict[Shape, Searched]) -> None:
-    shapes = {_name(shape): _record(searched) for shape, searched in known.items()}
-    write_json(file, {"format_version": FORMAT_VERSION, "shapes": shapes})
-
-
-def _record(searched: Searched) -> dict[str, Any]:
-    frontier = searched.frontier
-    block = frontier.block
-    rows = [
-        {
-            **probe.size._asdict(),
-            "parameters": probe.parameters,
-            "kept": probe.parameters / (block.n * block.p * block.d),
-            "relfrob": {str(steps): _finite(error) for steps, error in probe.errors.items()},
-        }
-        for probe in frontier.probes
-    ]
-    return {
-        "room": frontier.room._asdict(),
-        "block": block._asdict(),
-        "steps": list(frontier.steps),
-        "chosen": frontier.chosen._asdict(),
-        "probes": rows,
-        "probed": searched.probed,
-        "fingerprint": searched.fingerprint,
-    }
+    shapes = {_name(shape): searched for shape, searched in known.items()}
+    write_json(file, plain_record(_File(FORMAT_VERSION, shapes)))
 
 
 def _read(file: Path) -> dict[Shape, Searched]:
@@ -212,36 +195,13 @@ def _read(file: Path) -> dict[Shape, Searched]:
     if record is None:
         return {}
     try:
-        if record["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"it has format version {record['format_version']}")
-        found = [_of_record(one) for one in record["shapes"].values()]
-        return {(room.n, room.p, room.d): one for one in found for room in [one.frontier.room]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if record.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"it has format version {record.get('format_version')}")
+        found = parse_record(_File, record).shapes.values()
+    except ValueError as error:
         _log.warning("%s is ignored and the search for sizes repeated: %s", file, error)
         return {}
-
-
-def _of_record(record: dict[str, Any]) -> Searched:
-    probes = tuple(
-        Probe(
-            BankSize(row["m"], row["r"], row["atom_rank"], row.get("bits_A"), row.get("bits_B")),
-            row["parameters"],
-            {int(steps): math.inf if error is None else error for steps, error in row["relfrob"].items()},
-        )
-        for row in record["probes"]
-    )
-    frontier = Frontier(
-        Room(**record["room"]),
-        Room(**record["block"]),
-        tuple(record["steps"]),
-        probes,
-        BankSize(**record["chosen"]),
-    )
-    return Searched(record["probed"], record["fingerprint"], frontier)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {(room.n, room.p, room.d): one for one in found for room in [one.frontier.room]}
 
 
 def print_frontier(searched: Searched, console: Console | None = None) -> None:
@@ -271,7 +231,11 @@ def frontier_table(searched: Searched) -> Table:
             "-" if size.atom_rank is None else str(size.atom_rank),
             *((f"{size.bits_A:.2f}", str(size.bits_B)) if few else ()),
             f"{probe.parameters / (block.n * block.p * block.d):.2%}",
-            *(f"{probe.errors[count]:.4f}" if count in probe.errors else "" for count in steps),
+            *(
+                "" if count not in probe.relfrob else "broke" if error is None else f"{error:.4f}"
+                for count in steps
+                for error in [probe.relfrob.get(count)]
+            ),
         )
         add_row(table, cells, "bold" if block == room and size == frontier.chosen else None)
     return table

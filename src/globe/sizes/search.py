@@ -58,8 +58,8 @@ class Probe:
 
     size: BankSize
     parameters: int
-    errors: dict[int, float]
-    """RelFrob by the steps it was fitted for; infinity for a fit that broke"""
+    relfrob: dict[int, float | None]
+    """by the steps it was fitted for; None for a fit that broke"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def search(
         raise FitError(
             "no size within bank.kept could be fitted: use dtype=float64, or give bank.m and bank.r"
         )
-    probes = tuple(Probe(size, block.parameters(size), tried) for size, tried in seen.items())
+    probes = tuple(probe_of(size, block, tried) for size, tried in seen.items())
     chosen = running[0]
     if block is not room:
         whole = enlarged(room, chosen, block, allows=allows)
@@ -157,6 +157,12 @@ def search(
             (whole, *candidates(room, ratio=RATIO, low_rank=False, allows=allows)), serving, room.p, room.d
         )
     return Frontier(room, block, plan.steps, probes, chosen)
+
+
+def probe_of(size: BankSize, block: Room, tried: dict[int, float]) -> Probe:
+    """Return the record of a candidate, from its errors by steps, infinite where a fit broke."""
+    relfrob = {steps: error if math.isfinite(error) else None for steps, error in tried.items()}
+    return Probe(size, block.parameters(size), relfrob)
 
 
 def _halfway(

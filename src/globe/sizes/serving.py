@@ -8,7 +8,7 @@ step, the dense form reads h p d numbers, the composed form h r (p + d), and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rich.table import Table
@@ -89,7 +89,7 @@ def costs(
     Bases that are composed at the start are counted without the bank they are made of, which an engine need not keep.
     A bank with a curved phi has to be composed at every step, which takes time beside what is read.
     """
-    m, r, k = size[:3]
+    m, r, k = size.m, size.r, size.atom_rank
     atoms = m * r * d if k is None else m * k * (r + d)
     banks = layer.families / layer.joined
     rest = layer.experts - layer.factored
@@ -153,10 +153,10 @@ class Serving:
             return size
         while most - least > 1:
             middle = (least + most) // 2
-            good = self.serves(p, d, size._replace(r=middle))
+            good = self.serves(p, d, replace(size, r=middle))
             least, most = (middle, most) if good else (least, middle)
         possible = least >= 1 and (size.atom_rank is None or least > size.atom_rank)
-        return size._replace(r=least) if possible else None
+        return replace(size, r=least) if possible else None
 
 
 def serving_of(config: Config, checkpoint: Checkpoint, bank: Outline) -> Serving | None:
