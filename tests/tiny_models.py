@@ -57,6 +57,11 @@ _LOCAL: dict[str, Any] = {"num_local_experts": EXPERTS}
 TINY: dict[str, dict[str, Any]] = {
     "afmoe": _OWN | _NUM | _HEAD | _ATTENTION | {"num_dense_layers": 1},
     "cohere2_moe": _NUM | _HEAD | _ATTENTION,
+    "dbrx": {
+        "d_model": HIDDEN,
+        "attn_config": {"kv_n_heads": 3, "clip_qkv": 8, "rope_theta": 5e5},
+        "ffn_config": {"ffn_hidden_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    },
     "deepseek_v2": _OWN | _LATENT | _ROUTED | _GROUPED | _FIRST_DENSE,
     "deepseek_v3": _OWN | _LATENT | _ROUTED | _GROUPED | _FIRST_DENSE,
     "dots1": _OWN | _ROUTED | _HEAD | _GROUPED | _FIRST_DENSE,

@@ -49,7 +49,7 @@ class Reference:
             x, index, weights = tensors
             pairs = [
                 (int(expert), row, float(weight))
-                for row, experts, gates in zip(x, index, weights, strict=True)
+                for row, experts, gates in zip(x.reshape(-1, HIDDEN), index, weights, strict=True)
                 for expert, weight in zip(experts, gates, strict=True)
             ]
         total = torch.zeros(HIDDEN).double()

@@ -126,12 +126,12 @@ def test_layers_may_have_different_layouts_and_one_layer_only_one() -> None:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "llama4", "qwen3_5_moe", "jamba"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "llama4", "qwen3_5_moe", "jamba", "nemotron_h", "dbrx"])
 def test_experts_are_found_under_every_prefix_that_transformers_reads(model_type: str, prefix: str) -> None:
     known = load_architecture(model_type)
     other = with_prefix(known, prefix)
     name = other.layouts[0].down.format(layer=3, expert=0)
-    assert name.startswith(f"{prefix}layers.3.")
+    assert name.startswith((f"{prefix}layers.3.", f"{prefix}blocks.3."))
     found = named_as(known, ["lm_head.weight", name])
     assert found.layouts[0] == other.layouts[0]
     assert found.shared == other.shared
@@ -145,7 +145,7 @@ def test_experts_under_two_prefixes_are_refused() -> None:
     names = [
         with_prefix(known, prefix).layouts[0].down.format(layer=3, expert=0) for prefix in ("", "model.")
     ]
-    with pytest.raises(CheckpointError, match=r"there twice, such as model\.layers.* and layers\."):
+    with pytest.raises(CheckpointError, match=r"names of two kinds, such as model\.layers.* and layers\."):
         named_as(known, names)
 
 

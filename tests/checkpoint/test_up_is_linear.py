@@ -27,7 +27,7 @@ def experts_module(model: nn.Module, layer: int) -> nn.Module:
     (found,) = [
         module
         for name, module in model.named_modules()
-        if f".layers.{layer}." in name and type(module).__name__.endswith("Experts")
+        if f".{layer}." in name and type(module).__name__.endswith("Experts")
     ]
     return found
 
@@ -41,7 +41,7 @@ def outputs(folder: Path, model_type: str, layer: int, hidden: Tensor) -> Tensor
             return module(hidden.repeat(EXPERTS, 1)).view(EXPERTS, tokens, HIDDEN)
         ones = torch.ones(tokens, 1)
         chosen = [torch.full((tokens, 1), expert) for expert in range(EXPERTS)]
-        return torch.stack([module(hidden, index, ones) for index in chosen])
+        return torch.stack([module(hidden, index, ones).view(tokens, HIDDEN) for index in chosen])
 
 
 def scaled(source: Path, out: Path, layer: int, factors: dict[tuple[str, int], float]) -> Path:

@@ -168,7 +168,10 @@ def put_dense(model: nn.Module, experts: dict[tuple[int, str, int], Tensor]) -> 
     for (layer, family, expert), matrix in experts.items():
         module, W = modules[layer], matrix
         p = W.shape[0]
-        if family == "down":  # a bank holds it transposed
+        if type(module).__name__ == "DbrxExperts":  # the (p, d) matrices of all experts, one below the other
+            stacked = {"gate": "w1", "up": "v1", "down": "w2"}[family]
+            getattr(module.mlp, stacked)[expert * p : (expert + 1) * p] = W.float()
+        elif family == "down":  # a bank holds it transposed
             stored_transposed = type(module).__name__ in ("GptOssExperts", "Llama4TextExperts")
             module.down_proj[expert] = (W if stored_transposed else W.T).float()
         elif type(module).__name__ == "GptOssExperts":

@@ -23,6 +23,7 @@ from tiny_models import TINY, VOCABULARY, load_tiny
 FAST = ("qwen2_moe", "mixtral", "granitemoe")
 """One tensor an expert; another module name on disk than in memory; all experts in one tensor."""
 IRREGULAR = {
+    "dbrx": "no gate_up_proj",
     "gpt_oss": "transposed",
     "llama4": "gate_up_proj",
     "llama4_text": "no gate_up_proj",

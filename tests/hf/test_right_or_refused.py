@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda folder: edit_names(
             folder, lambda name: name.removeprefix("model.") if ".0." in name else name
         ),
-        "the experts are there twice",
+        "experts have names of two kinds",
     ),
     "weights under another name": (
         lambda folder: configured(folder, transformers_weights="other.safetensors"),

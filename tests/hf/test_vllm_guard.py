@@ -15,7 +15,7 @@ from globe.hf.quantizer import compact_config
 
 PLUGIN = Path(__file__).parents[2] / "integrations" / "vllm" / "globe_vllm" / "__init__.py"
 QUANTIZATION = "vllm.model_executor.layers.quantization"
-IRREGULAR = {"gpt_oss", "llama4", "llama4_text", "nemotron_h"}
+IRREGULAR = {"dbrx", "gpt_oss", "llama4", "llama4_text", "nemotron_h"}
 
 
 def config() -> dict[str, object]:

@@ -45,11 +45,19 @@ class Routed(NamedTuple):
 class ExpertsView:
     """One experts module: sizes, and what expert e computes on rows x, in float32.
 
-    Raises CheckpointError for a module whose weights are not the fused tensors that transformers 5 makes.
+    Raises CheckpointError for a module whose weights are neither the fused tensors that transformers 5 makes, nor those
+    of DBRX, where the matrices of all experts stand one below the other.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._module: Any = module
+        self._stacked = _stacked(module)
+        self._activation: Any = getattr(module, "act_fn", None)
+        if self._stacked is not None:
+            self.gated, self._transposed, self._interleaved = True, False, False
+            self._activation = module.mlp.activation_fn  # type: ignore[union-attr]
+            self.n, self.p, self.d = self._stacked["down"].shape
+            return
         fused, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         self.gated = isinstance(fused, nn.Parameter)
         first = fused if self.gated else getattr(module, "up_proj", None)
@@ -99,16 +107,20 @@ class ExpertsView:
 
     def before_activation(self, expert: int, x: Float[Tensor, "t d"]) -> Float[Tensor, "t q"]:
         """Return gate x and up x as the module stores them: q = 2p, or p without a gate."""
+        if self._stacked is not None:
+            return torch.cat(
+                [F.linear(x, self._stacked[family][expert].float()) for family in ("gate", "up")], -1
+            )
         return self._linear(self._first, "gate_up_proj_bias" if self.gated else "up_proj_bias", expert, x)
 
     def activate(self, pre: Float[Tensor, "t q"]) -> Float[Tensor, "t p"]:
         """Return h, what goes into the down projection."""
         if not self.gated:
-            return self._module.act_fn(pre)
+            return self._activation(pre)
         if hasattr(self._module, "_apply_gate"):
             return self._module._apply_gate(pre)
         gate, up = self.halves(pre)
-        return self._module.act_fn(gate) * up
+        return self._activation(gate) * up
 
     def halves(self, pre: Float[Tensor, "t q"]) -> tuple[Float[Tensor, "t p"], Float[Tensor, "t p"]]:
         """Return the gate's and the up projection's part."""
@@ -132,6 +144,8 @@ class ExpertsView:
 
     def output(self, expert: int, h: Float[Tensor, "t p"]) -> Float[Tensor, "t d"]:
         """Return what the expert gives, before its gate value weights it."""
+        if self._stacked is not None:
+            return h @ self._stacked["down"][expert].float()
         out = self._linear(self._down, "down_proj_bias", expert, h)
         return (
             self._module.post_expert_norm(out)
@@ -152,6 +166,8 @@ class ExpertsView:
 
     def _matrices(self, family: str) -> Tensor:
         """Return the matrices of a family, each p x d: a view of the module's weights."""
+        if self._stacked is not None:
+            return self._stacked[family]
         if family == "down":
             return self._down.detach() if self._transposed else self._down.detach().mT
         weights = self._first.detach().mT if self._transposed else self._first.detach()
@@ -163,6 +179,8 @@ class ExpertsView:
 
     def down_norms(self) -> Float[Tensor, "n p"]:
         """Return ||down_k||^2, the squared norm of what unit k of each expert writes."""
+        if self._stacked is not None:
+            return torch.stack([matrix.float().square().sum(1) for matrix in self._stacked["down"]])
         rows = [matrix.float().square().sum(1 if self._transposed else 0) for matrix in self._down.detach()]
         return torch.stack(rows)
 
@@ -171,3 +189,13 @@ class ExpertsView:
         added = getattr(self._module, bias, None) if getattr(self._module, "has_bias", False) else None
         out = x @ matrix if self._transposed else F.linear(x, matrix)
         return out if added is None else out + added[expert].detach().float()
+
+
+def _stacked(module: nn.Module) -> dict[str, Float[Tensor, "n p d"]] | None:
+    """Return the matrices of a module in which those of all experts stand one below the other, as DBRX has them."""
+    names = {"gate": "w1", "up": "v1", "down": "w2"}
+    held = {family: getattr(getattr(module, "mlp", None), name, None) for family, name in names.items()}
+    n = getattr(module, "num_experts", 0)
+    if not n or not all(isinstance(one, nn.Parameter) and one.dim() == 2 for one in held.values()):
+        return None
+    return {family: one.detach().view(n, -1, one.shape[1]) for family, one in held.items() if one is not None}

@@ -19,9 +19,12 @@ from typing import Any
 from globe.errors import CheckpointError
 
 FAMILIES = ("gate", "up", "down")
-PREFIXES = ("model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.model.")
-"""What stands before `layers.` in the tensor names of one model, by how it was saved: transformers reads them alike."""
-_HEAD = re.compile(r"^(?:language_model\.|model\.)*(?=layers\.)")
+PREFIXES = (
+    *("model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.model."),
+    *("model.backbone.", "transformer.transformer."),
+)
+"""What stands before `layers.` or `blocks.` in tensor names, by how a model was saved: transformers reads them alike."""
+_HEAD = re.compile(r"^(?:language_model\.|model\.|backbone\.|transformer\.)*(?=(?:layers|blocks)\.)")
 _FOLDER = Path(__file__).parent / "architectures"
 
 
@@ -112,7 +115,7 @@ class Architecture:
 
 
 def with_prefix(architecture: Architecture, prefix: str) -> Architecture:
-    """Return the architecture with what stands before `layers.` in its tensor names replaced by `prefix`."""
+    """Return the architecture with what stands before its layers in tensor names replaced by `prefix`."""
 
     def renamed(layout: Layout) -> Layout:
         names = {key: getattr(layout, key) for key in ("down", "up", "gate", "gate_up")}
