@@ -286,6 +286,8 @@ HOSTILE = {
     "cut": b'{"a": ',
     "empty": b"",
     "many lists": b"[" + b"[]," * 10**6 + b"[]]",
+    "many texts": b"[" + b'"",' * 1_300_000 + b'""]',
+    "many numbers": b"[" + b"0," * 4_100_000 + b"0]",
 }
 
 

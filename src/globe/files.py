@@ -33,6 +33,10 @@ LARGEST_JSON = 64 << 20
 """Bytes; the index of a model of 300,000 tensors has half of that."""
 _MOST_CONTAINERS = 700_000
 """Objects and lists in one JSON file, each of which takes up to 300 bytes of memory once it is read."""
+_MOST_TEXTS = 1_200_000
+"""Texts in one JSON file, keys included, of up to 200 bytes of memory each: an index of 300,000 tensors has half."""
+_MOST_VALUES = 4_000_000
+"""Values of any kind in one JSON file, of up to 32 bytes of memory each beside their content."""
 _DEEPEST = 64
 _NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 _BINARY: int = getattr(os, "O_BINARY", 0)
@@ -247,13 +251,15 @@ def read_json(path: Path, *, limit: int = LARGEST_JSON, strict: bool = True) -> 
 
 
 def parse_json(content: bytes, *, strict: bool = True) -> Any:
-    """Return the value of a UTF-8 JSON text whose depth and number of objects and lists are bounded.
+    """Return the value of a UTF-8 JSON text whose depth and numbers of values are bounded.
 
     `strict` refuses numbers that are not finite (`NaN`, `1e999`) and keys that stand twice in one object, which
     other readers take for the first or for the last. Raises ValueError with the reason.
     """
     if content.count(b"{") + content.count(b"[") > _MOST_CONTAINERS:
         raise ValueError(f"it has more than {_MOST_CONTAINERS:,} objects and lists")
+    if content.count(b'"') > 2 * _MOST_TEXTS or content.count(b",") > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_TEXTS:,} texts or {_MOST_VALUES:,} values")
     try:
         text = content.decode("utf-8")
         if strict:

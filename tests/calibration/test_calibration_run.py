@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from globe.calibration.run import RECORD, Calibration, calibrate, prepare
 from globe.checkpoint import open_checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import ExportDtype
-from globe.errors import ArtefactError, ConfigError
+from globe.errors import ArtefactError, CheckpointError, ConfigError
 from tiny_models import TINY, load_tiny
 
 
@@ -135,6 +136,24 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     assert (folder / "progress.json").is_file()
     assert not (folder / "layer-005.safetensors").exists()
     same(calibrate(checkpoint, options), want, checkpoint.moe_layers)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("attn_implementation", [[]], "transformers can't load"),
+        ("hidden_act", "no such", "transformers can't load"),
+        ("num_experts_per_tok", -1, "transformers can't run"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_one_sentence(
+    key: str, value: Any, sentence: str, tmp_path: Path
+) -> None:
+    checkpoint, options = make(tmp_path)
+    file = checkpoint.folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=sentence):
+        calibrate(open_checkpoint(str(checkpoint.folder)), options)
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:

@@ -162,6 +162,15 @@ def test_two_authorities_that_differ_are_refused_with_both_names(tmp_path: Path)
     assert ShardReader(tmp_path).files == ("model.safetensors",)
 
 
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("globe.checkpoint.shards._MOST_TENSORS", 3)
+    for number in range(2):
+        save_file({f"{number}.{k}": torch.ones(2) for k in range(2)}, tmp_path / f"{number}.safetensors")
+    index_of(tmp_path, {f"{number}.{k}": f"{number}.safetensors" for number in range(2) for k in range(2)})
+    with pytest.raises(CheckpointError, match="more than 3 tensors, more than any model"):
+        ShardReader(tmp_path)
+
+
 def test_shards_in_a_folder_below_are_read(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     save_file({"x": torch.arange(3)}, tmp_path / "below" / "a.safetensors")

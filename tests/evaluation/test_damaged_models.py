@@ -78,7 +78,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(
     assert not (folder / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("harm", ["factor", "cut", "config", "description"])
+@pytest.mark.parametrize("harm", ["factor", "cut", "config", "routing", "description"])
 def test_a_damaged_compact_checkpoint_is_a_sentence(
     harm: str, lossy_run: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +93,8 @@ def test_a_damaged_compact_checkpoint_is_a_sentence(
             file.write_bytes(file.read_bytes()[:-100])
         case "config":
             (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "many"}))
+        case "routing":  # loads, and can't run
+            (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": -1}))
         case "description":
             config["quantization_config"]["banks"] = [{"n": "x"}]
             (folder / "config.json").write_text(json.dumps(config))

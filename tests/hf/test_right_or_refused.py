@@ -14,7 +14,7 @@ from made_runs import lossless_bank, write_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from globe.checkpoint import open_checkpoint
+from globe.checkpoint import copy_checkpoint, open_checkpoint
 from globe.errors import CheckpointError, GlobeError
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
@@ -191,6 +191,20 @@ def test_both_patched_forms_of_a_lossless_run_are_the_model_that_transformers_lo
     assert torch.equal(logits(tmp_path / "dense"), expected)
     torch.testing.assert_close(logits(tmp_path / "globe"), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load(model)(input_ids=torch.arange(1, 30)[None]).logits, expected)
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x"])
+def test_an_index_that_transformers_would_not_load_is_mended_in_the_copy(
+    metadata: object, model: Path, tmp_path: Path
+) -> None:
+    expected = logits(model)
+    record = index_of(model)
+    del record["metadata"]
+    (model / INDEX).write_text(json.dumps(record if metadata is None else record | {"metadata": metadata}))
+    copy_checkpoint(model, tmp_path / "copy", {})
+    assert torch.equal(logits(tmp_path / "copy"), expected)
+    with pytest.raises(CheckpointError, match="transformers can't load"):
+        load(model)
 
 
 @pytest.mark.parametrize("what", REFUSED)

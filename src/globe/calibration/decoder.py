@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from globe.calibration.experts_module import ExpertsView, experts_modules
 from globe.checkpoint import Checkpoint
+from globe.checkpoint.model_config import understood
 from globe.checkpoint.quantised.reader import forget_quantisation
 from globe.checkpoint.shards import StoredTensor
 from globe.errors import CheckpointError
@@ -29,7 +30,8 @@ class Decoder:
     ) -> None:
         self._head = head
         self._checkpoint, self._dtype, self.device = checkpoint, dtype, device
-        self._model = _without_values(checkpoint, dtype)
+        with understood(checkpoint.folder):
+            self._model = _without_values(checkpoint, dtype)
         self._experts = experts_modules(self._model)
         prefixes = {name.split(f".{layer}.")[0] for layer, name in self._experts.items()}
         if len(prefixes) != 1:
@@ -41,10 +43,12 @@ class Decoder:
         modules = self._model.get_submodule(self._layers)
         assert isinstance(modules, nn.ModuleList)
         self._modules: list[nn.Module] = list(modules)
-        self._names = self._stored_names()
+        with understood(checkpoint.folder):
+            self._names = self._stored_names()
         self.wrapped: int | None = None
         """Fields of the tuple that a decoder layer gives; None where it gives the hidden states alone."""
-        self._load_rest()
+        with understood(checkpoint.folder):
+            self._load_rest()
 
     @property
     def layers(self) -> int:
@@ -99,7 +103,7 @@ class Decoder:
         module = self._modules[layer]
         replaced = {layer: at_layer} | dict.fromkeys(range(layer), before)
         replaced |= dict.fromkeys(range(layer + 1, self.layers), lambda *args, **kwargs: found[0])
-        with self._forwards(replaced):
+        with self._forwards(replaced), understood(self._checkpoint.folder, "run"):
             self._model.get_submodule(self._root)(input_ids=ids.to(self.device), use_cache=False)
         output = found[0]
         self.wrapped = len(output) if isinstance(output, tuple) else None
@@ -179,7 +183,7 @@ def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers import initialization as init
 
-    config = AutoConfig.from_pretrained(str(checkpoint.folder))
+    config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     forget_quantisation(config)
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

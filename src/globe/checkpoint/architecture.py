@@ -23,7 +23,7 @@ PREFIXES = (
     *("model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.model."),
     *("model.backbone.", "transformer.transformer."),
 )
-"""What stands before `layers.` or `blocks.` in tensor names, by how a model was saved: transformers reads them alike."""
+"""What stands before `layers.` or `blocks.` in tensor names, by how a model was saved: transformers reads all."""
 _HEAD = re.compile(r"^(?:language_model\.|model\.|backbone\.|transformer\.)*(?=(?:layers|blocks)\.)")
 _FOLDER = Path(__file__).parent / "architectures"
 

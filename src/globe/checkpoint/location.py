@@ -67,7 +67,7 @@ def named_as(architecture: Architecture, names: Sequence[str]) -> Architecture:
     if len(fitting) > 1:
         first, second = list(fitting)[:2]
         raise CheckpointError(
-            f"experts have names of two kinds, such as {first} and {second}: remove one of the two, or rename them alike"
+            f"experts have names of two kinds, such as {first} and {second}: remove one of the two, or rename it"
         )
     return next(iter(fitting.values()), architecture)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from globe.errors import CheckpointError
+from globe.errors import CheckpointError, GlobeError
 from globe.files import read_json
 
 PREFIX = "globe_"
@@ -97,3 +98,27 @@ def size_of(config: dict[str, Any], keys: tuple[str, ...], layer: int | None = N
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
+
+
+@contextmanager
+def understood(path: str | Path, doing: str = "load") -> Iterator[None]:
+    """Turn what transformers raises when it is `doing` something with a foreign checkpoint into one sentence.
+
+    Raises CheckpointError; memory that ran out stays what it was.
+    """
+    try:
+        yield
+    except (GlobeError, MemoryError, BrokenPipeError):
+        raise
+    except Exception as error:  # of every kind, by what in the files is not as expected
+        said = " ".join(str(error).split()) or "no reason given"
+        if "allocate" in said:  # memory, not the files
+            raise
+        if isinstance(error, OSError) and not Path(path).expanduser().is_dir():
+            raise CheckpointError(
+                f"{str(path)!r} is neither a checkpoint folder nor a model on the hub that can be had: correct it"
+            ) from error
+        raise CheckpointError(
+            f"transformers can't {doing} {path} ({type(error).__name__}: {said[:120]}): correct its config.json, or save "
+            "or download the checkpoint again"
+        ) from error

@@ -16,7 +16,7 @@ from globe.checkpoint.support import copy_file, copy_support_files
 from globe.checkpoint.tensorfile import TensorFile, raw_bytes
 from globe.config.console import progress_bar
 from globe.errors import CheckpointError
-from globe.files import write_text
+from globe.files import read_json, write_text
 
 _OF_QUANTISATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml")
 """Files in which GPTQ, AWQ, ModelOpt and llm-compressor say how a checkpoint was quantised."""
@@ -28,9 +28,10 @@ def copy_checkpoint(
     """Copy the checkpoint folder `source` into `folder`, the tensors named in `replace` changed by its functions.
 
     A function gets the stored tensor (its own copy) and returns one of the same shape and dtype. File names, headers,
-    metadata, the order of tensors, the index and every other tensor stay byte for byte, so tied tensors stay tied. What
-    is beside them is copied too, see `copy_support_files`, and the names of what is not copied are returned. At most
-    one tensor is in memory. `folder` is a new one, and appears as a whole by `globe.files.fresh_folder`. Raises
+    metadata, the order of tensors, the index (if it has metadata) and every other tensor stay byte for byte, so tied
+    tensors stay tied. What is beside them is copied too, see `copy_support_files`, and the names of what is not copied
+    are returned. At most one tensor is in memory. `folder` is a new one, and appears as a whole by
+    `globe.files.fresh_folder`. Raises
     CheckpointError if a name is not in the checkpoint, or a function returns another shape or dtype, and OSError if
     the disk refuses.
     """
@@ -42,13 +43,22 @@ def copy_checkpoint(
     folder.mkdir(exist_ok=True)
     left_out = copy_support_files(reader, folder)
     if (reader.folder / INDEX).is_file():
-        copy_file(reader.folder / INDEX, folder / INDEX)
+        _copy_index(reader.folder / INDEX, folder / INDEX)
     with progress_bar(len(reader.names), "tensor", "writing") as bar:
         for shard in reader.files:
             (folder / shard).parent.mkdir(parents=True, exist_ok=True)
             for _ in _copy_shard(reader.file(shard), folder / shard, replace):
                 bar.update()
     return left_out
+
+
+def _copy_index(source: Path, target: Path) -> None:
+    """Copy an index, with metadata where it has none: transformers loads no other."""
+    record = read_json(source)
+    if isinstance(record.get("metadata"), dict):
+        copy_file(source, target)
+    else:
+        write_text(target, json.dumps(record | {"metadata": {}}, indent=2) + "\n")
 
 
 def copy_dequantised(

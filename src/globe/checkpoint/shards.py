@@ -26,6 +26,8 @@ from globe.files import read_json, write_text
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+_MOST_TENSORS = 300_000
+"""Twice as many as the largest models have; each takes up to 700 bytes of memory."""
 _REMEDY = "save or download the checkpoint again"
 
 
@@ -46,7 +48,7 @@ class ShardReader:
         if headers is None:
             index = self._read_index() if (self.folder / INDEX).exists() else None
             names = [self._only_file()] if index is None else sorted(set(index.values()))
-            self._open = {name: TensorFile(self.folder / name) for name in names}
+            self._open = self._opened(names)
         else:
             self._open = {name: TensorFile(self.folder / name, one) for name, one in sorted(headers.items())}
         self.index: dict[str, str] = self._join()
@@ -106,6 +108,17 @@ class ShardReader:
     def file(self, shard: str) -> TensorFile:
         """Return a file by its name."""
         return self._open[shard]
+
+    def _opened(self, names: Iterable[str]) -> dict[str, TensorFile]:
+        found, held = dict[str, TensorFile](), 0
+        for name in names:
+            found[name] = TensorFile(self.folder / name)
+            held += len(found[name].entries)
+            if held > _MOST_TENSORS:
+                raise CheckpointError(
+                    f"{self.folder} has more than {_MOST_TENSORS:,} tensors, more than any model: is it one?"
+                )
+        return found
 
     def _join(self) -> dict[str, str]:
         """Tensor name -> file name. transformers takes the last of several tensors of one name; others the first."""

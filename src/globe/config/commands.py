@@ -128,7 +128,7 @@ def explain(error: BaseException) -> str | None:
     """Return one sentence for an error that a user can cause, and None for every other."""
     if is_out_of_memory(error):
         return _BROKEN[errno.ENOMEM]
-    return None if (sentence := _explained(error)) is None else _with_near_miss(sentence)
+    return None if (said := _explained(error)) is None else _with_near_miss(sentence(said))
 
 
 def _with_near_miss(sentence: str) -> str:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from globe.checkpoint.model_config import understood
 from globe.config.console import progress_bar
 from globe.evaluation.activation_error import LayerError, activation_errors
 from globe.evaluation.divergence import divergence
@@ -77,7 +78,10 @@ def measure(subject: Subject, ground: Ground, progress: str = "") -> Evaluation:
 
 def _score(case: _Case, progress: str) -> WindowSums:
     ground = case.ground
-    with progress_bar(len(ground.windows), "window", progress or None) as bar:
+    with (
+        progress_bar(len(ground.windows), "window", progress or None) as bar,
+        understood(case.subject.folder, "run"),
+    ):
         return score(
             case.model,
             ground.tokens,

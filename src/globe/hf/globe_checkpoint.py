@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from globe.checkpoint import Checkpoint, ShardWriter
-from globe.checkpoint.model_config import PREFIX
+from globe.checkpoint.model_config import PREFIX, understood
 from globe.checkpoint.quantised.reader import forget_quantisation
 from globe.checkpoint.rewrite import copy_plain_support
 from globe.config.console import progress_bar
@@ -22,7 +22,7 @@ from globe.hf.destination import destination, inputs_of, write_record
 from globe.hf.experts import GlobeExperts
 from globe.hf.few_bits import PARAMETERS
 from globe.hf.layout import VERSION_KEY, to_json, unpacked, version_of
-from globe.hf.loading import require_sizes, understood
+from globe.hf.loading import require_sizes
 from globe.hf.run_banks import BankEntry, verify_source
 from globe.hf.swap import SHARED_BANKS, bank_values, member_values, routed_rows, swap_in
 

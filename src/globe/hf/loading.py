@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import nn
 from globe.checkpoint import ShardReader
 from globe.checkpoint.hub import EMBEDDED, resolve
 from globe.checkpoint.location import count_layers
-from globe.checkpoint.model_config import is_compact, read_config, refuse_other_weights
+from globe.checkpoint.model_config import is_compact, read_config, refuse_other_weights, understood
 from globe.checkpoint.quantised.reader import (
     DequantisedReader,
     forget_quantisation,
@@ -24,7 +22,7 @@ from globe.checkpoint.quantised.reader import (
     open_quantised,
 )
 from globe.checkpoint.shards import StoredTensor
-from globe.errors import CheckpointError, GlobeError
+from globe.errors import CheckpointError
 from globe.files import read_json
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import QUANT_METHOD, VERSION_KEY, BankLayout, from_json
@@ -126,27 +124,6 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-
-
-@contextmanager
-def understood(path: str | Path) -> Iterator[None]:
-    """Turn whatever transformers raises over a foreign checkpoint into a CheckpointError of one sentence."""
-    try:
-        yield
-    except (GlobeError, MemoryError):
-        raise
-    except Exception as error:  # of every kind, by what in the files is not as expected
-        said = (str(error).strip().splitlines() or ["no reason given"])[0]
-        if "allocate" in said:  # memory, not the files
-            raise
-        if isinstance(error, OSError) and not Path(path).expanduser().is_dir():
-            raise CheckpointError(
-                f"{str(path)!r} is neither a checkpoint folder nor a model on the hub that can be had: correct it"
-            ) from error
-        raise CheckpointError(
-            f"transformers can't load {path} ({type(error).__name__}: {said[:120]}): correct its config.json, or save "
-            "or download the checkpoint again"
-        ) from error
 
 
 def _checked_files(folder: Path) -> ShardReader:
