@@ -107,6 +107,40 @@ def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
         calls.call(lambda: None)
 
 
+def test_the_end_finds_a_process_that_began_the_moment_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(forks, "_PATIENCE", (0.01, 30, 600))
+    calls, ends = Forks(), []
+    start = calls._context.Process.start
+
+    def slowly(process: object) -> None:
+        start(process)
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        (tmp_path / "slow").touch()
+        time.sleep(0.3)  # what a busy machine may take between the start and a note of it
+
+    def job() -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(600)
+
+    def left() -> None:
+        try:
+            calls.call(job)
+        except LostProcessError as lost:
+            ends.append(str(lost))
+
+    monkeypatch.setattr(calls._context.Process, "start", slowly)
+    beside = threading.Thread(target=left)
+    beside.start()
+    while not (tmp_path / "slow").exists():
+        time.sleep(0.01)
+    calls.end()
+    beside.join(60)
+    assert ends == ["interrupted"]
+
+
 def test_a_second_interrupt_at_the_end_of_a_process_does_not_change_how_it_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

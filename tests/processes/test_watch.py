@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_one_unreadable_status_is_one_failed_run_beside_what_the_others_say(
 
 
 @pytest.mark.parametrize("name", ["multirun.yaml", "optimization_results.yaml"])
-@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder", "device"])
 def test_what_hydra_writes_of_a_sweep_goes_through_no_link_and_into_no_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
@@ -76,8 +77,14 @@ def test_what_hydra_writes_of_a_sweep_goes_through_no_link_and_into_no_device(
             os.mkfifo(tmp_path / "s" / name)
         case "folder":
             (tmp_path / "s" / name).mkdir()
+        case "device":
+            try:
+                os.mknod(tmp_path / "s" / name, 0o666 | 0o020000, os.makedev(1, 7))  # a full device of our own
+            except PermissionError:
+                pytest.skip("only root makes device nodes")
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "s")}}})
     with pytest.raises(ConfigError, match=f"{name} is not a regular file"), watch.outcome():
         watch.SweepWatch().on_multirun_start(config)
     assert foreign.read_text() == "mine"
+    assert kind != "device" or stat.S_ISCHR((tmp_path / "s" / name).lstat().st_mode)
     assert not (tmp_path / "absent").exists()

@@ -84,7 +84,8 @@ class Forks:
 
     def end(self) -> None:
         """Let no call begin any more; give what is left time to record that it was interrupted, and then kill it."""
-        self._ended = True
+        with self._lock:  # a process that has just begun is among those alive, too
+            self._ended = True
         for patience, number in zip(_PATIENCE, (signal.SIGINT, signal.SIGINT, signal.SIGKILL), strict=True):
             until = time.monotonic() + patience
             for process in list(self._alive):
