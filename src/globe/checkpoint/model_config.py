@@ -119,6 +119,6 @@ def understood(path: str | Path, doing: str = "load") -> Iterator[None]:
                 f"{str(path)!r} is neither a checkpoint folder nor a model on the hub that can be had: correct it"
             ) from error
         raise CheckpointError(
-            f"transformers can't {doing} {path} ({type(error).__name__}: {said[:120]}): correct its config.json, or save "
-            "or download the checkpoint again"
+            f"transformers can't {doing} {path} ({type(error).__name__}: {said[:120]}): correct its config.json, or "
+            "save or download the checkpoint again"
         ) from error
