@@ -79,7 +79,9 @@ def test_what_hydra_writes_of_a_sweep_goes_through_no_link_and_into_no_device(
             (tmp_path / "s" / name).mkdir()
         case "device":
             try:
-                os.mknod(tmp_path / "s" / name, 0o666 | 0o020000, os.makedev(1, 7))  # a full device of our own
+                os.mknod(
+                    tmp_path / "s" / name, 0o666 | 0o020000, os.makedev(1, 7)
+                )  # a full device of our own
             except PermissionError:
                 pytest.skip("only root makes device nodes")
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "s")}}})
