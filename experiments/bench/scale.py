@@ -24,17 +24,20 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from globe.am.dictionary.curvature import Curvature
 from globe.am.dictionary.gauss_newton import gauss_newton_direction
 from globe.am.dictionary.low_precision import curvature_dtype
 from globe.am.dictionary.tangent import tangent
 from globe.am.loop import fit_bank
-from globe.am.records import Sizes, StepOptions
+from globe.am.records import Move, Sizes, StepOptions
 from globe.am.state import AMState, Atoms, start_state
 from globe.config.schema import Config
 from globe.fit.normalise import normalise
@@ -44,6 +47,8 @@ from globe.sizes.costs import fit_bytes, step_work
 BASE = {"n": 32, "p": 352, "d": 512, "r": 88, "m": 8}
 ITERATIONS = 10
 """Of conjugate gradients in a step, none left out, so that all steps cost the same."""
+LARGE = 4096
+"""Rows and columns of the product whose rate is the peak."""
 
 
 def arguments() -> argparse.Namespace:
@@ -118,6 +123,23 @@ def child_fit(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": each, "bytes": peak, "before": result.relfrob_start, "after": result.relfrob}
 
 
+def iteration_seconds(loop: Callable[[], None], now: Callable[[], float]) -> float:
+    """Return the shortest time between two products with the curvature, one of which every iteration makes.
+
+    A difference of two whole loops would hold all that disturbs either, and can come out negative.
+    """
+    stamps: list[float] = []
+    product = Curvature.product
+
+    def stamped(self: Curvature, move: Move) -> Move:
+        stamps.append(now())
+        return product(self, move)
+
+    with patch.object(Curvature, "product", stamped):
+        loop()
+    return min(after - before for before, after in pairwise(stamps))
+
+
 def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     """Multiply-adds a second of the conjugate-gradient loop, and of the best large product."""
     generator = torch.Generator().manual_seed(0)
@@ -128,25 +150,23 @@ def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     state: AMState = start_state(X, atoms, StepOptions("silu", lambda_A=1e-4))
     slopes = tangent(atoms.bank, atoms.codes)
 
-    def seconds(iterations: int) -> float:
-        started = clock(options.threads)
+    def loop() -> None:
         gauss_newton_direction(
             slopes,
             state.point,
-            cg_iterations=iterations,
+            cg_iterations=8,
             damping=1e-3,
             generator=torch.Generator().manual_seed(0),
             curvature_dtype=dtype,
         )
-        return clock(options.threads) - started
 
-    left, right = torch.randn(2, 4096, 4096, generator=generator).to(dtype)
+    left, right = torch.randn(2, LARGE, LARGE, generator=generator).to(dtype)
     peaks = []
     for _ in range(4):
         started = clock(options.threads)
         left @ right
-        peaks.append(4096**3 / (clock(options.threads) - started))
-    each = min((seconds(6) - seconds(2)) / 4 for _ in range(2))
+        peaks.append(LARGE**3 / (clock(options.threads) - started))
+    each = min(iteration_seconds(loop, lambda: clock(options.threads)) for _ in range(2))
     needed = 3 * n * r * r * d + 4 * n * m * r * d + m * r * d * (r + d)
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -228,9 +248,8 @@ def shapes(options: argparse.Namespace) -> bool:
             flush=True,
         )
     print(
-        "\nThe conjugate-gradient loop\n\n| n x p x d | dtype | s/iteration | GFLOP/s | of a 4096^3 product | share |\n"
-        + "|---" * 6
-        + "|"
+        "\nThe conjugate-gradient loop\n\n"
+        f"| n x p x d | dtype | s/iteration | GFLOP/s | of a {LARGE}^3 product | share |\n" + "|---" * 6 + "|"
     )
     for one in sizes:
         for dtype in ("same", "bfloat16"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 from pathlib import Path
 from types import ModuleType
 
@@ -46,3 +48,17 @@ def test_a_small_fit_runs_with_the_options_of_the_bench(scale: ModuleType) -> No
 
 def test_the_slope_of_a_power_law_is_its_exponent(scale: ModuleType) -> None:
     assert scale.slope([2, 4, 8], [3 * one**1.5 for one in (2, 4, 8)]) == pytest.approx(1.5)
+
+
+def test_the_rate_of_the_loop_is_positive_whatever_the_machine_does(
+    scale: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long loops took less than short ones where the machine was busy with other work."""
+    monkeypatch.setattr(scale, "LARGE", 64)
+    product = scale.Curvature.product
+    times = itertools.accumulate(itertools.chain([0.0], itertools.cycle([5.0, 0.25, 3.0, 0.5])))
+    monkeypatch.setattr(scale, "clock", lambda threads: next(times))
+    found = scale.child_rate(Sizes(6, 12, 16, 3, 5), argparse.Namespace(dtype="same", threads=1))
+    assert found["each"] == 0.25
+    assert found["rate"] > 0
+    assert scale.Curvature.product is product
