@@ -1,4 +1,4 @@
-"""Is a layer fitted better on the inputs that the compressed layers before it give (AA-SVD's way) than on the model's own?
+"""Is a layer fitted better on inputs that the compressed layers before it give (AA-SVD) than on the model's own?
 
     python experiments/bench/prefix.py MODEL --text heldout.txt --calibrate calibration.txt --sizes 7,30
 
