@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,28 @@ def test_every_file_has_a_room() -> None:
     assert rooms <= {*ROOMS, *COMMANDS}, (
         "a new module goes into a room of the table, or the table gets a new room"
     )
+
+
+def test_contributing_shows_every_room_in_order_and_names_files_that_exist() -> None:
+    page = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text()
+    tree = page.split("src/globe/\n", 1)[1].split("```")[0]
+    lines = [line for line in tree.splitlines() if line.startswith("  ")]
+    commands, rooms = lines[0].split("   ")[0].split(), [line.split()[0] for line in lines[1:]]
+    assert sorted(name.removesuffix(".py") for name in commands) == sorted(
+        one for one in COMMANDS if not one.startswith("__")
+    )
+    folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    top = [room.rstrip("/").removesuffix(".py") for room in rooms if room != "dictionary/"]
+    assert top == list(ROOMS), "CONTRIBUTING.md shows the rooms in the order of the table"
+    assert folders <= set(top)
+    assert all(len(line.split(maxsplit=1)) == 2 for line in lines), (
+        "each room has a line that says what it is"
+    )
+    for row in page.split("| new |")[1].split("\n\n")[0].splitlines()[2:]:
+        _, _, where, word, held, _ = row.split("|")
+        for name in re.findall(r"`([\w/]+\.py|[\w/]+/)[`A-Z]?", where + word):
+            assert (SOURCE / name).exists(), name
+        assert (SOURCE.parents[1] / held.strip().strip("`")).is_file(), held
 
 
 def test_the_table_goes_downwards_only() -> None:
