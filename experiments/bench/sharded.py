@@ -3,7 +3,7 @@
     python experiments/bench/sharded.py                  # two processes on this machine
     python experiments/bench/sharded.py --ranks 4
 
-Every exchange of `globe.numerics.group.Sharded` is counted by its numbers, once however many ranks take part.
+Every exchange of `globe.numerics.group.ProcessGroup` is counted by its numbers, once however many ranks take part.
 Random experts;
 two directions at one point, of 3 and of 13 iterations, differ by ten iterations and nothing else. Then fits of the
 embedded model's layer 12, up, with default options, by the ranks and by the first of them alone; and by that one again
@@ -40,7 +40,7 @@ from globe.config.schema import BankConfig, Config, TrainConfig
 from globe.fit.normalise import normalise
 from globe.fit.options import fit_options
 from globe.numerics import chunks
-from globe.numerics.group import ALONE, ProcessGroup, ShardedGroup
+from globe.numerics.group import ALONE, ProcessGroup
 
 SIZES = (
     Sizes(12, 20, 32, 3, 10),
@@ -63,7 +63,7 @@ STEPS = 30
 NEAR = 1e-5
 
 
-class Counted(ShardedGroup):
+class Counted(ProcessGroup):
     """Counts the numbers of every exchange."""
 
     numbers = 0
@@ -145,7 +145,7 @@ def compare(leads: bool) -> bool:
         print("|---|---|---|---|---|---|---|---|---|")
     for activation, k, dtype, products in FITS:
         options = (activation, k, dtype, products)
-        together = fitted(ShardedGroup.of(16, torch.device("cpu")), *options)
+        together = fitted(ProcessGroup.of(16, torch.device("cpu")), *options)
         if not leads:
             continue
         alone = fitted(ALONE, *options)

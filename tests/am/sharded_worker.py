@@ -27,7 +27,7 @@ from globe.config.choices import Seeding
 from globe.config.schema import InitConfig
 from globe.fit.normalise import normalise
 from globe.fit.options import fit_options
-from globe.numerics.group import ProcessGroup, ShardedGroup
+from globe.numerics.group import ProcessGroup
 
 N, M, R = 11, 5, 4
 DENSE = InitConfig()
@@ -147,7 +147,7 @@ def work(folder: Path, rank: int, processes: int) -> None:
     meeting = f"file://{folder}/{processes}.store"
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes, timeout=limit)
-    found = all_fits(ShardedGroup.of(N, torch.device("cpu")), processes)
+    found = all_fits(ProcessGroup.of(N, torch.device("cpu")), processes)
     for one in found.values():
         first = one["bank"].clone()
         dist.broadcast(first, 0)

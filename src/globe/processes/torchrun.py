@@ -31,7 +31,7 @@ from globe.config.choices import Dictionary, Method, Seeding
 from globe.config.schema import Config
 from globe.errors import ConfigError, FitError
 from globe.numerics.device import pick_device
-from globe.numerics.group import ALONE, ProcessGroup, ShardedGroup, connected
+from globe.numerics.group import ALONE, ProcessGroup, connected
 from globe.runs.folder import State
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class Torchrun(Group):
         threading.Thread(target=self._end_after_signal, daemon=True).start()
 
     def share(self, n: int) -> ProcessGroup:
-        return ShardedGroup.of(n, self.device)
+        return ProcessGroup.of(n, self.device)
 
     def same(self, record: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         # floats in JSON lose nothing; infinities are written as JSON's relatives in Python are
@@ -225,7 +225,7 @@ def own_device(config: Config) -> torch.device:
 
 @contextmanager
 def joined(config: Config) -> Iterator[Torchrun]:
-    """The group of this process, on its device: by NCCL on CUDA, otherwise by Gloo. Raises as `own_device` does.
+    """Yield the group of this process, on its device: by NCCL on CUDA, otherwise by Gloo. Raises as `own_device` does.
 
     What fails inside ends all processes. That which fails first says why, the others end in silence.
     """
@@ -252,5 +252,5 @@ def joined(config: Config) -> Iterator[Torchrun]:
 
 
 def leave_it_to_the_first(sentence: str) -> None:
-    """In place of a sentence that the first process has to say as well: time to do so, before torchrun stops it."""
+    """Leave a sentence to the first process, which has to say it as well, and give it time before torchrun stops it."""
     time.sleep(_FAREWELL)
