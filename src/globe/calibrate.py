@@ -59,7 +59,7 @@ class CalibrateOptions:
         self.config()  # which checks the values
 
     def config(self) -> CalibrateConfig:
-        """The same as the group `calibrate` of a run."""
+        """Return the same options as the group `calibrate` of a run."""
         return CalibrateConfig(
             text=self.text,
             tokens=self.tokens,
@@ -121,7 +121,7 @@ def show(calibration: Calibration, layers: Sequence[int]) -> None:
 
 
 def directions(statistics: LayerStatistics) -> float:
-    """tr(C)^2 / ||C||^2 of a layer's inputs: as many directions of equal energy are as concentrated."""
+    """Return tr(C)^2 / ||C||^2 of a layer's inputs: so many directions of equal energy are as concentrated."""
     mean = torch.zeros(statistics.inputs.q, statistics.inputs.q)
     for expert, weight in enumerate(statistics.gate2.tolist()):
         mean.add_(statistics.inputs.dense([expert])[0], alpha=weight)

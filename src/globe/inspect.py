@@ -39,7 +39,7 @@ class InspectOptions:
 
 
 def inspect(options: InspectOptions) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is at the path, as plain JSON, and what is damaged there: file -> sentence.
+    """Return what is at the path, as plain JSON, and what is damaged there: file -> sentence.
 
     Raises ConfigError, CheckpointError or ArtefactError with one sentence when there is nothing to look at.
     """

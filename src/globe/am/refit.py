@@ -26,12 +26,13 @@ class Refit(NamedTuple):
 
 
 def ridge_of(lambda_A: float, dtype: torch.dtype) -> float:
-    """The relative ridge of the refit: lambda_A, but at least 1e-7 in float32 and 1e-14 in float64."""
+    """Return the relative ridge of the refit: lambda_A, but at least 1e-7 in float32 and 1e-14 in float64."""
     return max(lambda_A, 1e-7 if dtype == torch.float32 else 1e-14)
 
 
 def refit(X: Float[Tensor, "n p d"], M: Float[Tensor, "n r d"], *, lambda_A: float = 0.0) -> Refit:
-    """A_i = argmin_A ||X_i - A M_i||_F^2 + rho_i ||A||_F^2, rho_i = `ridge_of` lambda_A times mean(diag M_i M_i^T).
+    """Return A_i = argmin_A ||X_i - A M_i||_F^2 + rho_i ||A||_F^2, rho_i = `ridge_of` lambda_A times mean(diag M_i
+    M_i^T).
 
     With S_i = M_i M_i^T + rho_i I = L_i L_i^T:  Q_i = L_i^{-1} M_i,  A_i = X_i Q_i^T L_i^{-1}. The explicit inverse
     of L_i turns both solves into matrix products, which are faster than batched triangular solves. The Gram matrix
@@ -59,7 +60,7 @@ def refit(X: Float[Tensor, "n p d"], M: Float[Tensor, "n r d"], *, lambda_A: flo
 def _by_qr(
     X: Float[Tensor, "n p d"], M: Float[Tensor, "n r d"], rho: Float[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n p r"], Float[Tensor, "n r d"]]:
-    """A_i and Q_i from [M_i, sqrt(rho_i) I]^T = [Q_i, ...]^T R_i, which does not square the condition number."""
+    """Return A_i and Q_i from [M_i, sqrt(rho_i) I]^T = [Q_i, ...]^T R_i, which does not square the condition number."""
     ridge = torch.diag_embed(rho.sqrt()[:, None].expand(M.shape[:2]))
     columns, R = torch.linalg.qr(torch.cat([M, ridge], dim=2).mT)
     Q = columns[:, : M.shape[2]].mT.contiguous()
@@ -67,7 +68,7 @@ def _by_qr(
 
 
 def damped_cholesky(S: Float[Tensor, "n r r"], *, ridge: float) -> Float[Tensor, "n r r"]:
-    """Lower Cholesky factors of S_i + ridge_i mean(diag S_i) I.
+    """Return the lower Cholesky factors of S_i + ridge_i mean(diag S_i) I.
 
     ridge_i starts at `ridge` and grows tenfold for those that fail, until they factor; a matrix of zeros counts as the
     identity. Raises FitError when S is not finite.

@@ -157,7 +157,7 @@ def kmeans_groups(rows: Float[Tensor, "n k d"], m: int, *, generator: torch.Gene
 
 
 def _second_moment_kernel(rows: Float[Tensor, "n k d"]) -> Float[Tensor, "n n"]:
-    """<C_i, C_j> / (||C_i|| ||C_j||) of C_i = rows_i^T rows_i, on the CPU in float64."""
+    """Return <C_i, C_j> / (||C_i|| ||C_j||) of C_i = rows_i^T rows_i, on the CPU in float64."""
     n = rows.shape[0]
     kernel = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):

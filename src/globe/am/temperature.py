@@ -33,7 +33,7 @@ def next_temperature(T: float, median: float, target: float, *, eta: float, clam
 
 
 def simplex_weights(z: Float[Tensor, "n m"], T: float, *, code_map: str) -> Float[Tensor, "n m"]:
-    """map(z_i / T), map = entmax15 or sparsemax: points of the simplex with exact zeros (Peters et al. 2019).
+    """Return map(z_i / T), map = entmax15 or sparsemax: points of the simplex with exact zeros (Peters et al. 2019).
 
     Computed in float32 or wider. Raises FitError when a logit is NaN or plus infinity or a row has no
     finite one, ValueError on an unknown map.

@@ -172,7 +172,7 @@ class BasisCache:
         return found
 
     def make_room(self, count: int, needed: Collection[int]) -> int:
-        """Throw out what is not `needed` until `count` more fit, or nothing is left; how many fit then."""
+        """Throw out what is not `needed` until `count` more fit, or nothing is left, and return how many fit then."""
         for oldest in [expert for expert in self._kept if expert not in needed]:
             if len(self._kept) + count <= self.capacity:
                 break
@@ -185,7 +185,7 @@ class BasisCache:
         self._kept |= bases
 
     def clear(self) -> None:
-        """Forget all bases: after the factors have changed, or to give the memory back."""
+        """Forget all bases, after the factors have changed, or to give the memory back."""
         self._kept.clear()
 
     @property

@@ -79,14 +79,16 @@ def metric_errors(
     H: Float[Tensor, "n k k"],
     rows: Float[Tensor, "n o o"] | None = None,
 ) -> Float[Tensor, "n o"]:
-    """(R_i E H_i E^T)_jj of every row j; what the rows of a matrix have in all is its error."""
+    """Return (R_i E H_i E^T)_jj of every row j; their sum over the rows of a matrix is its error."""
     E = values.to(W) - W
     left = E if rows is None else rows.to(W) @ E
     return ((left @ H.to(W)) * E).sum(dim=2)
 
 
 def elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
-    """Upper U with (H + ridge)^-1 = U^T U: row j of U, over its diagonal, says what column j costs the later ones."""
+    """Return the upper U with (H + ridge)^-1 = U^T U: row j of U, over its diagonal, says what column j costs the
+    later ones.
+    """
     wide = to_float64(H)
     mean = wide.diagonal(dim1=1, dim2=2).mean(dim=1)
     if not bool(torch.isfinite(mean).all()):
@@ -154,7 +156,7 @@ def _choose(
     one: Rounded,
     other: Rounded,
 ) -> Rounded:
-    """Row by row, or with `rows` matrix by matrix, the one with the smaller error in the metric."""
+    """Return, row by row or with `rows` matrix by matrix, the one with the smaller error in the metric."""
     errors = [metric_errors(W, which.values(), H, rows) for which in (other, one)]
     if rows is not None:
         errors = [error.sum(dim=1, keepdim=True).expand_as(error) for error in errors]
@@ -164,7 +166,7 @@ def _choose(
 
 
 def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounded, sweeps: int) -> Rounded:
-    """Coordinate descent on integers and scales; the gradient E H is kept up to date, column by column."""
+    """Improve integers and scales by coordinate descent; the gradient E H is kept up to date, column by column."""
     if sweeps == 0:
         return start
     grid, codes, scale = start.grid, start.codes.clone(), start.scale.to(W)
@@ -197,7 +199,7 @@ def _descend_in_both(
     start: Rounded,
     sweeps: int,
 ) -> Rounded:
-    """Row by row, all integers at once as if columns did not couple, where that lowers the error; then the scales."""
+    """Improve all integers of a row at once, as if columns did not couple, where that lowers the error, then scales."""
     grid, codes, scale = start.grid, start.codes.to(W), start.scale.to(W)
     top = grid.top(W).expand(W.shape)
     offset = top / 2
@@ -238,7 +240,7 @@ def _fit_scale(
     scale: Float[Tensor, "n o"],
     part: slice,
 ) -> Float[Tensor, "n o"]:
-    """The best scale of a group with all else as it is, as far as bfloat16 has it; `gradient` follows, in place."""
+    """Return the best scale of a group with all else as it is, in bfloat16; `gradient` is updated in place."""
     through = levels @ H[:, part]
     size = (through[..., part] * levels).sum(dim=2)
     slope = (gradient[..., part] * levels).sum(dim=2)
@@ -248,7 +250,7 @@ def _fit_scale(
 
 
 def _worth(scale: Tensor, slope: Tensor, size: Tensor) -> Tensor:
-    """The step to the best scale, for an error that falls by `slope` and curves by `size`, as far as it gains."""
+    """Return the step to the best scale for an error that falls by `slope` and curves by `size`, as far as it gains."""
     wanted = torch.where(size > 0, scale - slope / size.clamp_min(1e-30), scale).clamp_min(0)
     step = wanted.to(SCALE_DTYPE).to(scale) - scale
     # bfloat16 is coarse: what it makes of the best scale need not be better than the one before

@@ -192,7 +192,7 @@ def read_artefact(folder: str | os.PathLike[str], *, verify_hash: bool = True) -
 
 
 def is_intact(folder: str | os.PathLike[str]) -> bool:
-    """Are both files there, and is the tensor file, by its SHA-256, the one that the record was written for?"""
+    """Return whether both files are there, and the tensor file is, by its SHA-256, the one of the record."""
     root = Path(folder)
     try:
         return _digest(root / TENSORS_FILE) == _read_record(root).get("sha256")
@@ -231,7 +231,7 @@ def _read_record(root: Path) -> dict[str, Any]:
 
 
 def _require_small_header(path: Path) -> None:
-    """Raises ValueError for what the library would not bear: a pipe, a device, a header of millions of tensors."""
+    """Raise ValueError for what the library would not bear: a pipe, a device, a header of millions of tensors."""
     with BufferedReader(open_regular(path)) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:

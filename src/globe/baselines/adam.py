@@ -27,13 +27,13 @@ class Objective(Protocol):
     def parameters(self) -> Sequence[Tensor]: ...
 
     def forward(self) -> None:
-        """Computes the residual of the present parameters."""
+        """Compute the residual of the present parameters."""
 
     def relfrob(self) -> float:
         """Return RelFrob of the last `forward`."""
 
     def backward(self) -> None:
-        """Writes the gradient at the last `forward` into `.grad`."""
+        """Write the gradient at the last `forward` into `.grad`."""
 
 
 class Limits(NamedTuple):

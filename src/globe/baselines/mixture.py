@@ -48,7 +48,7 @@ class Mixture:
         self.w = X.new_empty(0)
 
     def residual(self, A: Float[Tensor, "n p r"], B: Float[Tensor, "m r d"], z: Float[Tensor, "n m"]) -> None:
-        """Fills w, Y, M and the scaled residual R."""
+        """Fill w, Y, M and the scaled residual R."""
         self.w = torch.softmax(z, 1)
         torch.mm(self.w, B.flatten(1), out=self.Y.flatten(1))
         match self.activation:
@@ -74,7 +74,7 @@ class Mixture:
         out_B: Float[Tensor, "m r d"],
         out_z: Float[Tensor, "n m"],
     ) -> None:
-        """Writes the three gradients; overwrites Y, and M unless phi is tanh, whose slope needs it."""
+        """Write the three gradients; overwrites Y, and M unless phi is tanh, whose slope needs it."""
         torch.bmm(self.R, self.seen.mT, out=out_A)
         match self.activation:
             case "silu":
@@ -91,7 +91,7 @@ class Mixture:
         out_z.copy_(self.w * (dw - (self.w * dw).sum(1, keepdim=True)))
 
     def _pull(self, A: Float[Tensor, "n p r"], out: Float[Tensor, "n r d"]) -> None:
-        """A_i^T R_i L_i^T: the gradient in the bases."""
+        """Return A_i^T R_i L_i^T, the gradient in the bases."""
         torch.bmm(A.mT, self.R, out=out)
         if self.metric is not None:
             for part in expert_chunks(*out.shape):

@@ -123,7 +123,7 @@ def _below(rank: int | None, size: int) -> int | None:
 
 @contextmanager
 def watched(module: nn.Module, sums: LayerSums) -> Iterator[None]:
-    """Have every call of an experts module added to the sums."""
+    """Add every call of an experts module to the sums."""
 
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sums.add(args, kwargs)

@@ -67,7 +67,7 @@ class Decoder:
 
     @contextmanager
     def loaded(self, layer: int) -> Iterator[None]:
-        """Have the values of a decoder layer in memory."""
+        """Hold the values of a decoder layer in memory."""
         module = self._modules[layer]
         self._load(self._names.get(layer, []))
         absent = [name for name, one in module.named_parameters() if one.is_meta]
@@ -193,7 +193,7 @@ def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _silent_bars() -> Iterator[None]:
-    """No bar of transformers for every layer that is loaded."""
+    """Show no progress bar of transformers for each layer that is loaded."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

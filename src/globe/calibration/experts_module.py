@@ -16,7 +16,7 @@ from globe.errors import CheckpointError
 
 
 def experts_modules(model: nn.Module) -> dict[int, str]:
-    """Layer number -> dotted name of its experts module, regular or not.
+    """Return layer number -> dotted name of its experts module, regular or not.
 
     Raises CheckpointError if a layer has more than one, or a name that tells no layer.
     """

@@ -55,14 +55,14 @@ class Calibration:
     """what is in `calibration.json`"""
 
     def layer(self, layer: int) -> LayerStatistics:
-        """Raises ArtefactError if the layer has no statistics, or a damaged file."""
+        """Return the statistics of a layer. Raises ArtefactError if the layer has no statistics, or a damaged file."""
         return read_statistics(self.file(layer), key=self.key)
 
     def file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:03d}.safetensors"
 
     def has(self, layer: int) -> bool:
-        """Is there a whole file of this calibration?"""
+        """Return whether there is a whole file of this calibration."""
         return is_complete(self.file(layer), key=self.key)
 
 

@@ -151,7 +151,9 @@ def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
 
 
 def is_complete(path: Path, *, key: str) -> bool:
-    """Is there a whole file of this `key`? Looks at its header and length; what it holds is checked when it is read."""
+    """Return whether there is a whole file of this `key`, by its header and length; what it holds is checked when it
+    is read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))

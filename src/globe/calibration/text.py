@@ -60,7 +60,7 @@ def read_file(text: str, *, embedded: Path, option: str) -> Text:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Are there files of a tokenizer in a folder?"""
+    """Return whether a folder has the files of a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 

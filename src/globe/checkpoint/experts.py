@@ -327,7 +327,7 @@ def choose_experts(n: int, max_experts: int | None, sample_method: str) -> tuple
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """(1, 2, 3, 5) as "1-3, 5"."""
+    """Return (1, 2, 3, 5) as "1-3, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -61,7 +61,7 @@ def resolve(path: str | None, *, revision: str | None = None, force_download: bo
 
 
 def is_hub_id(path: str) -> bool:
-    """Is this the form of a hub id, and no folder here?"""
+    """Return whether this has the form of a hub id and is no folder here."""
     return bool(_HUB_ID.fullmatch(path)) and not path.startswith(".") and not Path(path).expanduser().exists()
 
 
@@ -138,7 +138,7 @@ def explained(error: Exception, hub_id: str, revision: str | None) -> Checkpoint
 
 
 def _is_cached(hub_id: str) -> bool:
-    """Is any revision of a hub model in the cache?"""
+    """Return whether any revision of a hub model is in the cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     snapshots = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"

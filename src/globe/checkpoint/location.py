@@ -56,7 +56,8 @@ def locate_matrix(slot: Slot, name: str, shape: tuple[int, ...], expert: int | N
 
 
 def named_as(architecture: Architecture, names: Sequence[str]) -> Architecture:
-    """The architecture with its tensors called as in `names`, where a writer put another prefix before the layers.
+    """Return the architecture with its tensors called as in `names`, where a writer put another prefix before the
+    layers.
 
     Raises CheckpointError if experts stand there under two prefixes.
     """

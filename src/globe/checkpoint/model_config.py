@@ -41,7 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_compact(config: Mapping[str, Any]) -> bool:
-    """Is this the configuration of a compact GloBE checkpoint?"""
+    """Return whether this is the configuration of a compact GloBE checkpoint."""
     described = [part.get("quantization_config") for part in parts_of(config)]
     ours = any(isinstance(one, dict) and one.get("quant_method") == "globe" for one in described)
     return str(config["model_type"]).startswith(PREFIX) or ours
@@ -78,7 +78,7 @@ def refuse_other_weights(config: dict[str, Any], folder: Path) -> None:
 
 
 def is_quantised(name: str) -> bool:
-    """Is this the name of a tensor of a quantised matrix, or of its scales?"""
+    """Return whether this names a tensor of a quantised matrix or of its scales."""
     return name.endswith(_QUANTISED)
 
 
@@ -88,7 +88,7 @@ def parts_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def size_of(config: dict[str, Any], keys: tuple[str, ...], layer: int | None = None) -> int | None:
-    """The integer under the first of these dotted keys that has one (of a list the layer's); None if none has."""
+    """Return the integer under the first dotted key that has one (of a list the layer's); None if none has."""
     for key in keys:
         value: Any = config
         for part in key.split("."):

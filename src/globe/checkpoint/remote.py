@@ -10,7 +10,7 @@ from globe.checkpoint.shards import INDEX, SINGLE
 
 
 def headers_only(path: str | None, *, revision: str | None = None) -> Source:
-    """Like `resolve`, but of a hub model that is not in the cache only config.json and headers are fetched.
+    """Do as `resolve` does, but of a hub model that is not in the cache only config.json and headers are fetched.
 
     Names, shapes and dtypes of such a source can be asked for, and none of its weights. Raises CheckpointError.
     """
@@ -20,7 +20,7 @@ def headers_only(path: str | None, *, revision: str | None = None) -> Source:
 
 
 def _is_cached(hub_id: str, revision: str | None) -> bool:
-    """Are the weights here already?"""
+    """Return whether the weights are here already."""
     from huggingface_hub import try_to_load_from_cache
 
     return any(

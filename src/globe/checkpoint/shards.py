@@ -80,7 +80,7 @@ class ShardReader:
         return self.entry(name).dtype
 
     def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and place of a tensor, from its file's header alone."""
+        """Return dtype, shape and place of a tensor, from its file's header alone."""
         return self.file_of(name).entries[name]
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
@@ -121,7 +121,9 @@ class ShardReader:
         return found
 
     def _join(self) -> dict[str, str]:
-        """Tensor name -> file name. transformers takes the last of several tensors of one name; others the first."""
+        """Return tensor name -> file name. transformers takes the last of several tensors of one name; others the
+        first.
+        """
         found: dict[str, str] = {}
         for shard, file in self._open.items():
             for name in file.entries:
@@ -205,7 +207,7 @@ class StoredTensor:
 
 
 def _is_below(name: str) -> bool:
-    """Does a file name of an index stay in the folder, or in one below it?"""
+    """Return whether a file name of an index stays in the folder or in one below it."""
     path = PurePosixPath(name)
     possible = (
         0 < len(name) < 1000

@@ -59,19 +59,19 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _belongs(path: Path, reader: ShardReader, code: set[str]) -> bool:
-    """Does a file in the folder itself belong to a patched checkpoint?"""
+    """Return whether a file in the folder itself belongs to a patched checkpoint."""
     if not path.is_file() or (path.suffix == ".py" and path.stem not in code):
         return False
     return not set(path.suffixes) & _WEIGHTS or _adds_tensors(path, reader)
 
 
 def _holds(folder: str, files: tuple[str, ...]) -> bool:
-    """Are shards of the checkpoint in this folder below?"""
+    """Return whether shards of the checkpoint are in this folder below."""
     return any(name.startswith(f"{folder}/") for name in files)
 
 
 def _is_free_of_weights(folder: Path) -> bool:
-    """Is a folder one of small files, such as `additional_chat_templates`?"""
+    """Return whether a folder has small files alone, such as `additional_chat_templates`."""
     if folder.is_symlink() or folder.name == "__pycache__":
         return False
     found = list(_walk(folder, _DEEPEST))
@@ -94,7 +94,9 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _adds_tensors(path: Path, reader: ShardReader) -> bool:
-    """Is this a safetensors file of tensors that the checkpoint lacks, and no copy of the model in another form?"""
+    """Return whether a safetensors file has tensors that the checkpoint lacks and is no copy of the model in another
+    form.
+    """
     if path.suffix != ".safetensors" or path.name.startswith(("consolidated", "adapter_model", "model")):
         return False
     try:
@@ -104,7 +106,9 @@ def _adds_tensors(path: Path, reader: ShardReader) -> bool:
 
 
 def _named_code(folder: Path) -> set[str]:
-    """Modules of remote code that a configuration names by `auto_map`, and those that they import from beside them."""
+    """Return the modules of remote code that a configuration names by `auto_map`, and those that they import from
+    beside them.
+    """
     waiting = set()
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         try:

@@ -131,7 +131,9 @@ class TensorFile:
         return found
 
     def _entries(self, record: dict[str, Any], size: int | None) -> dict[str, TensorEntry]:
-        """Every tensor in the order of its bytes, which must follow each other up to `size`, where that is known."""
+        """Return every tensor in the order of its bytes, which must follow each other up to `size`, where that is
+        known.
+        """
         try:
             "".join(record).encode()
         except UnicodeEncodeError as error:  # half of a pair of JSON's escapes, which the library refuses too
@@ -182,7 +184,7 @@ class TensorFile:
         return CheckpointError(f"{self.path} is truncated or damaged ({why}): {_REMEDY}")
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
-        """A fresh contiguous tensor equal to `whole[index]`; reads no byte that the index leaves out.
+        """Return a fresh contiguous tensor equal to `whole[index]`; reads no byte that the index leaves out.
 
         Integers and slices with positive steps, as in torch. Only where the last axis of the result has a step above
         1, the elements between are read too. Raises IndexError or ValueError for an index that torch refuses.
@@ -232,7 +234,7 @@ class TensorFile:
 
 
 def _integers(value: Any) -> list[int] | None:
-    """`value` if it is a list of integers; a number such as 20.0 or true is none."""
+    """Return `value` if it is a list of integers; a number such as 20.0 or true is none."""
     return value if isinstance(value, list) and all(type(one) is int for one in value) else None
 
 

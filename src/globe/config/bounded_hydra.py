@@ -20,7 +20,7 @@ _MOST_LOOKUPS, _LONGEST = 1000, 1 << 16
 
 
 def bound_hydra() -> None:
-    """Have Hydra refuse files and interpolations beyond the bounds, with a ConfigError or an OmegaConf error."""
+    """Make Hydra refuse files and interpolations beyond the bounds, with a ConfigError or an OmegaConf error."""
     Plugins.instance()  # which imports the sources once more, so that a class imported by name is another one
     source: Any = SourcesRegistry.instance().resolve("file")
     read = source.load_config

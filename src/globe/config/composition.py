@@ -118,7 +118,7 @@ def plain(node: Container) -> dict[str, Any]:
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """The same nested dict from checked dataclasses."""
+    """Return the same nested dict from checked dataclasses."""
     return json.loads(json.dumps(asdict(config)))
 
 

@@ -11,15 +11,17 @@ _HERE = Path(__file__).resolve().parent
 
 
 def path() -> Path:
-    """Folder of the embedded checkpoint: config, safetensors, tokenizer."""
+    """Return the folder of the embedded checkpoint: config, safetensors, tokenizer."""
     return _HERE / "globe-tiny"
 
 
 def text_path() -> Path:
-    """Held-out text for perplexity, UTF-8: never seen in training."""
+    """Return the file of the held-out text for perplexity, UTF-8, never seen in training."""
     return _HERE / "heldout.txt"
 
 
 def calibration_path() -> Path:
-    """Calibration text, UTF-8: out of the text the model was trained on, nothing of the held-out one."""
+    """Return the file of the calibration text, UTF-8, out of the text the model was trained on, nothing of the
+    held-out one.
+    """
     return _HERE / "calibration.txt"

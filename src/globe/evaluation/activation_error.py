@@ -55,7 +55,7 @@ def activation_errors(
     batch: int,
     device: torch.device,
 ) -> tuple[LayerError, ...]:
-    """Errors of every layer that has experts in both models, over the tokens of the windows.
+    """Return the errors of every layer that has experts in both models, over the tokens of the windows.
 
     The windows go through the original alone. Whenever one of its blocks has run, the compressed model's
     block is given the same input, so errors of earlier layers are not in it and no input is kept.

@@ -25,7 +25,7 @@ class Ledger:
     """Adds up the banks of a run; `summary` is that of the banks so far."""
 
     def __init__(self, folder: RunFolder, **of_run: Any) -> None:
-        """`of_run` are the fields of `RunSummary` that are known before the first bank."""
+        """Begin with no bank; `of_run` are the fields of `RunSummary` that are known before the first bank."""
         self.folder = folder
         self.summary = RunSummary(**of_run)
         self._clock = time.perf_counter()

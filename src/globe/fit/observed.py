@@ -115,7 +115,7 @@ def expert_weights(one: Observed) -> Float[Tensor, " n"]:
 
 
 def _of_experts(one: Observed, total: Float[Tensor, "routed k"], prior: int) -> Float[Tensor, "n k"]:
-    """Sums over tokens, shrunk token by token, as weights of mean 1 of the experts of a member."""
+    """Return sums over tokens, shrunk token by token, as weights of mean 1 of the experts of a member."""
     counts = one.statistics.counts
     mean = total.sum() / (counts.sum() * total.shape[1]).clamp_min(1)
     weight = (total + prior * mean) / (counts + prior)[:, None] * counts[:, None]

@@ -155,13 +155,15 @@ class BankPlan:
 
 
 def cache_bytes(bank: BankPlan, S_cache: int | str, itemsize: int) -> int:
-    """Bytes of the mixed bases (r x d) that stay composed once every member's cache is full, at `itemsize` a number."""
+    """Return the bytes of the mixed bases (r x d) that stay composed once every member's cache is full, at `itemsize`
+    a number.
+    """
     held = sum(count if S_cache == "all" else min(int(S_cache), count) for count in bank.outline.counts)
     return held * bank.sizes.r * bank.sizes.d * itemsize
 
 
 def outline(config: Config, checkpoint: Source) -> tuple[Outline, ...]:
-    """The banks of a run in the order they are learned: layer by layer, up before gate before down.
+    """Return the banks of a run in the order they are learned: layer by layer, up before gate before down.
 
     `bank.scope` says whose experts share one: those of a layer and family (`family`), the families of a layer
     (`families`), or one family's in all selected layers (`layers`). A member has min(experts, model.max_experts)
@@ -198,7 +200,7 @@ def _outline_of(config: Config, checkpoint: Source, members: tuple[Matrices, ...
 def plan(
     config: Config, checkpoint: Source, chosen: Mapping[tuple[int, int, int], BankSize] | None = None
 ) -> tuple[BankPlan, ...]:
-    """The banks of a run with their sizes. Raises ConfigError when a layer does not exist or a size can't be.
+    """Return the banks of a run with their sizes. Raises ConfigError when a layer does not exist or a size can't be.
 
     With `bank.kept` and method=globe the sizes are `chosen` by search, for each shape (n, p, d) of a bank.
     """
@@ -206,7 +208,7 @@ def plan(
 
 
 def plan_bank(config: Config, bank: Outline, chosen: BankSize | None = None) -> BankPlan:
-    """One bank with the sizes it is given, or that its method makes of the budget."""
+    """Return one bank with the sizes it is given, or that its method makes of the budget."""
     means = mean_parameters(config, bank)
     if config.method is Method.globe:
         return BankPlan(bank, resolve_sizes(config, bank, chosen), None, means, precision_of(config, chosen))
@@ -229,7 +231,7 @@ def _bits_by_row(config: Config, bank: Outline) -> Precision | None:
 
 
 def mean_parameters(config: Config, bank: Outline) -> int:
-    """Numbers of the stored means: none, one per member, or a p x d matrix per member."""
+    """Return how many numbers are those of the stored means: none, one per member, or a p x d matrix per member."""
     if (
         config.method is Method.mean_svd
     ):  # its own mean expert takes the other in, and is counted with its sizes
@@ -244,13 +246,17 @@ def mean_parameters(config: Config, bank: Outline) -> int:
 
 
 def allowed(config: Config, bank: Outline) -> int:
-    """Numbers that `bank.kept` leaves for adapters, atoms and codes: a share of n p d, less the stored means."""
+    """Return how many numbers `bank.kept` leaves for adapters, atoms and codes: a share of n p d, less the stored
+    means.
+    """
     assert config.bank.kept is not None
     return allowed_parameters(config.bank.kept, n=bank.n, p=bank.p, d=bank.d) - mean_parameters(config, bank)
 
 
 def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None) -> Sizes:
-    """The sizes of a GloBE bank, given in the configuration or `chosen`. Raises ConfigError naming what can't be."""
+    """Return the sizes of a GloBE bank, given in the configuration or `chosen`. Raises ConfigError naming what can't
+    be.
+    """
     n, p, d = bank.shape
     if chosen is None:
         assert config.bank.kept is None, "sizes within a budget are chosen by search"
@@ -312,7 +318,7 @@ def precision_of(config: Config, chosen: BankSize | None = None) -> Precision | 
 
 
 def target_support(config: Config, m: int) -> int | None:
-    """`codes.target_support` for m atoms. Raises ConfigError when it does not come out."""
+    """Return `codes.target_support` for m atoms. Raises ConfigError when it does not come out."""
     support = config.codes.target_support
     if support is None:
         return None
@@ -320,7 +326,8 @@ def target_support(config: Config, m: int) -> int | None:
 
 
 def _baseline_sizes(config: Config, bank: Outline) -> BaselineSizes:
-    """The largest sizes of a baseline that keep no more than the GloBE bank of the same options, or than `kept`.
+    """Return the largest sizes of a baseline that keep no more than the GloBE bank of the same options, or than
+    `kept`.
 
     Where a method has them, m and r are the given ones: group_svd and MoBE take both, SLBF takes r (and atom_rank,
     which then is no longer filled up).

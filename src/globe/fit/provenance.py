@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tuple[int, ...]:
-    """Routed expert number of each row that is read of a layer and family; -1 is the shared one."""
+    """Return the routed expert number of each row that is read of a layer and family; -1 is the shared one."""
     n = checkpoint.shape(*member).n
     chosen = choose_experts(n, config.model.max_experts, str(config.model.sample_method))
     return (*chosen, SHARED) if config.model.include_shared else chosen

@@ -47,7 +47,7 @@ def fit_rounded_weights(
         return (L @ L.mT).expand(len(range(n)[part]), d, d)
 
     def coupled(part: slice) -> torch.Tensor:
-        """Of down, whose inputs are rows here."""
+        """Return the coupling of rows, which the inputs of down are here."""
         assert metric is not None
         assert metric.rows is not None
         return metric.rows[part].mT @ metric.rows[part]

@@ -87,7 +87,7 @@ class _Task:
         return A if self.metric is None else self.metric.adapters(A, part)
 
     def coupled(self, part: slice) -> Float[Tensor, "c p p"] | None:
-        """D_i^T D_i where rows are coupled, as seen by what is stored."""
+        """Return D_i^T D_i where rows are coupled, as seen by what is stored."""
         rows = None if self.metric is None else self.metric.rows
         if rows is None or rows.dim() == 2:
             return None

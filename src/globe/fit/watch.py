@@ -24,7 +24,7 @@ class Watch:
         partial: Path | None,
         on_step: Callable[[str, StepRecord], None],
     ) -> None:
-        """`partial` is the folder of the fit's checkpoints; None in a process that writes none."""
+        """Watch a fit; `partial` is the folder of the fit's checkpoints; None in a process that writes none."""
         self.key, self.fitting, self.partial, self.on_step = key, fitting, partial, on_step
         self.last: StepRecord | None = None
         self.phases = {"coding": 0.0, "dictionary": 0.0, "refit": 0.0}

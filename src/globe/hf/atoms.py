@@ -21,15 +21,15 @@ class Bank(NamedTuple):
     right: Float[Tensor, "m k d"] | None
 
     def factors(self) -> tuple[Tensor, ...]:
-        """The atoms, or both factors of low-rank ones."""
+        """Return the atoms, or both factors of low-rank ones."""
         return tuple(one for one in self if one is not None)
 
     def to(self, device: torch.device) -> Bank:
-        """On the device of a layer; nothing is copied if it is there already."""
+        """Return the atoms on the device of a layer; nothing is copied if it is there already."""
         return Bank(*(None if one is None else one.to(device) for one in self))
 
     def apply_each(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t m r"]:
-        """B_j x for every atom."""
+        """Return B_j x for every atom."""
         if self.atoms is not None:
             m, r, d = self.atoms.shape
             return F.linear(x, self.atoms.reshape(m * r, d)).view(-1, m, r)

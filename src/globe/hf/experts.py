@@ -63,7 +63,8 @@ class GlobeExperts(nn.Module):
         top_k_index: Int[Tensor, "t k"],
         top_k_weights: Float[Tensor, "t k"],
     ) -> Float[Tensor, "t d"]:
-        """Token-expert pairs are sorted by expert; only experts that got a token are touched.
+        """Return the sum over the experts of each token. Token-expert pairs are sorted by expert; only experts that
+        got a token are touched.
 
         An index of `num_experts` or more, with which expert parallelism marks pairs of other devices, adds
         nothing. The sum over the k experts of a token is taken in the precision of the weighted outputs.
@@ -86,7 +87,7 @@ class GlobeExperts(nn.Module):
         return back.view(*top_k_index.shape, back.shape[1]).sum(1).to(hidden_states.dtype)
 
     def _activate(self, gate: Float[Tensor, "s p"], up: Float[Tensor, "s p"]) -> Float[Tensor, "s p"]:
-        """The dense module's own gating, which in some architectures is more than a product."""
+        """Apply the dense module's own gating, which in some architectures is more than a product."""
         dense: Any = self._dense[0]
         if self._plain:
             return dense.act_fn(gate) * up
@@ -94,7 +95,7 @@ class GlobeExperts(nn.Module):
 
     @torch.no_grad()
     def densify(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The dense module again, with the products of the factors in its weights (gate first)."""
+        """Return the dense module again, with the products of the factors in its weights (gate first)."""
         example = next(self.parameters())
         dense, dtype = self._dense[0], dtype or example.dtype
         trained = example.requires_grad

@@ -51,7 +51,7 @@ class FewBits(nn.Module):
 
 
 def describe(packed: Packed, members: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What a module has to know before it sees the tensors; `members` are rows of the factor that modules hold."""
+    """Say what a module has to know before it sees the tensors; `members` are rows of the factor that modules hold."""
     absent = sorted({"words", "scale", "zero", "columns"} - set(packed.tensors()))
     described = packed.layout() | {"absent": absent}
     if isinstance(packed.grid, LevelGrid):
@@ -60,7 +60,7 @@ def describe(packed: Packed, members: Sequence[Sequence[int]]) -> dict[str, Any]
 
 
 def of_member(layouts: Mapping[str, Mapping[str, Any]], position: int) -> dict[str, dict[str, Any]]:
-    """The layouts of packed factors as the module of one member needs them."""
+    """Return the layouts of packed factors as the module of one member needs them."""
     return {
         name: {**layout, "bytes": layout["bytes"][position]} if "bytes" in layout else dict(layout)
         for name, layout in layouts.items()

@@ -34,7 +34,7 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """What the model holds now; the cache grows with the experts that are hit, up to S_cache of them."""
+    """Return what the model holds now; the cache grows with the experts that are hit, up to S_cache of them."""
     dense = factors = cache = 0
     for experts in experts_modules(model).values():
         module = model.get_submodule(experts)

@@ -127,7 +127,7 @@ def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
 
 
 def _require_possible(layout: BankLayout) -> None:
-    """Raises ValueError for sizes, names or numbers with which no module could be built."""
+    """Raise ValueError for sizes, names or numbers with which no module could be built."""
     sizes = (layout.m, layout.r, layout.p, layout.d, layout.atom_rank if layout.atom_rank is not None else 1)
     if not all(1 <= size < _LARGEST for size in sizes):
         raise ValueError("a size is not between 1 and 2^20")
@@ -150,7 +150,7 @@ def _require_possible(layout: BankLayout) -> None:
 
 
 def _require_bytes(each: Any, name: str, layout: BankLayout) -> None:
-    """Raises ValueError unless every member has a number of bytes that its rows could take."""
+    """Raise ValueError unless every member has a number of bytes that its rows could take."""
     most = [len(member.experts) * layout.p * layout.r for member in layout.members]
     known = isinstance(each, list | tuple) and len(each) == len(most)
     if name != "adapters" or not known or not all(type(one) is int for one in each):

@@ -207,7 +207,7 @@ def _is_zero_bias(name: str, reader: ShardReader | None) -> bool:
 
 
 def _has_misaligned_experts(model: nn.Module) -> bool:
-    """Are there dense experts that transformers' default, a grouped matrix product, can't multiply?
+    """Return whether there are dense experts that transformers' default, a grouped matrix product, can't multiply.
 
     It needs rows of a multiple of 16 bytes, which small experts in half precision may not have.
     """

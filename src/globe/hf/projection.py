@@ -105,7 +105,7 @@ class Projection(nn.Module):
         return out + grouped(pairs, self.dense, routing.ends, self.dense_rows) if self.dense_row else out
 
     def bank_here(self) -> Bank | None:
-        """The atoms, this projection's own or those it shares, on its device; None if nothing is factored."""
+        """Return the atoms, this projection's own or those it shares, on its device; None if nothing is factored."""
         if self.layout is None:
             return None
         atoms = self._shared[0] or self.bank
@@ -133,7 +133,7 @@ class Projection(nn.Module):
         return READ * m + tokens * m <= bases + pairs
 
     def _through_atoms(self, x: Float[Tensor, "t d"], bank: Bank, routing: Routing) -> Float[Tensor, "s r"]:
-        """The latent form: mix the products B_j x of the token of every pair."""
+        """Compute the latent form: mix the products B_j x of the token of every pair."""
         codes = self.codes.new_zeros(len(self.rows) + 1, self.codes.shape[1])
         codes = codes.index_copy(0, torch.tensor(list(self.row), device=codes.device), self.codes)
         each = bank.apply_each(x)[routing.tokens]
@@ -208,7 +208,7 @@ class Projection(nn.Module):
         return self._prepacked
 
     def _from_cache(self, rows: Sequence[int], bank: Bank) -> dict[int, Float[Tensor, "r d"]]:
-        """Bases of as many of the rows that a call needs as the cache has or has room for."""
+        """Return the bases of as many of the rows that a call needs as the cache has or has room for."""
         self._drop_stale(bank)
         found = self.cache.take(rows)
         absent = [row for row in rows if row not in found]
@@ -220,7 +220,7 @@ class Projection(nn.Module):
         return found
 
     def _compose(self, rows: Sequence[int], bank: Bank) -> Float[Tensor, "h r d"]:
-        """Bases to keep: ordinary tensors, whatever mode the call is in."""
+        """Return bases to keep, which are ordinary tensors, whatever mode the call is in."""
         assert self.layout is not None
         no_autocast = torch.autocast(self.codes.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
@@ -235,7 +235,7 @@ class Projection(nn.Module):
             )
 
     def _drop_stale(self, bank: Bank) -> None:
-        """Forget bases composed from other values: an optimiser step or a loaded state changes the version."""
+        """Forget bases of other values: an optimiser step or a loaded state changes the version."""
         factors = (self.codes, *bank.factors())
         signature = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in factors)
         if signature != self._signature:
@@ -244,7 +244,7 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def rebuild(self) -> Float[Tensor, "e p d"]:
-        """All experts as dense matrices, computed one by one in float32 and rounded once."""
+        """Return all experts as dense matrices, computed one by one in float32 and rounded once."""
         example = self.codes if self.row else self.dense
         out = torch.empty(
             len(self.row) + len(self.dense_row), *self.size, dtype=example.dtype, device=example.device
@@ -260,7 +260,7 @@ class Projection(nn.Module):
         return out
 
     def clear_cache(self) -> None:
-        """Forget all bases: after the factors have changed, or to give the memory back."""
+        """Forget all bases, after the factors have changed, or to give the memory back."""
         self.cache.clear()
         self._stack = self._prepacked = None
         self._signature = ()
@@ -272,11 +272,11 @@ class Projection(nn.Module):
         return self.cache.nbytes + sum(one.nbytes for one in kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy composes its bases anew: prepacked ones can't be copied."""
+        """Leave the bases out of a copy, which composes them anew: prepacked ones can't be copied."""
         return self.__dict__ | {"_stack": None, "_prepacked": None, "_signature": ()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
-        """Every move to another device or dtype ends here; what was composed before is of no more use."""
+        """Move to another device or dtype, and forget what was composed before."""
         self.clear_cache()
         return super()._apply(fn, recurse)
 

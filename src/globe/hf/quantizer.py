@@ -65,7 +65,9 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         self.keep_packed = keep_packed
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `config.json`: without `quant_method`, so that nothing loads it which does not know GloBE."""
+        """Return the record as in `config.json`: without `quant_method`, so that nothing loads it which does not know
+        GloBE.
+        """
         return {
             VERSION_KEY: version_of(self.layouts),
             "S_cache": self.S_cache,
@@ -147,7 +149,7 @@ def attach(model: Any, layouts: tuple[BankLayout, ...], S_cache: SCache) -> None
 
 
 def check_cache(value: Any) -> SCache:
-    """`value` if it is a possible cache size. Raises ConfigError otherwise."""
+    """Return `value` if it is a possible cache size. Raises ConfigError otherwise."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if value != "all" and not whole:
         raise ConfigError(
@@ -157,7 +159,7 @@ def check_cache(value: Any) -> SCache:
 
 
 def set_cache(model: nn.Module, S_cache: SCache) -> None:
-    """How many experts' bases every layer and family keeps composed: 0 none, an integer, or "all" of them."""
+    """Set how many experts' bases every layer and family keeps composed: 0 none, an integer, or "all" of them."""
     check_cache(S_cache)
     for module in model.modules():
         if isinstance(module, GlobeExperts):
@@ -198,7 +200,7 @@ def require_plugin() -> None:
 
 @functools.cache
 def marked(base: Any) -> Any:
-    """A configuration class that writes the `globe_*` model type as long as it describes banks.
+    """Return a configuration class that writes the `globe_*` model type as long as it describes banks.
 
     It bears the name of `base`, by which transformers' Auto classes find the model class.
     """

@@ -39,7 +39,7 @@ def irregularity(module: nn.Module) -> str | None:
 
 
 def require_regular(module: nn.Module, name: str) -> None:
-    """Raises CheckpointError, with the way out, if `irregularity` finds one."""
+    """Raise CheckpointError, with the way out, if `irregularity` finds one."""
     reason = irregularity(module)
     if reason is not None:
         raise CheckpointError(

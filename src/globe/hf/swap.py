@@ -57,7 +57,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def check_fit(model: nn.Module, names: Mapping[int, str], layouts: Sequence[BankLayout]) -> None:
-    """Raises ArtefactError or CheckpointError, with one sentence, if the banks are not of this model."""
+    """Raise ArtefactError or CheckpointError, with one sentence, if the banks are not of this model."""
     seen: set[tuple[int, str]] = set()
     for layout in layouts:
         for member in layout.members:

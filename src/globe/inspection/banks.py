@@ -16,7 +16,7 @@ _RUN_MARKS = ("status.json", "summary.json")
 
 
 def is_banks(root: Path) -> bool:
-    """Is it a bank, or the folder of a run?"""
+    """Return whether it is a bank or the folder of a run."""
     return (
         (root / RECORD_FILE).is_file()
         or (root / "banks").is_dir()

@@ -88,7 +88,7 @@ def bank_seed(seed: int, key: str, attempt: int = 0) -> int:
 
 
 def return_large_blocks() -> None:
-    """Have the allocator (glibc) return large blocks when they are freed, which lowers the peak of a large fit.
+    """Make the allocator (glibc) return large blocks when they are freed, which lowers the peak of a large fit.
 
     For the life of the process. glibc would take the largest block that was ever freed, up to 32 MB, as one to keep;
     here a block of 4 MB, such as a chunk's temporaries of a large fit, gets pages of its own, and no more than that

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def kl_divergence(original: Float[Tensor, "t v"], compressed: Float[Tensor, "t v"]) -> Float[Tensor, " t"]:
-    """KL(P || Q) = sum_v P log(P / Q) of each token in nats, from logits, in float32.
+    """Return KL(P || Q) = sum_v P log(P / Q) of each token in nats, from logits, in float32.
 
     Summed as P (exp(z) - 1 - z) with z = log(Q / P), which changes nothing in the sum as P and Q add up to 1,
     and makes every term positive: equal logits give exactly 0, and nearly equal ones keep their digits, where
@@ -24,5 +24,5 @@ def kl_divergence(original: Float[Tensor, "t v"], compressed: Float[Tensor, "t v
 
 
 def top1_agreement(original: Float[Tensor, "t v"], compressed: Float[Tensor, "t v"]) -> Float[Tensor, " t"]:
-    """1 where the likeliest next token is the same, else 0; the first of equally likely ones counts."""
+    """Return 1 where the likeliest next token is the same, else 0; the first of equally likely ones counts."""
     return (original.argmax(dim=1) == compressed.argmax(dim=1)).float()

@@ -21,14 +21,14 @@ CHUNK = 8
 
 
 def squared_norms(X: Float[Tensor, "n p d"]) -> Float[Tensor, " n"]:
-    """||X_i||_F^2 per expert, summed in float64 without a copy of all experts."""
+    """Return ||X_i||_F^2 per expert, summed in float64 without a copy of all experts."""
     return torch.stack([to_float64(expert).square().sum() for expert in X])
 
 
 def squared_errors(
     X: Float[Tensor, "n p d"], A: Float[Tensor, "n p r"], M: Float[Tensor, "n r d"], *, chunk: int = CHUNK
 ) -> Float[Tensor, " n"]:
-    """||X_i - A_i M_i||_F^2 per expert, from the residual; products in the dtype of X, sums in float64."""
+    """Return ||X_i - A_i M_i||_F^2 per expert, from the residual; products in the dtype of X, sums in float64."""
     parts = []
     for start in range(0, X.shape[0], chunk):
         rows = slice(start, start + chunk)
@@ -38,7 +38,7 @@ def squared_errors(
 
 
 def relfrob(errors: Float[Tensor, " n"], norms: Float[Tensor, " n"]) -> float:
-    """RelFrob = sqrt(sum_i ||X_i - Xhat_i||^2 / sum_i ||X_i||^2), of squared errors and squared norms.
+    """Return RelFrob = sqrt(sum_i ||X_i - Xhat_i||^2 / sum_i ||X_i||^2), of squared errors and squared norms.
 
     Experts that are all zero give 0 when reproduced and infinity when not.
     """
@@ -49,7 +49,7 @@ def relfrob(errors: Float[Tensor, " n"], norms: Float[Tensor, " n"]) -> float:
 
 
 def mse(errors: Float[Tensor, " n"], entries: int) -> float:
-    """Mean squared error per entry: sum_i ||X_i - Xhat_i||^2 / (n p d), with `entries` = p d of an expert."""
+    """Return the mean squared error per entry, sum_i ||X_i - Xhat_i||^2 / (n p d); `entries` is p d."""
     return float(errors.sum()) / (errors.numel() * entries)
 
 
@@ -73,12 +73,12 @@ def spread(X: Float[Tensor, "n p d"]) -> Spread:
 
 
 def global_mean(spread: Spread) -> float:
-    """Mean of all entries of all experts."""
+    """Return the mean of all entries of all experts."""
     return float(spread.sums.sum()) / (spread.sums.numel() * spread.entries)
 
 
 def explained_variance(errors: Float[Tensor, " n"], spread: Spread) -> float:
-    """1 - sum_i ||X_i - Xhat_i||^2 / sum_i ||X_i - mean||^2 with the mean of all entries.
+    """Return 1 - sum_i ||X_i - Xhat_i||^2 / sum_i ||X_i - mean||^2 with the mean of all entries.
 
     Negative when the approximation is worse than that mean; constant experts give 1 when reproduced and minus
     infinity when not.
@@ -89,7 +89,7 @@ def explained_variance(errors: Float[Tensor, " n"], spread: Spread) -> float:
 
 
 def explained_variance_per_expert(errors: Float[Tensor, " n"], spread: Spread) -> Float[Tensor, " n"]:
-    """The same per expert, each about its own mean."""
+    """Return the same per expert, each about its own mean."""
     return _explained(errors, spread.squares)
 
 
@@ -99,12 +99,14 @@ def _explained(error: Float[Tensor, "*n"], variance: Float[Tensor, "*n"]) -> Flo
 
 
 def energy_of_rank(X: Float[Tensor, "n p d"], r: int) -> float:
-    """sum_i of the r largest squared singular values of X_i: ||A0||^2 of the truncated SVDs, without making them."""
+    """Return sum_i of the r largest squared singular values of X_i: ||A0||^2 of the truncated SVDs, without making
+    them.
+    """
     return sum(float(singular_values(expert[None])[0, :r].square().sum()) for expert in X)
 
 
 def singular_values(X: Float[Tensor, "n p d"]) -> Float[Tensor, "n k"]:
-    """All min(p, d) singular values of each expert, largest first, from the smaller Gram matrix in float64.
+    """Return all min(p, d) singular values of each expert, largest first, from the smaller Gram matrix in float64.
 
     Values below 1e-8 of the largest are rounding.
     """
@@ -117,7 +119,7 @@ def singular_values(X: Float[Tensor, "n p d"]) -> Float[Tensor, "n k"]:
 
 
 def effective_rank(values: Float[Tensor, "n k"], share: float = 0.95) -> Int[Tensor, " n"]:
-    """Fewest leading singular values whose squares hold `share` of the energy; 0 for a zero expert."""
+    """Return the fewest leading singular values whose squares hold `share` of the energy; 0 for a zero expert."""
     energy = values.square().cumsum(dim=1)
     total = energy[:, -1:]
     # a relative slack: a sum that meets the share exactly must not be missed by one rounding
@@ -138,12 +140,12 @@ class SupportSummary(NamedTuple):
 
 
 def support_sizes(codes: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
-    """|supp alpha_i|, the number of codes above zero."""
+    """Return |supp alpha_i|, the number of codes above zero."""
     return (codes > 0).sum(dim=1)
 
 
 def summarise_support(codes: Float[Tensor, "n m"]) -> SupportSummary:
-    """Mean, median, extremes and histogram of the support sizes."""
+    """Return mean, median, extremes and histogram of the support sizes."""
     sizes = support_sizes(codes)
     ordered = sizes.sort().values
     n = ordered.numel()
@@ -159,19 +161,19 @@ def summarise_support(codes: Float[Tensor, "n m"]) -> SupportSummary:
 
 
 def code_shares(codes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """q_ij = alpha_ij / sum_j alpha_ij in float64; zero for an expert without codes."""
+    """Return q_ij = alpha_ij / sum_j alpha_ij in float64; zero for an expert without codes."""
     wide = to_float64(codes)
     return wide / wide.sum(dim=1, keepdim=True).clamp_min(1e-300)
 
 
 def entropy(codes: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
-    """-sum_j q_ij log q_ij in nats, q_i = alpha_i / sum alpha_i: 0 for one atom, log m for equal codes."""
+    """Return -sum_j q_ij log q_ij in nats, q_i = alpha_i / sum alpha_i: 0 for one atom, log m for equal codes."""
     q = code_shares(codes)
     return -torch.xlogy(q, q).sum(dim=1)
 
 
 def effective_support(codes: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
-    """S_eff = 1 / sum_j q_ij^2, q_i = alpha_i / sum alpha_i: k for k equal codes, 0 without codes."""
+    """Return S_eff = 1 / sum_j q_ij^2, q_i = alpha_i / sum alpha_i: k for k equal codes, 0 without codes."""
     weight = code_shares(codes).square().sum(dim=1)
     return torch.where(weight > 0, 1 / weight.clamp_min(1e-300), 0.0)
 
@@ -188,12 +190,12 @@ def pruned_share(before: Float[Tensor, "n m"], after: Float[Tensor, "n m"]) -> f
 
 
 def atom_usage(codes: Float[Tensor, "n m"]) -> Int[Tensor, " m"]:
-    """Number of experts that use each atom."""
+    """Return the number of experts that use each atom."""
     return (codes > 0).sum(dim=0)
 
 
 def jaccard(first: Float[Tensor, "n m"], second: Float[Tensor, "n m"]) -> float:
-    """Mean over the experts of |S_i and T_i| / |S_i or T_i| for the supports of two families' codes.
+    """Return the mean over the experts of |S_i and T_i| / |S_i or T_i| for the supports of two families' codes.
 
     Means something only when atom j of both is the same atom or the same group of experts. Two empty supports
     count as equal.
@@ -204,7 +206,7 @@ def jaccard(first: Float[Tensor, "n m"], second: Float[Tensor, "n m"]) -> float:
 
 
 def atom_norms(bank: Float[Tensor, "m r d"]) -> Float[Tensor, " m"]:
-    """||B_j||_F of every atom, in float64."""
+    """Return ||B_j||_F of every atom, in float64."""
     return torch.stack([to_float64(atom).square().sum().sqrt() for atom in bank])
 
 
@@ -216,7 +218,7 @@ class Coherence(NamedTuple):
 
 
 def coherence(bank: Float[Tensor, "m r d"]) -> Coherence:
-    """|<B_j, B_k>| / (||B_j|| ||B_k||) over j != k; 0 for a single atom, and for an atom of norm zero."""
+    """Return |<B_j, B_k>| / (||B_j|| ||B_k||) over j != k; 0 for a single atom, and for an atom of norm zero."""
     m = bank.shape[0]
     if m == 1:
         return Coherence(0.0, 0.0)
@@ -233,7 +235,7 @@ def coherence(bank: Float[Tensor, "m r d"]) -> Coherence:
 
 
 def condition_number(codes: Float[Tensor, "n m"]) -> float:
-    """Condition number of alpha^T alpha (m, m): (largest / smallest singular value of alpha)^2.
+    """Return the condition number of alpha^T alpha (m, m): (largest / smallest singular value of alpha)^2.
 
     Infinite when the codes have no full column rank in float64: an unused atom, two atoms used in
     proportion, m > n.

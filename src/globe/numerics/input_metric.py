@@ -26,7 +26,7 @@ class InputMetric:
     """weights of the rows (n, p), or upper triangular matrices (n, p, p)"""
 
     def seen(self, E: Float[Tensor, "c p d"], part: slice) -> Float[Tensor, "c p d"]:
-        """D_i E_i L_i for the experts of `part`."""
+        """Return D_i E_i L_i for the experts of `part`."""
         return self.weighted(self.bases(E, part), part)
 
     def enter(self, X: Float[Tensor, "n p d"]) -> None:
@@ -40,12 +40,12 @@ class InputMetric:
             X[part] = self.unseen(X[part], part)
 
     def unseen(self, E: Float[Tensor, "c p d"], part: slice) -> Float[Tensor, "c p d"]:
-        """D_i^-1 E_i L_i^-1 for the experts of `part`, which undoes `seen` but for rounding."""
+        """Return D_i^-1 E_i L_i^-1 for the experts of `part`, which undoes `seen` but for rounding."""
         own = self.adapters(E, part)
         return own if self.columns is None else self.columns.solved(own, part)
 
     def norms(self, E: Float[Tensor, "n p d"], start: int = 0) -> Float[Tensor, " n"]:
-        """||D_i E_i L_i||_F^2 of experts that begin with expert `start`."""
+        """Return ||D_i E_i L_i||_F^2 of experts that begin with expert `start`."""
         parts = [
             self.seen(E[part], slice(start + part.start, start + part.stop))
             for part in expert_chunks(*E.shape)
@@ -53,11 +53,11 @@ class InputMetric:
         return torch.cat([squared_norms(part) for part in parts]) if parts else to_float64(E.new_zeros(0))
 
     def bases(self, M: Float[Tensor, "c r d"], part: slice) -> Float[Tensor, "c r d"]:
-        """M_i L_i for the experts of `part`."""
+        """Return M_i L_i for the experts of `part`."""
         return M if self.columns is None else self.columns.times(M, part)
 
     def weighted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
-        """D_i A_i: adapters of X_i as those of D_i X_i L_i."""
+        """Return D_i A_i, adapters of X_i as those of D_i X_i L_i."""
         if self.rows is None:
             return A
         rows = self.rows[part]
@@ -70,7 +70,7 @@ class InputMetric:
         return self.rows[part].square() if self.rows.dim() == 2 else self.rows[part].square().sum(dim=1)
 
     def adapters(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
-        """D_i^-1 A_i: adapters fitted to D_i X_i L_i as those of X_i."""
+        """Return D_i^-1 A_i, adapters fitted to D_i X_i L_i as those of X_i."""
         if self.rows is None:
             return A
         rows = self.rows[part]
@@ -79,7 +79,7 @@ class InputMetric:
         return torch.linalg.solve_triangular(rows, A, upper=True)
 
     def adjoint_weighted(self, F: Float[Tensor, "c p d"], part: slice) -> Float[Tensor, "c p d"]:
-        """D_i^T F_i L_i^T: a gradient in D_i E_i L_i as one in E_i."""
+        """Return D_i^T F_i L_i^T, a gradient in D_i E_i L_i as one in E_i."""
         F = F if self.columns is None else self.columns.adjoint(F, part)
         if self.rows is None:
             return F
@@ -87,14 +87,16 @@ class InputMetric:
         return rows.unsqueeze(2) * F if rows.dim() == 2 else rows.mT @ F
 
     def kernel(self, *, linear: bool) -> Metric | None:
-        """What a fit to D_i X_i L_i has to know of L.
+        """Return what a fit to D_i X_i L_i has to know of L.
 
         Nothing where phi is linear and all experts have one L: the bank of such a fit stands for B L.
         """
         return None if linear and self.one_root is not None else self.columns
 
     def block(self, rows: Int[Tensor, "n q"], columns: Int[Tensor, " c"]) -> InputMetric:
-        """The same for some rows of every expert and some columns of all: of each C_i and D_i the part that is left."""
+        """Return the same for some rows of every expert and some columns of all: of each C_i and D_i the part that is
+        left.
+        """
         weights, part = self.rows, self.columns
         if weights is not None and weights.dim() == 2:
             weights = weights.gather(1, rows)

@@ -48,7 +48,7 @@ class Metric(NamedTuple):
         return times_inverse(T, self.of(part))
 
     def in_mean(self, X: Float[Tensor, "n p d"]) -> Float[Tensor, "n p d"]:
-        """Experts X_i L_i as the mean metric sees them: a copy for what asks for one metric of all experts."""
+        """Return experts X_i L_i as the mean metric sees them: a copy for what asks for one metric of all experts."""
         if self.common:
             return X
         root = root_of(self.mean)

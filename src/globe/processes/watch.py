@@ -77,7 +77,9 @@ class SweepWatch(Callback):
 
 @contextmanager
 def outcome() -> Iterator[None]:
-    """Around a program that may be a sweep: compare its runs; raise SweepError if several failed or one is hidden."""
+    """Compare the runs of a program that may be a sweep, once it ends; raise SweepError if several failed or one is
+    hidden.
+    """
     try:
         yield
     except _Refused as refused:
@@ -96,7 +98,7 @@ def outcome() -> Iterator[None]:
 
 @contextmanager
 def without_empty_folders() -> Iterator[None]:
-    """Around a single run: remove the folders that Hydra made for it, if nothing was put into them."""
+    """Remove the folders that Hydra made for a single run, if nothing was put into them."""
     try:
         yield
     finally:
@@ -131,7 +133,7 @@ def _sentence(failed: dict[str, str]) -> str:
 
 
 def _failed() -> dict[str, str]:
-    """Runs that failed since the sweep of this process began, each with the reason."""
+    """Return the runs that failed since the sweep of this process began, each with the reason."""
     if _sweep is None:
         return {}
     changed = [name for name, text in _statuses(_sweep.folder).items() if text != _sweep.before.get(name)]

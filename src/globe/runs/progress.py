@@ -28,16 +28,16 @@ class Progress:
         self._stack.close()
 
     def begin(self, key: str) -> None:
-        """The next bank."""
+        """Begin the next bank."""
         self._bar.set_description(key)
 
     def step(self, key: str, record: StepRecord) -> None:
-        """One step of the bank `key`."""
+        """Count one step of the bank `key`."""
         self.sinks.log(key, record.step, record.flat())
         self._bar.set_postfix(RelFrob=f"{record.relfrob:.4f}", refresh=False)
         self._bar.update(self._done + min(record.step, self.steps) - self._bar.n)
 
     def end(self) -> None:
-        """The bank is done, early perhaps, or was there already."""
+        """End the bank, which is done, perhaps early, or was there already."""
         self._done += self.steps
         self._bar.update(self._done - self._bar.n)

@@ -78,7 +78,7 @@ class BankReport:
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> BankReport:
-        """Raises ValueError when the record was written by another version."""
+        """Read the record. Raises ValueError when the record was written by another version."""
         return parse_record(BankReport, record)
 
 
@@ -186,7 +186,7 @@ class RunSummary:
         return 1 - saved / self.total_parameters
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON. A figure that is not finite is null."""
+        """Return plain JSON. A figure that is not finite is null."""
         banks = []
         for bank in self.banks:
             runtime = self.runtimes.get(bank.key)
@@ -213,7 +213,7 @@ class RunSummary:
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> RunSummary:
-        """Raises KeyError, TypeError or ValueError when the record was written by another version."""
+        """Read the record. Raises KeyError, TypeError or ValueError when the record was written by another version."""
         if record["format_version"] != FORMAT_VERSION:
             raise ValueError(f"summary.json has format version {record['format_version']!r}")
         runtimes = {bank["key"]: bank["runtime"] for bank in record["banks"] if bank["runtime"]}

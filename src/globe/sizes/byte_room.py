@@ -37,11 +37,12 @@ class ByteRoom:
         return Precision(size.bits_A, size.bits_B, self.group_adapters, self.group_atoms)
 
     def count(self, size: BankSize) -> int:
-        """Bits that factors of this size take in a file."""
+        """Return the bits that factors of this size take in a file."""
         return self.precision(size).bits(self.n, self.p, self.d, size.m, size.r, size.atom_rank)
 
     def filled(self, m: int, average: float, k: int | None = None) -> BankSize | None:
-        """Sizes near an average of bits that leave less than half a percent, or else the least; None if nothing fits.
+        """Return sizes near an average of bits that leave less than half a percent, or else the least; None if nothing
+        fits.
 
         Bytes of a row of the adapters are whole where all rows are alike, which is coarse. So every number of rows
         gets the bits that are left, and among those that fill the room the average nearest to the one asked for wins.
@@ -55,7 +56,8 @@ class ByteRoom:
         return max(found, key=self.count)
 
     def given(self, m: int, r: int) -> BankSize | None:
-        """These sizes with the bits that are left for them: 3 more for the atoms than for the adapters, 8 at most.
+        """Return these sizes with the bits that are left for them: 3 more for the atoms than for the adapters, 8 at
+        most.
 
         None where they leave less than a bit.
         """
@@ -64,7 +66,7 @@ class ByteRoom:
         return next(iter(wanted or found[::-1]), None)
 
     def _all(self, m: int, k: int | None) -> Iterator[BankSize]:
-        """Every number of rows, with the most bits for the adapters that there is room for."""
+        """Yield every number of rows, with the most bits for the adapters that there is room for."""
         most = self.d if self.wide and k is None else min(self.p, self.d)
         for atoms in ATOM_BITS:
             for r in range(1 if k is None else k + 1, most + 1):
@@ -80,7 +82,9 @@ class ByteRoom:
         return BankSize(m, r, k, average, atoms) if average >= _LEAST else None
 
     def _row(self, r: int) -> int:
-        """Bits of a row of the fewest bits: whole bytes where rows are alike, which rows of levels are on the whole."""
+        """Return the bits of a row of the fewest bits: whole bytes where rows are alike, which rows of levels are on
+        the whole.
+        """
         return r if self.group_adapters is None else 8 * -(-r // 8)
 
 
@@ -91,7 +95,7 @@ def least_share(room: ByteRoom) -> float:
 
 
 def too_small(share: float, room: ByteRoom) -> ConfigError:
-    """The sentence for a share of bytes in which nothing fits."""
+    """Return the sentence for a share of bytes in which nothing fits."""
     least = math.ceil(1000 * least_share(room)) / 1000
     return ConfigError(
         f"bank.size={share} is too small for {room.n} experts of {room.p} x {room.d}: give a share from {least:g}"

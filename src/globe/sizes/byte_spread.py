@@ -51,7 +51,7 @@ class Bank:
     r: int
 
     def bits(self, level: float) -> float:
-        """Bits of an entry on average, where each further one has to gain `level`."""
+        """Return the bits of an entry on average, where each further one has to gain `level`."""
         gain = torch.tensor([NOISE[b] - NOISE[b + 1] for b in range(MOST_BITS)], dtype=torch.float64)
         energies = self.weight * torch.exp2(-torch.arange(len(self.counts), dtype=torch.float64) / _FINE)
         each = (energies[:, None] * gain > level).sum(dim=1)
@@ -105,7 +105,7 @@ def spread_bytes(config: Config, banks: Sequence[Outline], sizing: Sizing) -> di
 def _classes(
     X: Float[Tensor, "n p d"], metric: InputMetric | None, r: int | None
 ) -> Float[Tensor, " classes"]:
-    """How many entries of the adapters have which share of a bank's energy, the largest first.
+    """Return how many entries of the adapters have which share of a bank's energy, the largest first.
 
     Without r the weights themselves are meant, and their rotated columns share the energy of a row evenly.
     """
@@ -130,7 +130,7 @@ def _is_coupled(metric: InputMetric | None) -> bool:
 def _conditional(
     X: Float[Tensor, "c p d"], metric: InputMetric | None, part: slice, V: Float[Tensor, "d r"]
 ) -> Float[Tensor, "c p r"]:
-    """Rows that are inputs by what of each the others can't make good: the pivots of their second moment."""
+    """Return rows that are inputs by what of each the others can't make good: the pivots of their second moment."""
     assert metric is not None
     assert metric.rows is not None
     H = metric.rows[part].mT @ metric.rows[part]
@@ -141,7 +141,8 @@ def _conditional(
 
 
 def _weight(checkpoint: Checkpoint, observed: Sequence[Observed]) -> float:
-    """The squared output of a bank's layers that hangs on its experts, as a share of the whole; 1 without a text.
+    """Return the squared output of a bank's layers that hangs on its experts, as a share of the whole; 1 without a
+    text.
 
     To first order, sum_i g_i^2 E ||J_i W_i x||^2 for gate and up, with the slopes J_i of the output: `rows_up` and
     `rows_gate` of the statistics. What hangs on down is the whole output.

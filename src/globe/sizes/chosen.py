@@ -62,7 +62,7 @@ class _File:
 
 
 def room_of(config: Config, bank: Outline) -> Room:
-    """What `bank.kept` leaves for adapters, atoms and codes. Raises ConfigError where nothing fits."""
+    """Return what `bank.kept` leaves for adapters, atoms and codes. Raises ConfigError where nothing fits."""
     assert config.bank.kept is not None
     room = Room(*bank.shape, max(0, allowed(config, bank)))
     if not candidates(room, ratio=RATIO, low_rank=False):
@@ -78,7 +78,7 @@ def room_of(config: Config, bank: Outline) -> Room:
 
 
 def limits_of(config: Config, checkpoint: Checkpoint, bank: Outline, room: Room) -> Serving | None:
-    """What `serve` asks for. Raises ConfigError where no sizes in the room keep to it."""
+    """Return what `serve` asks for. Raises ConfigError where no sizes in the room keep to it."""
     serving = serving_of(config, checkpoint, bank)
     if serving is not None:
         found = candidates(room, ratio=RATIO, low_rank=False, allows=lambda m: allows(config, m))
@@ -88,7 +88,7 @@ def limits_of(config: Config, checkpoint: Checkpoint, bank: Outline, room: Room)
 
 
 def byte_room_of(config: Config, bank: Outline) -> ByteRoom:
-    """What `bank.size` leaves for adapters, atoms and codes. Raises ConfigError where nothing fits."""
+    """Return what `bank.size` leaves for adapters, atoms and codes. Raises ConfigError where nothing fits."""
     assert config.bank.size is not None
     n, p, d = bank.shape
     # a scalar mean is stored in the dtype of the fit
@@ -101,7 +101,7 @@ def byte_room_of(config: Config, bank: Outline) -> ByteRoom:
 
 
 def allows(config: Config, m: int) -> bool:
-    """Whether `codes.target_support` comes out for m atoms."""
+    """Return whether `codes.target_support` comes out for m atoms."""
     try:
         target_support(config, m)
     except ConfigError:
@@ -144,7 +144,7 @@ def choose_sizes(
 
 
 def _given(config: Config, bank: Outline) -> BankSize:
-    """The sizes that are given with the bits that `bank.size` leaves for them."""
+    """Return the sizes that are given with the bits that `bank.size` leaves for them."""
     room, sizes = byte_room_of(config, bank), resolve_sizes(config, bank)
     found = room.given(sizes.m, sizes.r)
     if found is None:
@@ -190,7 +190,7 @@ def _write(file: Path, known: dict[Shape, Searched]) -> None:
 
 
 def _read(file: Path) -> dict[Shape, Searched]:
-    """What a file holds; nothing, with a warning, if it is damaged or of another version."""
+    """Return what a file holds; nothing, with a warning, if it is damaged or of another version."""
     record = read_record(file)
     if record is None:
         return {}
@@ -205,12 +205,12 @@ def _read(file: Path) -> dict[Shape, Searched]:
 
 
 def print_frontier(searched: Searched, console: Console | None = None) -> None:
-    """The table of a search: what each candidate keeps, and its error after each rung."""
+    """Print the table of a search: what each candidate keeps, and its error after each rung."""
     show_table(wide_console(console), frontier_table(searched))
 
 
 def frontier_table(searched: Searched) -> Table:
-    """Dense candidates by m, then low-rank ones by rank; the chosen one is bold."""
+    """Return the table: dense candidates by m, then low-rank ones by rank; the chosen one is bold."""
     frontier = searched.frontier
     room, block = frontier.room, frontier.block
     title = f"sizes within {room.limit / (room.n * room.p * room.d):.1%} of {searched.probed}"

@@ -59,7 +59,7 @@ class Prediction:
     """what each form costs to serve (`globe.sizes.serving`); empty for a baseline"""
 
     def seconds_at_most(self, config: Config) -> float | None:
-        """Seconds of the fit of one bank, if it takes all its steps."""
+        """Return the seconds of the fit of one bank, if it takes all its steps."""
         if self.seconds is None:
             return None
         return min(self.seconds * config.train.steps, config.train.time_limit or float("inf"))
@@ -118,7 +118,9 @@ def predict(
 def _rows(
     config: Config, checkpoint: Checkpoint, banks: Sequence[Outline], kept: Mapping[str, float | None]
 ) -> list[tuple[BankPlan, int]]:
-    """Every bank once; where sizes are to be chosen, every candidate of a shape and share, with its number of banks."""
+    """Return every bank once; where sizes are to be chosen, every candidate of a shape and share, with its number of
+    banks.
+    """
     found = []
     for shape, share in dict.fromkeys((one.shape, kept[one.key]) for one in banks):
         alike = [one for one in banks if (one.shape, kept[one.key]) == (shape, share)]
@@ -135,7 +137,8 @@ def _rows(
 
 
 def candidate_plans(config: Config, bank: Outline, checkpoint: Checkpoint | None = None) -> list[BankPlan]:
-    """The sizes that the search begins with, for the whole experts: it may probe them in a smaller block of these.
+    """Return the sizes that the search begins with, for the whole experts: it may probe them in a smaller block of
+    these.
 
     `checkpoint` is asked what serving costs, where `serve` has limits.
     """
@@ -187,7 +190,9 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _saved(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Bytes by which a checkpoint with this bank's factors is smaller than the dense one; shared experts stay dense."""
+    """Return the bytes by which a checkpoint with this bank's factors is smaller than the dense one; shared experts
+    stay dense.
+    """
     sizes, shared = bank.sizes, len(bank.members) * config.model.include_shared
     held = sizes.parameters - shared * (sizes.p * sizes.r + sizes.m) + bank.mean_parameters
     dense = (sizes.n - shared) * sizes.p * sizes.d
@@ -195,7 +200,9 @@ def _saved(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
 
 
 def file_bytes(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Bytes of a bank's artefact: factors in the export dtype, means and scales; its header is some hundred more."""
+    """Return the bytes of a bank's artefact: factors in the export dtype, means and scales; its header is some hundred
+    more.
+    """
     sizes, fit = bank.sizes, DTYPES[config.dtype].itemsize
     exported = checkpoint.dtype(*bank.members[0])
     if config.export_dtype is not ExportDtype.auto:
@@ -207,7 +214,9 @@ def file_bytes(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
 
 
 def _resident_bytes() -> int:
-    """Memory of the process as it is now. Its peak so far is more where the system counts that of its parent."""
+    """Return the memory of the process as it is now. Its peak so far is more where the system counts that of its
+    parent.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -216,7 +225,9 @@ def _resident_bytes() -> int:
 
 
 def metric_numbers(config: Config, bank: BankPlan) -> int:
-    """Numbers of the roots and row weights that a metric holds: one root of an expert, for up and gate alike."""
+    """Count the numbers of the roots and row weights that a metric holds: one root of an expert, for up and gate
+    alike.
+    """
     n, p, d = bank.outline.shape
     match chosen_metric(config):
         case Metric.experts:
@@ -231,7 +242,7 @@ def metric_numbers(config: Config, bank: BankPlan) -> int:
 
 
 def bytes_of(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Bytes that a fit of the bank holds at most, beside the program."""
+    """Return the bytes that a fit of the bank holds at most, beside the program."""
     return fit_bytes(
         bank.sizes,
         itemsize=DTYPES[config.dtype].itemsize,
@@ -270,7 +281,7 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
 
 
 def sentences(config: Config, whole: Totals) -> list[str]:
-    """What the run takes in all."""
+    """Say what the run takes in all."""
     plural = "s" * (whole.banks != 1)
     lines = []
     if is_search(config):

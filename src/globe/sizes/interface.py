@@ -173,7 +173,7 @@ def learn_banks(
 
 
 def _silent(key: str, record: StepRecord) -> None:
-    """Nobody looks."""
+    """Do nothing, since nobody looks."""
 
 
 def _groups(experts: Tensor | Sequence[Tensor]) -> list[Tensor]:

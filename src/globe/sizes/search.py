@@ -78,7 +78,7 @@ class Frontier:
 def plan_search(
     room: Room, config: Config, allows: Callable[[int], bool], serving: Serving | None = None
 ) -> Plan:
-    """Rungs of equal cost within `budget.seconds` of the reference core.
+    """Plan rungs of equal cost within `budget.seconds` of the reference core.
 
     Where the experts are too large for even the fewest steps, a block of them stands for all: rows and columns in one
     proportion, in which the same share is kept by as many atoms. `room` must have a candidate that serves as asked.

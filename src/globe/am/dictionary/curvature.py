@@ -91,7 +91,7 @@ class Curvature:
         return self._gather(self._atoms.view(m, r, d))
 
     def _pull(self, change: Float[Tensor, "c r d"], pulled: Float[Tensor, "c r d"], own: slice) -> None:
-        """J [G (.) K] J of a change of a few experts' mixed bases, into `pulled`; spends `change`."""
+        """Add J [G (.) K] J of a change of a few experts' mixed bases, into `pulled`; spends `change`."""
         if self._kept is not None:
             self._pull_in_metric(change, pulled, own, self._kept[own])
             return

@@ -158,7 +158,9 @@ def _in_metric(state: AMState, M: Float[Tensor, "c r d"], part: slice) -> Float[
 def _blended_force(
     state: AMState, pull: Float[Tensor, "n r d"], options: StepOptions
 ) -> Float[Tensor, "n r d"]:
-    """J * A^T (X~ - A M) L^T for the target X~ = beta X + (1 - beta) A pull, M and pull as the metric sees them."""
+    """Return J * A^T (X~ - A M) L^T for the target X~ = beta X + (1 - beta) A pull, M and pull as the metric sees
+    them.
+    """
     away = torch.bmm(state.point.gram, pull - _bases(state, options))
     if state.point.metric is not None:
         away = state.point.metric.adjoint(away, slice(None))
@@ -174,7 +176,7 @@ def _blended_error(
     pull: Float[Tensor, "n r d"],
     options: StepOptions,
 ) -> float:
-    """sum_i ||X~_i - A_i M_i||^2 + beta rho_i ||A_i||^2 at adapters A, for the target X~ of `_blended_force`."""
+    """Return sum_i ||X~_i - A_i M_i||^2 + beta rho_i ||A_i||^2 at adapters A, for the target X~ of `_blended_force`."""
     total, ridge = 0.0, options.beta * ridge_of(options.lambda_A, X.dtype) / A.shape[2]
     for part in expert_chunks(*X.shape):
         M = _in_metric(state, _activated(state.atoms, options, part), part)

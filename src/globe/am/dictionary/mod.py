@@ -25,7 +25,7 @@ def mod_step(
     *,
     lambda_B: float = 0.0,
 ) -> Float[Tensor, "m r d"]:
-    """B = argmin sum_i ||T_i - sum_j alpha_ij B_j||_F^2 + ridge ||B - bank||_F^2, targets T for Y.
+    """Return B = argmin sum_i ||T_i - sum_j alpha_ij B_j||_F^2 + ridge ||B - bank||_F^2, targets T for Y.
 
     (alpha^T alpha + ridge) (B - bank) = alpha^T (T - alpha bank), so that an atom nobody uses stays where it is.
     Exact for the true objective only when all adapters have orthonormal columns: it drops A_i^T A_i otherwise, and is

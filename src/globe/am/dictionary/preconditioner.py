@@ -211,7 +211,7 @@ def _smallest_ridge(blocks: Float[Tensor, "b s s"]) -> float:
 def _code_blocks(
     tangent: Tangent, point: Point, weights: Float[Tensor, "n r r"], generator: torch.Generator
 ) -> Float[Tensor, "n m m"]:
-    """K_i[j, l] ~ <B_j L_i (I - P_i), G_i B_l L_i (I - P_i)> with the columns sketched: E[Omega Omega^T] = I."""
+    """Return K_i[j, l] ~ <B_j L_i (I - P_i), G_i B_l L_i (I - P_i)> with the columns sketched: E[Omega Omega^T] = I."""
     bank = tangent.bank
     n, (m, r, d) = len(weights), bank.shape
     omega = torch.randn(d, _SKETCH, generator=generator, dtype=torch.float32).to(bank) / _SKETCH**0.5

@@ -13,7 +13,7 @@ from globe.am.warm_start import align
 def weight_aware_targets(
     X: Float[Tensor, "n p d"], A: Float[Tensor, "n p r"], *, lambda_T: float = 0.0
 ) -> Float[Tensor, "n r d"]:
-    """T_i = argmin_T ||X_i - A_i T||_F^2 + ridge ||T||_F^2 = (A_i^T A_i + ridge)^{-1} A_i^T X_i.
+    """Return T_i = argmin_T ||X_i - A_i T||_F^2 + ridge ||T||_F^2 = (A_i^T A_i + ridge)^{-1} A_i^T X_i.
 
     The ridge is lambda_T mean(diag A_i^T A_i), and at least what the factorisation needs.
     """

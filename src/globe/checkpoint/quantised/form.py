@@ -55,5 +55,5 @@ class Form:
     axes: int = 2
 
     def matches(self, name: str, dtype: torch.dtype) -> bool:
-        """Is this the main tensor of a matrix in this form?"""
+        """Return whether this is the main tensor of a matrix in this form."""
         return name.endswith(self.main) and dtype in self.dtypes

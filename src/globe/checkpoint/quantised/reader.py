@@ -48,7 +48,7 @@ class DequantisedReader(ShardReader):
     def __init__(
         self, stored: ShardReader, method: str, config: Mapping[str, Any], quantisation: Mapping[str, Any]
     ) -> None:
-        """Raises CheckpointError for a method, format or tensors that are not read."""
+        """Raise CheckpointError for a method, format or tensors that are not read."""
         self.stored = stored
         self.method = method
         self.folder = stored.folder
@@ -84,7 +84,7 @@ class DequantisedReader(ShardReader):
         }
 
     def entry(self, name: str) -> TensorEntry:
-        """Dtype and shape of a tensor as it is read; `nbytes` of a quantised one are those of the plain one."""
+        """Return dtype and shape of a tensor as it is read; `nbytes` of a quantised one are those of the plain one."""
         return self._matrices[name].entry if name in self._matrices else super().entry(name)
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
@@ -185,7 +185,7 @@ def open_quantised(stored: ShardReader, config: Mapping[str, Any]) -> ShardReade
 
 
 def is_readable(config: Mapping[str, Any]) -> bool:
-    """Does the config say that the weights are quantised by a method of the table?"""
+    """Return whether the config says that the weights are quantised by a method of the table."""
     found = _quantisation(config)
     return found is not None and found[0] in METHODS
 
@@ -246,7 +246,7 @@ def _not_quantised(stored: ShardReader, method: str) -> CheckpointError:
 
 
 def _counts(shape: tuple[int, ...], count: int | None) -> bool:
-    """Does the first axis of a part count the experts of a stack?"""
+    """Return whether the first axis of a part counts the experts of a stack."""
     return count is not None and bool(shape) and shape[0] == count
 
 

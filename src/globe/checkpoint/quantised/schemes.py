@@ -42,7 +42,9 @@ _FORMATS = (
 
 
 def _groups(config: Mapping[str, Any]) -> SettingsOf:
-    """compressed-tensors: groups of modules, by names, regular expressions (`re:...`) and classes (`Linear`)."""
+    """Return what compressed-tensors configures: groups of modules, by names, regular expressions (`re:...`) and
+    classes (`Linear`).
+    """
     sparsity = config.get("sparsity_config") or {}
     records = [one for one in dict(config.get("config_groups") or {}).values() if isinstance(one, dict)]
     formats = [config.get("format"), *(one.get("format") for one in records)]
@@ -73,7 +75,7 @@ def _weights(record: Mapping[str, Any]) -> Settings:
 
 
 def _names(target: Any, module: str) -> bool:
-    """Does a target of a group mean this module by its name?"""
+    """Return whether a target of a group means this module by its name."""
     if not isinstance(target, str):
         return False
     if target.startswith("re:"):
