@@ -155,9 +155,7 @@ class BankPlan:
 
 
 def cache_bytes(bank: BankPlan, S_cache: int | str, itemsize: int) -> int:
-    """Return the bytes of the mixed bases (r x d) that stay composed once every member's cache is full, at `itemsize`
-    a number.
-    """
+    """Return the bytes of the mixed bases (r x d) that stay composed once all caches are full, `itemsize` a number."""
     held = sum(count if S_cache == "all" else min(int(S_cache), count) for count in bank.outline.counts)
     return held * bank.sizes.r * bank.sizes.d * itemsize
 
@@ -232,9 +230,7 @@ def _bits_by_row(config: Config, bank: Outline) -> Precision | None:
 
 def mean_parameters(config: Config, bank: Outline) -> int:
     """Return how many numbers are those of the stored means: none, one per member, or a p x d matrix per member."""
-    if (
-        config.method is Method.mean_svd
-    ):  # its own mean expert takes the other in, and is counted with its sizes
+    if config.method is Method.mean_svd:  # its own mean expert takes the other in, counted with its sizes
         return 0
     match config.normalise.centre:
         case Centre.none:
@@ -246,17 +242,13 @@ def mean_parameters(config: Config, bank: Outline) -> int:
 
 
 def allowed(config: Config, bank: Outline) -> int:
-    """Return how many numbers `bank.kept` leaves for adapters, atoms and codes: a share of n p d, less the stored
-    means.
-    """
+    """Return how many numbers `bank.kept` leaves for factors: a share of n p d, less the stored means."""
     assert config.bank.kept is not None
     return allowed_parameters(config.bank.kept, n=bank.n, p=bank.p, d=bank.d) - mean_parameters(config, bank)
 
 
 def resolve_sizes(config: Config, bank: Outline, chosen: BankSize | None = None) -> Sizes:
-    """Return the sizes of a GloBE bank, given in the configuration or `chosen`. Raises ConfigError naming what can't
-    be.
-    """
+    """Return the sizes of a GloBE bank, as configured or `chosen`. Raises ConfigError naming what can't be."""
     n, p, d = bank.shape
     if chosen is None:
         assert config.bank.kept is None, "sizes within a budget are chosen by search"
