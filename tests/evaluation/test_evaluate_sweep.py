@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -11,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import globe.evaluate as command
 import globe.evaluation.sweep as module
 from globe.config.command_line import parse_options
 from globe.config.commands import start
+from globe.config.console import show_table
 from globe.evaluation.ground import Remembered
 from globe.evaluation.measure import evaluate
 from globe.evaluation.options import EvaluateOptions
-from globe.evaluation.sweep import evaluate_sweep
+from globe.evaluation.sweep import SweepResult, evaluate_sweep, sweep_table
 from globe.evaluation.text import Window
 
 SMALL = ("window=16", "stride=8", "batch=4", "max_tokens=150")
@@ -181,3 +184,34 @@ def test_bytes_in_memory_have_a_dtype_and_a_total(
     assert f"{total / original:.1%} of it" in line
     assert f"{resident['cache']:,} bytes of composed bases" in shown
     assert "python -m globe.patch run=" in shown
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_table_says_what_files_take(rounded: bool) -> None:
+    def record(kept: int, held: int, perplexity: float) -> dict[str, Any]:
+        return {
+            "perplexity": {"perplexity": perplexity},
+            "rise": {"ratio": 1.02},
+            "divergence": None,
+            "sizes": {
+                "family_parameters": {"before": 1000, "after": kept, "ratio": kept / 1000},
+                "family_bytes": {"before": 2000, "after": held, "ratio": held / 2000},
+                "model_bytes": {
+                    "before": 8000,
+                    "after": 6000 + held,
+                    "ratio": (6000 + held) / 8000,
+                },
+            },
+        }
+
+    small = 200 if rounded else 800
+    runs = {"x_m4_1": record(600, 1200, 30.5), "x_m2_2": record(400, small, 31.25)}
+    stream = io.StringIO()
+    show_table(Console(file=stream, width=120), sweep_table(SweepResult(records=runs)))
+    rows = [line.replace(" ", "").split("\u2502") for line in stream.getvalue().splitlines()]
+    rows = [row[1:-1] for row in rows if len(row) > 2]
+    few = (["1.60"], ["9.60"]) if rounded else ([], [])
+    least = ["m2", "40.0%", *few[0], f"{6000 + small:,}", "77.50%" if rounded else "85.00%", "31.2500"]
+    assert rows[0][: len(least)] == least
+    assert rows[1][: len(least)] == ["m4", "60.0%", *few[1], "7,200", "90.00%", "30.5000"]
+    assert ("bits a" in stream.getvalue()) is rounded

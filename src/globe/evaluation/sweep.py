@@ -143,18 +143,26 @@ def shared_with_calibration(record: dict[str, Any]) -> float:
 
 
 def sweep_table(result: SweepResult) -> Table:
-    """Return one row per run that has figures, the smallest model first; the least perplexity is bold."""
-    headings = ("kept of\nfamily", "kept of\nmodel", "perplexity", "rise", "KL\n(nats)", "same\nnext token")
-    table = new_table("all runs, smallest first", ("run", *headings), wrap=("run",))
-    rows = sorted(result.records.items(), key=lambda one: (_share(one[1], "family") or 0.0, one[0]))
+    """Return one row per run that has figures, the smallest files first; the least perplexity is bold.
+
+    Bits a weight of the compressed families are shown where factors are rounded to fewer bits than bfloat16 has.
+    """
+    rows = sorted(result.records.items(), key=lambda one: (one[1]["sizes"]["model_bytes"]["after"], one[0]))
+    rounded = any(_bits(record) < 15 * (_share(record, "family_parameters") or 1) for _, record in rows)
+    few = ["bits a\nweight"] if rounded else []
+    sizes = ["kept of\nfamily", *few, "bytes in\nfiles", "of the\noriginal"]
+    figures = ["perplexity", "rise", "KL\n(nats)", "same\nnext token"]
+    table = new_table("all runs, smallest first", ["run", *sizes, *figures], wrap=("run",))
     best = min((record["perplexity"]["perplexity"] for _, record in rows), default=None)
     short = short_names([name for name, _ in rows])
     for name, record in rows:
         own, far, rise = record["perplexity"]["perplexity"], record["divergence"], record["rise"]
         cells = (
             short[name],
-            _percent(_share(record, "family")),
-            _percent(_share(record, "model"), 2),
+            _percent(_share(record, "family_parameters")),
+            *([f"{_bits(record):.2f}"] if rounded else []),
+            f"{record['sizes']['model_bytes']['after']:,}",
+            _percent(_share(record, "model_bytes"), 2),
             f"{own:.4f}",
             "-" if rise is None else f"{100 * (rise['ratio'] - 1):+.2f} %",
             "-" if far is None else f"{far['kl']:.4g}",
@@ -164,9 +172,15 @@ def sweep_table(result: SweepResult) -> Table:
     return table
 
 
-def _share(record: dict[str, Any], of: str) -> float | None:
-    change = record["sizes"][f"{of}_parameters"]
+def _share(record: dict[str, Any], size: str) -> float | None:
+    change = record["sizes"][size]
     return None if change is None else change.get("ratio")
+
+
+def _bits(record: dict[str, Any]) -> float:
+    """Return the bits that files hold for each number of the compressed families."""
+    sizes = record["sizes"]
+    return 8 * sizes["family_bytes"]["after"] / sizes["family_parameters"]["before"]
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
