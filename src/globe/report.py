@@ -57,7 +57,9 @@ def report(options: ReportOptions) -> tuple[tuple[ReportRun, ...], Report, Path]
     root = Path(options.sweep or options.run or "")
     require_matplotlib()
     runs = read_runs(root, key=key)
-    built = build(runs, options.title or f"{root.resolve().name}: GloBE report", details=options.details)
+    built = build(
+        runs, options.title or f"{root.resolve().name}: GloBE report", details=options.details, folder=root
+    )
     out = root / "report" if options.out is None else Path(options.out)
     publish(out, _files(built, runs))
     return runs, built, out

@@ -36,6 +36,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         rows: int = 1,
         columns: int = 1,
         height: float = 3,
+        greys: bool = False,
         **shared: Any,
     ) -> Picture:
         axes = Figure(figsize=(7, height * rows)).subplots(rows, columns, squeeze=False, **shared)

@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from report_support import STEPS, train
 
 import globe.report as command
 from globe.config.command_line import parse_options
 from globe.config.commands import start
+from globe.config.composition import conf_dir, register, to_config
 from globe.errors import ConfigError
 from globe.report import ReportOptions, report
 from globe.reporting.documents import escape_latex, escape_markdown, to_csv
+from globe.reporting.plot import DARK, ON_DARK, ON_LIGHT
 from globe.reporting.publish import MANIFEST, publish
-from globe.reporting.runs import ReportRun
+from globe.reporting.runs import ReportRun, read_runs
 
-PNG = b"\x89PNG\r\n\x1a\n"
+register()
 VOID = {"meta", "link", "img", "wbr"}
 
 
@@ -79,9 +83,9 @@ def made(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_needs_nothing_but_itself(made: Path) -> None:
     page = Page((made / "report.html").read_text())
-    images = [one for one in page.references if one.startswith("data:image/png;base64,")]
+    images = [one for one in page.references if one.startswith("data:image/svg+xml;base64,")]
     assert len(images) == len(list(made.glob("*.png"))) >= 7
-    assert all(base64.b64decode(one.partition(",")[2]).startswith(PNG) for one in images)
+    assert all(base64.b64decode(one.partition(",")[2]).startswith(b"<?xml") for one in images)
     rest = set(page.references) - set(images)
     assert all(one.startswith("#section-") or one in ("data:,", "#top") for one in rest)
     assert not re.search(r"https?://|@import|url\(", (made / "report.html").read_text())
@@ -427,3 +431,44 @@ def test_files_that_are_no_files_and_bombs_of_aliases_end_no_report(
     (copies[2] / "metrics.jsonl").write_text("[" * 100_000 + "\n" + '{"bank": "x", "relfrob": 1e999}\n')
     found, _, _ = report(ReportOptions(sweep=str(tmp_path / "runs"), details=0))
     assert [bool(run.options) for run in found] == [False, False, True]
+
+
+def test_every_colour_has_a_form_for_dark_pages(made: Path) -> None:
+    """Pictures were inverted whole on dark pages, maps of colours with them."""
+    maps = {"codes": True, "sizes": False}
+    for file in made.glob("*.svg"):
+        drawn = file.read_text()
+        sheet, _, rest = drawn.partition("</style>")
+        used = set(re.findall(r"(?:fill|stroke): (#\w+)", rest))
+        assert used <= {*DARK, ON_LIGHT, ON_DARK}, file.name
+        assert used & set(DARK), file.name
+        assert "prefers-color-scheme:dark" in sheet
+        kind = next((one for one in maps if one in file.name), None)
+        assert ("image{filter" in sheet) is (kind is not None and maps[kind]), file.name
+    light = [one for one in DARK if one not in ("#ffffff", "#222222", "#e3e3e3", "#bdbdbd")]
+    assert all(_contrast(DARK[one], DARK["#ffffff"]) > 4.5 for one in light)
+
+
+def _contrast(first: str, second: str) -> float:
+    """The contrast of two colours as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+        return sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_report_says_the_command_that_adds_lines_of_reference(sweep: Path, made: Path) -> None:
+    text = (made / "report.md").read_text()
+    (said,) = re.findall(r"python -m globe.train (experiment=references .*?), and this", text)
+    words = shlex.split(said)
+    assert words[1:3] == [f"output={sweep.parent}", f"sweep={sweep.name}"]
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        config = to_config(compose("config", overrides=[*words, "method=svd", "bank.kept=0.4"]))
+    known = read_runs(sweep, key="sweep")[0].options
+    assert config.model.max_experts == known["model.max_experts"] == 6
+    assert str(config.family) == known["family"]
+    assert config.layer == known["layer"]

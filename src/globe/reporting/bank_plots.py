@@ -50,6 +50,7 @@ def code_map(track: Track, index: int) -> Picture:
         rows=2,
         columns=2,
         height=height / 2,
+        greys=True,
         sharex="col",
         sharey="row",
         gridspec_kw={"height_ratios": [1, 4], "width_ratios": [5, 1]},

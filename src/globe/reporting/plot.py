@@ -40,6 +40,26 @@ _STYLE = {
     "text.parse_math": False,  # a dollar sign in the name of a run is one
     "svg.hashsalt": "globe",  # equal runs give equal files
 }
+DARK = {
+    "#ffffff": "#1f1f1f",  # the paper of the page
+    "#000000": "#e6e6e6",
+    "#222222": "#141414",
+    "#e3e3e3": "#3a3a3a",
+    "#bdbdbd": "#6f6f6f",
+    "#777777": "#9a9a9a",
+    "#666666": "#a8a8a8",
+    "#444444": "#c4c4c4",
+    "#0072b2": "#4d9dff",
+    "#d55e00": "#ff8a3d",
+    "#009e73": "#2fcc9c",
+    "#cc79a7": "#ec9dc5",
+    "#8c6d00": "#c9a634",
+    "#56b4e9": "#9fdcff",
+    "#e69f00": "#ffc94d",
+}
+"""What each colour of a picture becomes on a dark page."""
+ON_LIGHT, ON_DARK = "#010101", "#fefefe"
+"""Colours of what stands on the colours of a map, which stay as they are on a dark page."""
 _LETTER, _HANDLE = 4.5, 46.0
 """Points that a letter of a legend, and the line before it, take."""
 _LONGEST_LINE = 110
@@ -79,11 +99,13 @@ def picture(
     rows: int = 1,
     columns: int = 1,
     height: float = 3.6,
+    greys: bool = False,
     **shared: Any,
 ) -> Picture:
     """Return a figure of rows x columns axes, filled by `make(figure, axes)`; `height` is that of one row, in inches.
 
-    `shared` goes to matplotlib's `subplots`. Nothing that is drawn outside the axes is cut off.
+    `shared` goes to matplotlib's `subplots`. Nothing that is drawn outside the axes is cut off. On a dark page the SVG
+    is dark, its maps too where they are of `greys`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -92,7 +114,9 @@ def picture(
         warnings.simplefilter("ignore")  # of letters that the font lacks: they become boxes
         figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
         make(figure, figure.subplots(rows, columns, squeeze=False, **shared))
-        return Picture(name, title, caption, _saved(figure, "png"), _saved(figure, "svg"))
+        return Picture(
+            name, title, caption, _saved(figure, "png"), with_dark_form(_saved(figure, "svg"), greys)
+        )
 
 
 def _saved(figure: Any, form: str) -> bytes:
@@ -101,6 +125,17 @@ def _saved(figure: Any, form: str) -> bytes:
     without: dict[str, Any] = {"Software": None} if form == "png" else {"Date": None, "Creator": None}
     figure.savefig(buffer, format=form, dpi=DPI, metadata=without, bbox_inches="tight", pad_inches=0.06)
     return buffer.getvalue()
+
+
+def with_dark_form(svg: bytes, greys: bool) -> bytes:
+    """Return the picture with a style sheet that replaces each of its colours where the reader prefers dark pages."""
+    rules = [f"svg{{fill:{DARK['#000000']}}}"]  # matplotlib leaves black, the default, out
+    for light, dark in DARK.items():
+        rules += [f'[style*="{what}: {light}"]{{{what}:{dark}!important}}' for what in ("fill", "stroke")]
+    if greys:
+        rules.append("image{filter:invert(.8784)}")  # white becomes the paper
+    sheet = f"@media (prefers-color-scheme:dark){{{''.join(rules)}}}</style>"
+    return svg.replace(b"</style>", sheet.encode(), 1)
 
 
 def series_style(index: int) -> dict[str, Any]:

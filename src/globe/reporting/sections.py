@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from globe.errors import printable
@@ -14,6 +16,12 @@ from globe.reporting.labels import common_options, labels, methods_of, varied_op
 from globe.reporting.plot import Picture
 from globe.reporting.runs import ReportRun
 from globe.reporting.tables import Table, bank_table, run_table, seed_table, trouble_table
+
+_OF_EXPERTS = (
+    *("model.path", "model.revision", "model.max_experts", "model.sample_method"),
+    *("family", "layer", "normalise.metric", "calibrate.text"),
+)
+"""Options that say which experts a run compresses, and in what metric."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +53,10 @@ class Report:
         return tuple(section.table for section in self.sections if section.table is not None)
 
 
-def build(runs: Sequence[ReportRun], title: str, *, details: int) -> Report:
+def build(runs: Sequence[ReportRun], title: str, *, details: int, folder: Path = Path()) -> Report:
     """Return all sections; a picture for which the runs hold no data is replaced by a sentence that says so.
 
-    `details` is the number of banks that are drawn with their codes and singular values.
+    `details` is the number of banks that are drawn with their codes and singular values, `folder` that of the runs.
     """
     varied, names = varied_options(runs), labels(runs)
     measured = [run for run in runs if run.measured]
@@ -58,7 +66,7 @@ def build(runs: Sequence[ReportRun], title: str, *, details: int) -> Report:
         everything = all_tracks(measured, names, alone=len(measured) == 1)
         detailed = tracks(measured, names, details)
         sections += [
-            *(_one_run(measured[0]) if len(runs) == 1 else _whole_sweep(runs, measured, varied)),
+            *(_one_run(measured[0]) if len(runs) == 1 else _whole_sweep(runs, measured, folder)),
             _budget(measured, names),
             _perplexity(measured),
             _support(measured),
@@ -130,23 +138,24 @@ def _one_run(run: ReportRun) -> list[Section | None]:
 
 
 def _whole_sweep(
-    runs: Sequence[ReportRun], measured: Sequence[ReportRun], varied: Sequence[str]
+    runs: Sequence[ReportRun], measured: Sequence[ReportRun], folder: Path
 ) -> list[Section | None]:
     """Return what the page of a sweep begins with: its table, its front, and what sizes and seeds do."""
     text = (
         "RelFrob is the relative Frobenius error of what was saved, kept the share of parameters that is left: of the "
         "compressed families, and of the whole model."
     )
+    varied = varied_options(runs)
     seeds = seed_table(runs, varied)
     return [
         Section("Runs", (text,), run_table(runs, varied)),
-        _size(measured),
+        _size(measured, folder),
         _maps(measured),
         None if seeds is None else Section("Seeds", (), seeds),
     ]
 
 
-def _size(measured: Sequence[ReportRun]) -> Section | None:
+def _size(measured: Sequence[ReportRun], folder: Path) -> Section | None:
     if len(measured) < 2:
         return None
     said = [
@@ -155,10 +164,27 @@ def _size(measured: Sequence[ReportRun]) -> Section | None:
     ]
     if not any(methods_of(run) in sweep_plots.REFERENCES for run in measured):
         said.append(
-            "Runs of method=svd and method=shared_basis in the same folder become lines of reference: python -m "
-            "globe.train experiment=references sweep=NAME, with the model, layer and family of these runs."
+            "Lines of reference, a truncated SVD of every expert and one basis shared by all, come from the closed "
+            f"forms of these experts, in seconds: {references_command(measured, folder)}, and this report once more."
         )
     return Section("Error against size", tuple(said), None, (sweep_plots.error_front(measured),))
+
+
+def references_command(measured: Sequence[ReportRun], folder: Path) -> str:
+    """Return the command that adds the closed forms for the experts of these runs to their folder."""
+    common = common_options(measured)
+    place = folder.resolve()
+    parent = place.parent.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place.parent
+    words = {"experiment": "references", "output": str(parent), "sweep": place.name}
+    words |= {name: text for name in _OF_EXPERTS if (text := _typed(common.get(name))) not in ("", "auto")}
+    return " ".join(["python -m globe.train", *(shlex.quote(f"{key}={text}") for key, text in words.items())])
+
+
+def _typed(value: Any) -> str:
+    """Return an option as it is typed; nothing for one that is not given."""
+    if value is None:
+        return ""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _budget(measured: Sequence[ReportRun], names: Mapping[int, str]) -> Section | None:

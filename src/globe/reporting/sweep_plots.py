@@ -16,7 +16,16 @@ from globe.reporting.labels import (
     short_names,
     varied_options,
 )
-from globe.reporting.plot import GREY, Picture, legend_below, picture, scale_axis, series_style
+from globe.reporting.plot import (
+    GREY,
+    ON_DARK,
+    ON_LIGHT,
+    Picture,
+    legend_below,
+    picture,
+    scale_axis,
+    series_style,
+)
 from globe.reporting.runs import ReportRun
 
 REFERENCES = ("svd", "shared_basis")
@@ -270,7 +279,7 @@ def _heat_map(plot: Any, grid: Grid, limits: tuple[float, float], form: str) -> 
     middle = sum(limits) / 2
     for (m, r), value in grid.items():
         place = rs.index(r), ms.index(m)
-        colour = "black" if value > middle else "white"
+        colour = ON_LIGHT if value > middle else ON_DARK
         weight = "bold" if (m, r) == best else "normal"
         plot.text(
             *place, form.format(value), ha="center", va="center", color=colour, fontsize=8, weight=weight
@@ -280,7 +289,7 @@ def _heat_map(plot: Any, grid: Grid, limits: tuple[float, float], form: str) -> 
         [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48],
         [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48],
     )
-    plot.plot(*frame, color="white", linewidth=2)
+    plot.plot(*frame, color=ON_DARK, linewidth=2)
     return image
 
 
