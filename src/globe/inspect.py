@@ -4,7 +4,7 @@ What a checkpoint, a patched checkpoint, a run or a single bank holds. Of a chec
 read, no weight; the banks of a run are read whole and verified, and a damaged one is named (exit code 1).
 
 PATH               checkpoint folder, hub id or `embedded`; run of globe.train; bank (a folder with globe.json)
-path=PATH          the same, for a path such as name=value/folder that would be taken for an option
+path=PATH          the same, for a path such as name=value/folder that would be taken for an option; `model=PATH` too
 revision=null      revision of a hub id
 m=[n/8,n/4,n/2]    atoms to predict the kept shares for: integers or expressions in n
 r=[p/2,3p/4,p]     rows of an atom likewise, in p or d; p stands for d where experts have more rows than columns

@@ -1,12 +1,13 @@
-"""python -m globe.patch run=RUN out=OUT [KEY=VALUE ...]
+"""python -m globe.patch RUN out=OUT [KEY=VALUE ...]
 
 Put the banks of a run into the model they were learned from, and write the result as a checkpoint.
 
-run=RUN            folder of a run of globe.train, or of one bank; what it has no bank for stays as it is
+run=RUN            folder of a run of globe.train, or of one bank; what it has no bank for stays as it is;
+                   `run=` may be left out
 out=OUT            folder to write; it appears whole or not at all
 format=dense       reconstructed matrices under the upstream names: loads in any engine, saves nothing
 format=globe       factors only: loads in transformers once globe is imported
-model.path=PATH    checkpoint folder or hub id; by default the one the run was learned from
+model.path=PATH    checkpoint folder or hub id, `model=PATH` too; by default the one the run was learned from
 model.revision=R   revision of a hub id
 S_cache=null       format=globe: experts per layer and family whose bases stay composed once loaded, 0 for none, or
                    all; null is what the run says
@@ -64,7 +65,7 @@ class PatchOptions:
 
 def parse(arguments: Sequence[str]) -> PatchOptions:
     """Checked options of a command line. Raises ConfigError, or OmegaConf's error for a key or value."""
-    options = parse_options(PatchOptions, arguments)
+    options = parse_options(PatchOptions, arguments, positional="run")
     _refuse_other_checks(options)
     return options
 
@@ -95,7 +96,7 @@ def patch(options: PatchOptions) -> dict[str, Any]:
 
 
 def main() -> None:
-    run_command(__doc__ or "", PatchOptions, _patch_and_say)
+    run_command(__doc__ or "", PatchOptions, _patch_and_say, positional="run")
 
 
 def _weights(options: PatchOptions) -> str:

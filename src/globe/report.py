@@ -1,10 +1,10 @@
-"""python -m globe.report sweep=FOLDER [KEY=VALUE ...]
+"""python -m globe.report FOLDER [KEY=VALUE ...]
 
 Tables and pictures of the runs below a folder: report.html (one file, opens without a network), report.md, pictures as
 PNG and SVG, tables as CSV and LaTeX, and runs.csv with every digit of every bank. Reads what the runs wrote beside
 their banks, no bank and no checkpoint. report.json lists what was written: nothing else is ever replaced or removed.
 
-sweep=FOLDER       folder of a multirun, or any folder with runs of globe.train below it
+sweep=FOLDER       folder of a multirun, or any folder with runs of globe.train below it; `sweep=` may be left out
 run=FOLDER         folder of a single run, instead of sweep
 out=null           folder to write; null is `report` in the folder of the runs
 details=4          banks whose codes and singular values are drawn, chosen along the Pareto front; 0 is none
@@ -78,7 +78,7 @@ def _files(built: Report, runs: Sequence[ReportRun]) -> dict[str, bytes]:
 
 
 def main() -> None:
-    run_command(__doc__ or "", ReportOptions, _report_and_say)
+    run_command(__doc__ or "", ReportOptions, _report_and_say, positional="sweep")
 
 
 def _report_and_say(options: ReportOptions) -> None:

@@ -12,6 +12,7 @@ import pytest
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from globe.calibrate import CalibrateOptions
 from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import explain
 from globe.config.console import add_row, new_table, progress_bar, say, show_table, wide_console
@@ -121,6 +122,14 @@ def test_the_first_argument_may_be_a_path_alone() -> None:
     assert first("/a=b/m") == "/a=b/m"
     assert first("./a=b") == "./a=b"
     assert first("out=a=b") == "a=b"
+
+
+@pytest.mark.parametrize("typed", ["model=a=b", "model.path=a=b"])
+def test_the_model_has_one_name_in_every_command(typed: str) -> None:
+    assert parse_options(PatchOptions, ["run=r", "out=o", typed]).model.path == "a=b"
+    assert parse_options(InspectOptions, [typed], positional="path").path == "a=b"
+    assert parse_options(CalibrateOptions, [typed, "text=t"]).model == "a=b"
+    assert parse_options(EvaluateOptions, [typed]).model == "a=b"
 
 
 def test_help_is_printed_and_nothing_runs(

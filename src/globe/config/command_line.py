@@ -54,7 +54,8 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, positional: str | 
     An option that is a text (`str`, or `str | None`) is taken as it was typed, so that `out=2026_11_29`, `out=0123`
     and `'out=a #2'` name these very folders; `null` is None where the option may be None. All others are YAML. The
     first argument may be the value of the option `positional` alone; that it is a value shows in what stands before
-    its first equals sign, which is no name, as in `/a=b/m`.
+    its first equals sign, which is no name, as in `/a=b/m`. The model is `model` and `model.path` in every command that
+    reads one, whatever the option is called.
 
     Raises
     ------
@@ -65,12 +66,14 @@ def parse_options(kind: type[T], arguments: Sequence[str], *, positional: str | 
     if positional is not None and given and not _names_an_option(given[0]):
         given[0] = f"{positional}={given[0]}"
     texts, groups = text_options(kind), _groups(kind)
+    model = next((one for one in ("model.path", "model", "path") if one in texts), None)
     taken: dict[str, str | None] = {}
     rest = []
     for argument in given:
         key, equals, value = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not understood: give KEY=VALUE, --help lists the keys")
+        key = model if model is not None and key in ("model", "model.path") else key
         if key in groups:
             raise ConfigError(f"{argument!r} is a group of options: give {key}.KEY=VALUE")
         if key in texts:

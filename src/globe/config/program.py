@@ -1,4 +1,4 @@
-"""The console script `globe`: `globe train family=up`, `globe patch run=RUN out=OUT`, `globe --version`.
+"""The console script `globe`: `globe train family=up`, `globe patch RUN out=OUT`, `globe --version`.
 
 A console script does not look for modules in the current folder, as `python -m` does: a `yaml.py` that lies there is
 not run.
