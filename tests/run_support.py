@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from globe.am.options import FitOptions
 from globe.am.records import Factors, FitResult, FitState, Sizes, StepRecord, StopReason
 from globe.am.refit import refit
+from globe.am.running import Progress
 from globe.checkpoint import open_checkpoint
 from globe.config.composition import conf_dir, plain, register
 from globe.config.identity import run_name
@@ -113,7 +115,7 @@ class FakeFit:
             # like the real one it writes none after the last step
             if options.checkpoint_every == 0 and step < options.steps:
                 state = {"bank": bank, "generator": generator.get_state()}
-                on_checkpoint(FitState(state, {"step": step, "best": float("inf")}))
+                on_checkpoint(FitState(state | _atoms(sizes), _numbers(step)))
         left = right = None
         if (k := sizes.atom_rank) is not None:
             u, s, vh = torch.linalg.svd(bank, full_matrices=False)
@@ -135,6 +137,21 @@ class FakeFit:
             regularised_solves=0,
             seconds=0.25,
         )
+
+
+def _atoms(sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Tensors that every state has; the fit that costs nothing does not look at them."""
+    m, r, d, k = sizes.m, sizes.r, sizes.d, sizes.atom_rank
+    bank = {"bank": (m, r, d)} if k is None else {"left": (m, r, k), "right": (m, k, d)}
+    shapes = {"codes": (sizes.n, m)} | bank
+    return {
+        f"{name}.{field}": torch.ones(shape) for name in ("now", "anchor") for field, shape in shapes.items()
+    }
+
+
+def _numbers(step: int) -> dict[str, float | int | bool | str | None]:
+    of_state = {"momentum_steps": 0, "damping": 1e-3, "lam": 0.0, "fine": False, "simplex": False}
+    return asdict(Progress(1, 0.9, step=step)) | {f"state.{name}": one for name, one in of_state.items()}
 
 
 def step_record(step: int, *, relfrob: float = 0.5) -> StepRecord:

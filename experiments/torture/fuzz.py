@@ -1,10 +1,11 @@
-"""Examples of Hypothesis for the readers of headers, indices, configurations and states, until a time is over.
+"""Examples of Hypothesis for the readers of foreign files, until so much processor time is used.
 
     python experiments/torture/fuzz.py [--minutes 10] [--seed 0]
 
 Each example is a good file in which Hypothesis has put other values at other places, other bytes, or another length of
 the header; it shrinks what is not held to the smallest such file. Held: the reader returns, or refuses by an error of
 one printable line. Everything runs in this process, below a limit of memory (RLIMIT_AS), in a temporary folder.
+The minutes are those of this process's processor time, whatever else the machine does.
 Prints examples by reader; exit code 1 with the example at the first finding.
 """
 
@@ -19,7 +20,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from readers import KEYS, LONGEST, MEBIBYTES, PLAIN_VALUES, Reader, make_sources, nodes
+from sources import more_sources
 
-FUZZED = ("header", "index", "config.json", "globe.json", "status.json", "summary.json", "config.yaml")
+LEFT_OUT = ("config.json, format=globe", "config.json, evaluated")
+"""Other readers of files that are read by one here."""
 AT_ONCE = 50
 """Examples of one reader before the next one has its turn."""
 SLOWEST = 5.0
@@ -90,6 +93,9 @@ def examples_of(reader: Reader) -> st.SearchStrategy[bytes]:
     file = reader.source / reader.file
     if file.suffix == ".safetensors":
         return headers(file.read_bytes())
+    if file.suffix == ".jsonl":
+        whole = [json.loads(line) for line in file.read_text().splitlines()]
+        return st.lists(st.sampled_from(whole).flatmap(records), max_size=4).map(b"\n".join)
     if file.suffix == ".yaml":
         return records({"bank": {"m": 3, "r": [7]}, "layer": "4-9"})  # JSON is YAML
     return records(json.loads(file.read_bytes()))
@@ -137,6 +143,7 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="part of the names of readers")
     options = parser.parse_args()
     import logging
 
@@ -146,21 +153,25 @@ def main() -> int:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     transformers.utils.logging.set_verbosity_error()
-    tried: Counter[str] = Counter()
+    transformers.utils.logging.disable_progress_bar()
+    tried, used = Counter[str](), defaultdict[str, float](float)
     with tempfile.TemporaryDirectory(prefix="globe-fuzz-") as name:
         root = Path(name)
         sources = make_sources(root / "sources")
+        sources |= more_sources(root / "sources", sources)
+        fuzzed = [kind for kind in sources if kind not in LEFT_OUT and options.only in kind]
         folders = {}
-        for kind in FUZZED:
-            folders[kind] = root / kind
+        for kind in fuzzed:
+            folders[kind] = root / kind.replace("/", " ")
             shutil.copytree(sources[kind].source, folders[kind], ignore=shutil.ignore_patterns("banks"))
             sources[kind].read(folders[kind])  # imports what the reader needs
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + (MEBIBYTES << 20)
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
-        end, number = time.monotonic() + 60 * options.minutes, options.seed
-        while time.monotonic() < end:
-            kind = FUZZED[number % len(FUZZED)]
+        end, number = time.process_time() + 60 * options.minutes, options.seed
+        while time.process_time() < end:
+            kind = fuzzed[number % len(fuzzed)]
+            began = time.process_time()
             try:
                 tried[kind] += fuzz_one(sources[kind], folders[kind], number)
             except BaseException:
@@ -168,10 +179,13 @@ def main() -> int:
                     f"{kind}, seed {number}, is not held: {(folders[kind] / sources[kind].file).read_bytes()[:2000]!r}"
                 )
                 raise
+            used[kind] += time.process_time() - began
             number += 1
     for kind, count in tried.items():
-        print(f"{kind:14} {count:8}")
-    print(f"{sum(tried.values())} examples in {options.minutes:g} minutes, no finding")
+        print(f"{kind:26} {count:8} {used[kind]:8.1f} s")
+    print(
+        f"{sum(tried.values())} examples in {sum(used.values()) / 60:.1f} minutes of processor time, no finding"
+    )
     return 0
 
 

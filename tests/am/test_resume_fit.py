@@ -15,6 +15,7 @@ from torch import Tensor
 
 from globe.am.loop import fit_bank
 from globe.am.records import Factors, FitResult, FitState
+from globe.am.running import require_fitting
 from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
 from globe.config.schema import CurveConfig, InitConfig
 from globe.fit.options import fit_options
@@ -97,6 +98,7 @@ def test_resumed_equals_uninterrupted(name: str, dtype: torch.dtype, tmp_path: P
     )
     assert [state.numbers["step"] for state in states] == list(range(1, 7))
     for state in states if dtype == torch.float32 else states[1::2]:
+        require_fitting(state, sizes)
         later: list[Any] = []
         # another generator: a resumed fit draws nothing from it
         found = fit_bank(
@@ -129,6 +131,36 @@ def test_the_best_state_survives_a_resume(tmp_path: Path) -> None:
     assert any("best.bank" in state.tensors for state in states)
     found, _ = fitted(X, sizes_of(X), config, resume=through_disk(states[-1], tmp_path))
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("tensors", "now.codes", None),
+        ("tensors", "now.codes", torch.ones(17, 1)),
+        ("tensors", "now.bank", torch.full((3, 4, 14), float("nan"))),
+        ("tensors", "anchor.bank", torch.ones(3, 4, 14, dtype=torch.int64)),
+        ("tensors", "seen", torch.ones(2, 2)),
+        ("numbers", "step", "3"),
+        ("numbers", "step", -1),
+        ("numbers", "step", True),
+        ("numbers", "seconds", float("inf")),
+        ("numbers", "state.damping", None),
+        ("numbers", "frozen", 1),
+        ("numbers", "seed", None),
+    ],
+)
+def test_a_state_that_a_fit_can_not_go_on_from_is_refused(where: str, name: str, value: Any) -> None:
+    X, saved = plant().X, list[FitState]()
+    sizes = sizes_of(X)
+    fitted(X, sizes, configured(steps=3, checkpoint_every=0.0), on_checkpoint=saved.append)
+    require_fitting(saved[-1], sizes)
+    tensors, numbers = dict(saved[-1].tensors), dict(saved[-1].numbers)
+    {"tensors": tensors, "numbers": numbers}[where][name] = value
+    if value is None:
+        del {"tensors": tensors, "numbers": numbers}[where][name]
+    with pytest.raises(ValueError, match=r"^its (tensor|number) "):
+        require_fitting(FitState(tensors, numbers), sizes)
 
 
 def test_a_state_holds_plain_numbers_and_tensors_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from torch import Tensor
 
 from globe.calibration.collect import MomentSums
 from globe.calibration.experts_module import ExpertsView, experts_modules
-from globe.calibration.statistics import LayerStatistics, SecondMoments, read_statistics, write_statistics
+from globe.calibration.statistics import (
+    LayerStatistics,
+    SecondMoments,
+    is_complete,
+    read_statistics,
+    write_statistics,
+)
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.errors import ArtefactError, CheckpointError
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, TINY, VOCABULARY, load_tiny, write_tiny
@@ -200,6 +207,35 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             read_statistics(other)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ArtefactError, match="can't be read"):
+        read_statistics(path)
+    path.unlink()
+    os.mkfifo(path)  # which the library would wait for
+    assert not is_complete(path, key="abc")
+    with pytest.raises(ArtefactError, match="not a regular file"):
+        read_statistics(path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"C.matrix": torch.zeros(3)},
+        {"C.matrix": torch.zeros(0, 7, 7)},
+        {"C.matrix": torch.zeros(3, 7, 4)},
+        {"counts": torch.zeros(3, dtype=torch.int64)},
+        {"H.diagonal": None},
+    ],
+)
+def test_tensors_of_other_sizes_and_kinds_are_refused(
+    tmp_path: Path, changed: dict[str, torch.Tensor | None]
+) -> None:
+    path = tmp_path / "layer.safetensors"
+    write_statistics(made(), path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {one: file.get_tensor(one) for one in file.keys()} | changed  # noqa: SIM118
+        metadata = file.metadata()
+    assert set(changed) & set(tensors)
+    save_file({name: one for name, one in tensors.items() if one is not None}, path, metadata=metadata)
+    with pytest.raises(ArtefactError, match="damaged"):
         read_statistics(path)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from globe.am.records import FitState, StepOptions
+from globe.am.records import FitState, Sizes, StepOptions
 from globe.am.state import AMState, Atoms, Constraint, low_rank_atoms, start_state
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.metric import Metric
@@ -76,6 +76,34 @@ def snapshot(running: Running, group: ProcessGroup = ALONE) -> FitState:
         f"state.{name}": getattr(state, name) for name in ("momentum_steps", "damping", "lam", "fine")
     }
     return FitState(tensors, numbers | {"state.simplex": state.constraint.simplex})
+
+
+def require_fitting(saved: FitState, sizes: Sizes) -> None:
+    """Raise ValueError unless `restore` can go on with these sizes from a state, which may be out of a damaged file."""
+    n, m, r, d, k = sizes.n, sizes.m, sizes.r, sizes.d, sizes.atom_rank
+    atoms = {"bank": (m, r, d)} if k is None else {"left": (m, r, k), "right": (m, k, d)}
+    wanted = {"codes": (n, m), **atoms}
+    names = ["now", "anchor", *(("best",) if "best.codes" in saved.tensors else ())]
+    for name in [f"{name}.{field}" for name in names for field in wanted]:
+        tensor = saved.tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != wanted[name.partition(".")[2]]:
+            raise ValueError(f"its tensor {name} is missing or of another size")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"its tensor {name} holds what is no number")
+    for name in ("support", "seen"):
+        if name in saved.tensors and tuple(saved.tensors[name].shape) != (n, m):
+            raise ValueError(f"its tensor {name} is of another size")
+    kinds = {field.name: type(field.default) for field in fields(Progress)[2:]} | {
+        "seed": int,
+        "relfrob_start": float,
+    }
+    kinds |= {"state.momentum_steps": int, "state.damping": float, "state.lam": float}
+    kinds |= {"state.fine": bool, "state.simplex": bool}
+    for name, kind in kinds.items():
+        value = saved.numbers.get(name)
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if not right or not isinstance(value, bool | int | float) or not 0 <= value < 1e301:
+            raise ValueError(f"its number {name} is none that a fit writes")
 
 
 def restore(

@@ -70,7 +70,9 @@ def recorded_passages(folder: Path) -> frozenset[int] | None:
     """Return the passages of the calibration text that `calibration.json` in a folder lists; None if there is none."""
     record = read_record(folder / RECORD)
     found = None if record is None else record.get("passages")
-    return frozenset(found) if isinstance(found, list) else None
+    if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
+        return None
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,15 +205,14 @@ def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
     clear_files(
         [*files, *(Calibration(folder, key, {}).file(layer) for layer in request.checkpoint.moe_layers)]
     )
-    record = read_record(folder / RECORD)
+    record, fresh = read_record(folder / RECORD), request.record(key)
     if record is not None and record.get("key") == key:
-        return record
+        return fresh  # the same, or what stood there is damaged
     if any(one.name != ".lock" for one in folder.iterdir()):
         raise ConfigError(
             f"calibrate.out={str(folder)!r} holds something else, or the statistics of another model, text or size: "
             "give another folder"
         )
-    fresh = request.record(key)
     write_json(folder / RECORD, fresh)
     return fresh
 

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from globe.checkpoint.tensorfile import TensorFile
 from globe.errors import ArtefactError
+from globe.files import parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "globe"
@@ -138,10 +140,10 @@ def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") 
 def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
     """Return the statistics of a layer. Raises ArtefactError if the file is missing, damaged or of another `key`."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+        file = TensorFile(path)
+        header = parse_json(file.metadata.get(METADATA_KEY, "null").encode())
+        tensors = {name: file.read(name) for name in file.entries}
+    except ValueError as error:
         raise ArtefactError(f"{path} can't be read ({error}): calibrate again") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         raise ArtefactError(f"{path} is not a file of statistics that can be read here: calibrate again")
@@ -155,9 +157,8 @@ def is_complete(path: Path, *, key: str) -> bool:
     is read.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-    except (OSError, SafetensorError, ValueError):
+        header = parse_json(TensorFile(path).metadata.get(METADATA_KEY, "null").encode())
+    except ValueError:
         return False
     return isinstance(header, dict) and (header.get("format_version"), header.get("key")) == (
         FORMAT_VERSION,
@@ -173,20 +174,29 @@ def _checked(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> 
             for name, attribute in _MOMENTS.items()
         }
         vectors = {name: tensors.get(name) if name == "rows_gate" else tensors[name] for name in _VECTORS}
-        statistics = LayerStatistics(layer=int(header["layer"]), **moments, **vectors)  # type: ignore[arg-type]
+        statistics = LayerStatistics(layer=header["layer"], **moments, **vectors)  # type: ignore[arg-type]
         n, p, d = statistics.inputs.n, statistics.inner.q, statistics.inputs.q
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): calibrate again") from error
     rows = {(n, p)} if statistics.rows_gate is None else {tuple(statistics.rows_gate.shape), (n, p)}
     agree = (
-        statistics.inner.n == n
+        isinstance(header["layer"], int)
+        and all(one.dtype in (torch.float32, torch.float64) for one in tensors.values())
+        and statistics.inner.n == n
         and rows == {tuple(statistics.rows_up.shape)}
         and all(tuple(getattr(statistics, name).shape) == (n,) for name in ("counts", "gate2", "reap"))
-        and all(
-            moment.dense([0]).shape[1:] == (moment.q, moment.q)
-            for moment in (statistics.inputs, statistics.inner)
-        )
+        and all(_is_whole(moment) for moment in (statistics.inputs, statistics.inner))
     )
     if not agree or d < 1 or not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
         raise ArtefactError(f"{path} is damaged (sizes or numbers do not fit): calibrate again")
     return statistics
+
+
+def _is_whole(moment: SecondMoments) -> bool:
+    n, q = moment.n, moment.q
+    if moment.matrix is not None:
+        return tuple(moment.matrix.shape) == (n, q, q)
+    factor, diagonal = moment.factor, moment.diagonal
+    if factor is None or diagonal is None:
+        return False
+    return factor.dim() == 3 and tuple(factor.shape[:2]) == (n, q) and tuple(diagonal.shape) == (n, q)

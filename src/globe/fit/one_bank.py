@@ -19,6 +19,7 @@ from torch import Tensor
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, FitState, StepRecord
 from globe.am.refit import refit
+from globe.am.running import require_fitting
 from globe.bank.file import BankArtefact, write_artefact
 from globe.calibration.run import Calibration
 from globe.checkpoint import Checkpoint
@@ -140,7 +141,7 @@ def _in_memory(run: Run, bank: BankPlan, begin: _Begin) -> Learned | None:
             if halvings == _HALVINGS or type(run.group) is not Group:
                 raise _too_large(run, bank) from error
         _log.warning("%s: memory ran out, going on with smaller chunks", bank.key)
-        saved = read_state(run.folder.partial(bank.key), begin.fitting.fingerprint)
+        saved = _saved(run, bank, begin.fitting.fingerprint)
         if saved is not None and saved[1].attempt == begin.fitting.attempt:
             begin = replace(begin, state=saved[0], fitting=saved[1])
     raise AssertionError
@@ -155,8 +156,15 @@ def _found(run: Run, bank: BankPlan) -> tuple[Learned | None, _Begin | None]:
         remove_state(partial)  # left by a kill between writing the one and removing the other
         return _taken(run, bank, artefact), None
     fingerprint = fit_fingerprint(run.config, bank, source, run.device.type)
-    state, fitting = read_state(partial, fingerprint) or (None, Fitting(fingerprint, 0, 0))
+    state, fitting = _saved(run, bank, fingerprint) or (None, Fitting(fingerprint, 0, 0))
     return None, _Begin(source, fitting, state)
+
+
+def _saved(run: Run, bank: BankPlan, fingerprint: str) -> tuple[FitState, Fitting] | None:
+    def require(state: FitState) -> None:
+        require_fitting(state, bank.sizes)
+
+    return read_state(run.folder.partial(bank.key), fingerprint, require)
 
 
 def _of_first_process(group: Group, begin: _Begin | None) -> _Begin | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,12 @@ def write_state(folder: Path, state: FitState, fitting: Fitting) -> None:
             old.unlink(missing_ok=True)
 
 
-def read_state(folder: Path, fingerprint: str) -> tuple[FitState, Fitting] | None:
+def read_state(
+    folder: Path, fingerprint: str, require: Callable[[FitState], None] = lambda state: None
+) -> tuple[FitState, Fitting] | None:
     """Return the state in `folder` if it belongs to the fit with this fingerprint; None if there is none to use.
+
+    `require` raises ValueError for a state that this fit can't go on from.
 
     A damaged or foreign one is ignored with a warning: the fit then starts anew, which costs time and
     nothing else.
@@ -81,9 +86,21 @@ def read_state(folder: Path, fingerprint: str) -> tuple[FitState, Fitting] | Non
         if sha256(file) != record["sha256"]:
             raise ValueError(f"{file.name} is damaged")
         numbers = {key: _unpack(value) for key, value in record["numbers"].items()}
-        fitting = Fitting(fingerprint, int(record["attempt"]), int(record["step"]))
-        return FitState(load_file(file), numbers), fitting
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        fitting = Fitting(fingerprint, record["attempt"], record["step"])
+        if type(fitting.step) is not int or fitting.step < 0 or fitting.attempt not in (0, 1):
+            raise ValueError("its step or attempt is no count")
+        state = FitState(load_file(file), numbers)
+        require(state)
+        return state, fitting
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        OverflowError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
         _log.warning("the checkpoint %s is ignored, the fit starts anew: %s", folder, error)
         return None
 
