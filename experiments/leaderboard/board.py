@@ -68,10 +68,10 @@ def rows(*, calibrated: bool = False) -> list[Row]:
     one_atom = ("bank.m=1", "bank.r=d", "train.steps=3", LINEAR, *metric)
     shares = (0.14, 0.12, 0.18) if calibrated else (0.1375, 0.19375, 0.10625)
     found = [
-        Row(
-            "GloBE, one square atom",
-            f"{share:g} of the bytes",
-            (f"bank.size={share}", *one_atom, *ONE_BUDGET),
+        Row(title, f"{share:g} of the bytes", (f"bank.size={share}", *one_atom, *ONE_BUDGET, *coded))
+        for title, coded in (
+            ("GloBE, one square atom, coded", ("bank.coded=true",)),
+            ("GloBE, one square atom", ()),
         )
         for share in shares
     ]

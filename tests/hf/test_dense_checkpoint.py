@@ -240,7 +240,7 @@ def test_a_damaged_artefact_is_refused(
         case "json":
             record.write_text(record.read_text()[:-20])
         case "version":
-            record.write_text(record.read_text().replace('"format_version": 2', '"format_version": 3'))
+            record.write_text(record.read_text().replace('"format_version": 2', '"format_version": 4'))
         case "missing":
             data.unlink()
     assert "layer001.up" in refused(run, ArtefactError)

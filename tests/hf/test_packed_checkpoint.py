@@ -14,9 +14,11 @@ from made_runs import random_bank, write_run
 from safetensors.torch import load_file, save_file
 from test_globe_checkpoint import logits, reference, tensors, write
 
+from globe.bank.coded import Coded
 from globe.bank.file import BankArtefact
+from globe.bank.packed_tensors import Stored
 from globe.bank.packing import Packed
-from globe.bank.rounding import Grid, LevelGrid, round_nearest
+from globe.bank.rounding import Grid, LevelGrid, StepGrid, round_nearest
 from globe.checkpoint import open_checkpoint
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf import load, patch_model
@@ -25,8 +27,8 @@ from globe.patch import parse, patch
 from tiny_models import load_tiny
 
 
-def packed(bank: BankArtefact, *, leveled: bool = False) -> BankArtefact:
-    """Adapters of 2 to 4 bits whose rows are turned, or differ in their bits, and atoms of 5 bits."""
+def packed(bank: BankArtefact, *, leveled: bool = False, coded: bool = False) -> BankArtefact:
+    """Adapters of 2 to 4 bits whose rows are turned, or differ in their bits, or coded, and atoms of 5 bits."""
     r = bank.r
     bits = tuple(4 if j < 3 else 3 if j < 6 else 2 for j in range(r))
     grid: Grid | LevelGrid = Grid.of(bits, r, 5)
@@ -34,7 +36,11 @@ def packed(bank: BankArtefact, *, leveled: bool = False) -> BankArtefact:
         levels = torch.arange(bank.n * bank.p).view(bank.n, bank.p) % 7 % 3
         grid = LevelGrid((bits, (0,) * r, (3,) * r), levels.to(torch.uint8))
     turned = None if leveled else 3
-    found = {"adapters": Packed.of(round_nearest(bank.adapters, grid), torch.linspace(0.5, 1, r), turned)}
+    columns = torch.linspace(0.5, 1, r)
+    found: dict[str, Stored] = {"adapters": Packed.of(round_nearest(bank.adapters, grid), columns, turned)}
+    if coded:
+        steps = StepGrid(r, (torch.arange(bank.n * bank.p).view(bank.n, bank.p) % 3).to(torch.uint8))
+        found["adapters"] = Coded.of(round_nearest(bank.adapters / columns / 0.05, steps), columns * 0.05)
     for name in ("bank", "atoms_left", "atoms_right"):
         atoms = getattr(bank, name)
         if atoms is not None:
@@ -43,30 +49,32 @@ def packed(bank: BankArtefact, *, leveled: bool = False) -> BankArtefact:
     return replace(bank, packed=found, **{name: one.values() for name, one in found.items()})
 
 
-def packed_run(source: Path, folder: Path, *, leveled: bool = False, **options: Any) -> Path:
+def packed_run(
+    source: Path, folder: Path, *, leveled: bool = False, coded: bool = False, **options: Any
+) -> Path:
     checkpoint = open_checkpoint(str(source))
     layer = checkpoint.moe_layers[-1]
     banks = [
         random_bank(checkpoint, [(layer, "up")], mean="scalar", **options),
         random_bank(checkpoint, [(checkpoint.moe_layers[0], "gate"), (layer, "gate")], seed=1, **options),
     ]
-    return write_run(folder, [packed(one, leveled=leveled) for one in banks])
+    return write_run(folder, [packed(one, leveled=leveled, coded=coded) for one in banks])
 
 
-@pytest.mark.parametrize(("low_rank", "leveled"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("form", ["", "low_rank", "leveled", "coded"])
 def test_a_packed_checkpoint_is_the_model_of_its_factors(
-    low_rank: bool, leveled: bool, tiny: Callable[[str], Path], tmp_path: Path
+    form: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny("qwen2_moe")
-    run = packed_run(source, tmp_path / "run", low_rank=low_rank, leveled=leveled, experts=(0, 2, 3))
+    run = packed_run(source, tmp_path / "run", experts=(0, 2, 3), **({form: True} if form else {}))
     out, plain = write(run, tmp_path / "out"), write(run, tmp_path / "plain", "packed=false")
     description = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert description["globe_version"] == 2
+    assert description["globe_version"] == (3 if form == "coded" else 2)
     assert json.loads((plain / "config.json").read_text())["quantization_config"]["globe_version"] == 1
     names = tensors(out)
     assert not any(name.endswith("globe_up.adapters") for name in names)
     assert any(name.endswith("globe_up.adapters.words") for name in names)
-    ending = "left.words" if low_rank else "atoms.words"
+    ending = "left.words" if form == "low_rank" else "atoms.words"
     assert any(name.startswith("globe_banks") and name.endswith(ending) for name in names)
     size = {
         path: sum(

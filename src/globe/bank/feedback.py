@@ -13,12 +13,15 @@ from torch import Tensor
 
 from globe.bank.rounding import (
     SCALE_DTYPE,
+    AnyGrid,
     Grid,
     LevelGrid,
     Rounded,
+    StepGrid,
     group_scale,
     nearest_level,
     round_nearest,
+    scale_of,
 )
 from globe.errors import FitError
 from globe.numerics.precision import to_float64
@@ -32,7 +35,7 @@ RIDGE = 1e-2
 def round_with_feedback(
     W: Float[Tensor, "n o k"],
     H: Float[Tensor, "n k k"],
-    grid: Grid | LevelGrid,
+    grid: AnyGrid,
     *,
     rows: Float[Tensor, "n o o"] | None = None,
     sweeps: int = 2,
@@ -60,7 +63,7 @@ def round_with_feedback(
         here = grid.of_rows(part)
         if below is not None:
             fed = _feed_rows(W[part], below, here)
-        elif isinstance(here, LevelGrid):
+        elif isinstance(here, LevelGrid | StepGrid):
             back = _feed_columns(W[part].flip(2), own.flip(1, 2), here.flipped())
             fed = back._replace(codes=back.codes.flip(2), grid=here)
         else:
@@ -105,13 +108,13 @@ def elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
     return upper.to(H)
 
 
-def _feed_columns(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], grid: Grid | LevelGrid) -> Rounded:
+def _feed_columns(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], grid: AnyGrid) -> Rounded:
     """Round the columns in order; within a group the error is fed column by column, to later groups by one product."""
     U, W, top = elimination(H), W.clone(), grid.top(W)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scales = []
     for part in grid.groups:
-        scale = group_scale(W[:, :, part], top[..., part], searched=True)
+        scale = scale_of(grid, W[:, :, part], top[..., part])
         costs = torch.empty_like(W[:, :, part])
         for j in range(part.start, part.stop):
             own = W[:, :, j]
@@ -127,7 +130,7 @@ def _feed_columns(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], grid: Gr
     return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
 
 
-def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: Grid | LevelGrid) -> Rounded:
+def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: AnyGrid) -> Rounded:
     """Round all columns of a row at once, with scales taken from what the row has become by then.
 
     Of rows of equal bits those that count most come first, as is usual.
@@ -137,10 +140,15 @@ def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: Gr
     back = order.argsort(dim=1)
     U = elimination(rows[every[:, None], order[:, :, None], order[:, None]])
     W, top = W[every, order], grid.top(W).expand(W.shape)[every, order]
+    steps = grid.scale.to(W)[every, order] if isinstance(grid, StepGrid) else W[:, :, :0]
     codes, scales = torch.empty(W.shape, dtype=torch.uint8, device=W.device), []
     for i in range(W.shape[1]):
         own, reach = W[:, i], top[:, i]
-        scale = torch.stack([group_scale(own[:, j], reach[:, j], searched=True) for j in grid.groups], dim=-1)
+        if isinstance(grid, StepGrid):
+            scale = steps[:, i]
+        else:
+            found = [group_scale(own[:, j], reach[:, j], searched=True) for j in grid.groups]
+            scale = torch.stack(found, dim=-1)
         spread = grid.spread(scale)
         codes[:, i] = nearest_level(own[..., None], spread, reach[..., None])[..., 0]
         cost = (own - (codes[:, i].to(own) - reach / 2) * spread) / U[:, i, i, None]
@@ -187,6 +195,8 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
                 moved = (q.to(W) - offset[..., j]) * s - value
                 codes[..., j] = q
                 gradient += moved[..., None] * H[:, j : j + 1]
+            if isinstance(grid, StepGrid):
+                continue
             levels = codes[..., part].to(W) - offset[..., part]
             scale[..., at] = _fit_scale(gradient, H, levels, s, part)
     return start._replace(codes=codes, scale=scale.to(SCALE_DTYPE))
@@ -221,7 +231,7 @@ def _descend_in_both(
             gains = (2 * (slope * move).sum(dim=1) + curve < 0)[:, None]
             codes[:, i] = torch.where(gains, q, codes[:, i])
             move = torch.where(gains, move, torch.zeros_like(move))
-            for at, part in enumerate(grid.groups):
+            for at, part in enumerate(() if isinstance(grid, StepGrid) else grid.groups):
                 levels = codes[:, i, part] - offset[:, i, part]
                 through = levels[:, None] @ H[:, part]
                 along = slope + weights[:, i, None] * (move[:, None] @ H)[:, 0]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from globe.bank.packed_tensors import dequantised, flatten, gather, layouts
+from globe.bank.packed_tensors import dequantised, flatten, gather, has_coded, layouts
 from globe.bank.record import TENSOR_NAMES, BankArtefact, Member, require, validate
 from globe.errors import ArtefactError
 from globe.files import (
@@ -45,7 +45,9 @@ __all__ = [
 
 FORMAT_VERSION = 2
 """Version 2 added packed factors; files of version 1 have none and are read as they are."""
-_READ = (1, FORMAT_VERSION)
+CODED_VERSION = 3
+"""Version of files with coded adapters, which programs that know only version 2 refuse."""
+_READ = (1, FORMAT_VERSION, CODED_VERSION)
 TENSORS_FILE = "bank.safetensors"
 RECORD_FILE = "globe.json"
 _LONGEST_HEADER = 8 << 20
@@ -133,7 +135,7 @@ def _write_files(artefact: BankArtefact, folder: Path) -> None:
 def _identity(artefact: BankArtefact) -> dict[str, Any]:
     """Return what the tensors mean, without anything that two equal runs could differ in."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": CODED_VERSION if has_coded(artefact.packed) else FORMAT_VERSION,
         "members": [plain_record(member) for member in artefact.members],
         "sizes": _sizes(artefact),
         "activation": artefact.activation,
@@ -225,7 +227,7 @@ def _read_record(root: Path) -> dict[str, Any]:
     version = record["format_version"]
     if type(version) is not int or version not in _READ:
         raise ArtefactError(
-            f"{path} has format version {version!r} where {FORMAT_VERSION} and earlier are read: export the run again"
+            f"{path} has format version {version!r} where {CODED_VERSION} and earlier are read: export the run again"
         )
     return record
 

@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from globe.bank.rotation import rotation
-from globe.bank.rounding import MOST_BITS, SCALE_DTYPE, Grid, LevelGrid, Rounded, row_width
+from globe.bank.rounding import MOST_BITS, SCALE_DTYPE, Grid, LevelGrid, Rounded, StepGrid, row_width
 from globe.errors import ArtefactError
 
 _CHUNK = 1 << 24
@@ -120,6 +120,7 @@ class Packed:
     def of(cls, rounded: Rounded, columns: Tensor | None = None, turned: int | None = None) -> Packed:
         """Pack what was rounded; `columns` are rounded to bfloat16."""
         scales, grid = None if columns is None else columns.to(SCALE_DTYPE), rounded.grid
+        assert not isinstance(grid, StepGrid)
         if isinstance(grid, LevelGrid):
             return cls(_pack_levels(rounded.codes, grid), rounded.scale, grid, scales, turned)
         return cls(pack(rounded.codes, grid), rounded.scale, grid, scales, turned)

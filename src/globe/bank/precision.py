@@ -23,6 +23,8 @@ class Precision:
     group_adapters: int | None = None
     """None is all columns"""
     group_atoms: int = 64
+    coded: bool = False
+    """Integers of the adapters are coded by their surprise (`globe.bank.coded`)"""
 
     @property
     def ridge(self) -> float:
@@ -41,7 +43,9 @@ class Precision:
 
     def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
         """Return the bits that such factors take in a file: rows of whole bytes, scales and codes of 16 bits."""
-        if self.group_adapters is None:  # rows of different bits, each with its scale and level
+        if self.coded:  # a byte for each row, steps and spreads of columns, and where streams end
+            adapters = n * p * (self.row_bits(r) + 8) + 24 * r + 32 * n
+        elif self.group_adapters is None:  # rows of different bits, each with its scale and level
             adapters = n * p * (self.row_bits(r) + 24) + 16 * r
         else:
             adapters = n * p * (8 * -(-self.row_bits(r) // 8) + 16 * -(-r // self.group_adapters)) + 16 * r

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.bank.packing import Packed
+from globe.bank.packed_tensors import Stored
 from globe.errors import ArtefactError
 
 TENSOR_NAMES = ("bank", "atoms_left", "atoms_right", "codes", "adapters", "mean", "scale")
@@ -61,7 +61,7 @@ class BankArtefact:
     config: dict[str, Any] | None = None
     seed: int = 0
     metrics: dict[str, Any] | None = None
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    packed: Mapping[str, Stored] = field(default_factory=dict)
     """factors that are stored with few bits, by the names of the tensors, which are what they are read back as"""
 
     @property

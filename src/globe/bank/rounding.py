@@ -122,6 +122,52 @@ class LevelGrid:
         return LevelGrid(self.tables, self.levels[rows])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepGrid:
+    """How matrices are rounded whose integers are coded by their surprise: every row has a step of its own, given in
+    advance, and integers from -127 to 127 for all columns, so that 0 is read back as 0."""
+
+    group: int
+    """all columns share the step"""
+    exponents: UInt8[Tensor, "*rows"]
+    """e of each row, 0 to 15: its step is 2^(e/2)"""
+
+    @property
+    def groups(self) -> Iterator[slice]:
+        """The only group."""
+        yield slice(0, self.group)
+
+    @property
+    def group_count(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def scale(self) -> Shaped[Tensor, "*rows 1"]:
+        """Return the steps, in bfloat16."""
+        steps = torch.tensor([2 ** (e // 2) * (1.0, 1.4140625)[e % 2] for e in range(16)], dtype=SCALE_DTYPE)
+        return steps.to(self.exponents.device)[self.exponents.long()][..., None]
+
+    def top(self, like: Tensor) -> Float[Tensor, " k"]:
+        """Return the largest code of each column."""
+        return torch.full((self.group,), 254.0, dtype=like.dtype, device=like.device)
+
+    def spread(self, per_group: Shaped[Tensor, "*rows 1"]) -> Shaped[Tensor, "*rows k"]:
+        """Repeat what there is once a row for each of its columns."""
+        return per_group.expand(*per_group.shape[:-1], self.group)
+
+    def flipped(self) -> StepGrid:
+        """Return the grid of the columns in reverse order."""
+        return self
+
+    def of_rows(self, rows: Any) -> StepGrid:
+        """Return the grid of some of the first axis."""
+        return StepGrid(self.group, self.exponents[rows])
+
+
+AnyGrid = Grid | LevelGrid | StepGrid
+
+
 def row_width(bits: Sequence[int]) -> int:
     """Return the bytes of the packed integers of a row."""
     return -(-sum(bits) // 8)
@@ -133,7 +179,7 @@ class Rounded(NamedTuple):
     codes: UInt8[Tensor, "*rows k"]
     scale: Shaped[Tensor, "*rows groups"]
     """in bfloat16"""
-    grid: Grid | LevelGrid
+    grid: AnyGrid
 
     def values(self) -> Float[Tensor, "*rows k"]:
         """Return the numbers that the integers stand for, in float32."""
@@ -142,11 +188,12 @@ class Rounded(NamedTuple):
 
     @property
     def nbits(self) -> int:
-        """Bits that integers and scales take."""
+        """Bits that integers and scales take, where they are packed."""
+        assert not isinstance(self.grid, StepGrid)
         return self.grid.nbits(self.codes.numel() // max(1, self.codes.shape[-1]))
 
 
-def round_nearest(W: Float[Tensor, "*rows k"], grid: Grid | LevelGrid, *, searched: bool = True) -> Rounded:
+def round_nearest(W: Float[Tensor, "*rows k"], grid: AnyGrid, *, searched: bool = True) -> Rounded:
     """Round every entry to the nearest level of its group.
 
     searched   choose the scale of every group by least squares among `_TRIED` candidates, and then the best multiple
@@ -159,10 +206,19 @@ def round_nearest(W: Float[Tensor, "*rows k"], grid: Grid | LevelGrid, *, search
     top = grid.top(W)
     for part in grid.groups:
         own = W[..., part]
-        scale = group_scale(own, top[..., part], searched=searched)
+        scale = scale_of(grid, own, top[..., part], searched=searched)
         codes[..., part] = nearest_level(own, scale, top[..., part])
         scales.append(scale)
     return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
+
+
+def scale_of(
+    grid: AnyGrid, W: Float[Tensor, "*rows g"], top: Float[Tensor, ...], *, searched: bool = True
+) -> Float[Tensor, "*rows"]:
+    """Return the scale of each row for one group of columns: the step that is given, or what `group_scale` finds."""
+    if isinstance(grid, StepGrid):
+        return grid.scale[..., 0].to(W)
+    return group_scale(W, top, searched=searched)
 
 
 def nearest_level(

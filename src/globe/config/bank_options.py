@@ -85,6 +85,9 @@ class BankConfig:
     a row and bits by row (64 columns and equal bits where weights are rounded)."""
     group_B: int = 64
     """Columns of the atoms that share a scale in every row."""
+    coded: bool = False
+    """Whether the adapters' integers are coded by how surprising they are, in the place of bits that are set apart for
+    each. The error of a size falls, and the factors become numbers when they are loaded."""
     scope: Scope = Scope.family
     """Experts that share a bank: family joins those of one layer and family, families joins up and gate of a layer,
     layers joins all selected layers of a family."""
@@ -119,6 +122,9 @@ def _check_bits(bank: BankConfig) -> None:
         check(bits is None or 1 <= bits <= 8, f"bank.{key}", bits, "a number from 1 to 8, or null")
     bits = bank.bits_B
     check(bits is None or 2 <= bits <= 8, "bank.bits_B", bits, "an integer from 2 to 8, or null")
+    sized = bank.bits is not None or bank.bits_A is not None or bank.size is not None
+    possible = not bank.coded or (sized and bank.group_A is None)
+    check(possible, "bank.coded", True, "false, or bank.bits or bank.size with it and bank.group_A=null")
     given = bank.bits is not None or bank.bits_A is not None
     check(bits is None or given, "bank.bits_B", bits, "bank.bits or bank.bits_A with it, or null")
     for key in ("group_A", "group_B"):

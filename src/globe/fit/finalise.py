@@ -14,7 +14,7 @@ from torch import Tensor
 from globe.am.records import Factors
 from globe.am.temperature import prune as prune_codes
 from globe.bank.compose import factor_bases
-from globe.bank.packing import Packed
+from globe.bank.packed_tensors import Stored
 from globe.bank.precision import Precision
 from globe.errors import FitError
 from globe.fit.normalise import Joined, Normalised, fold_scale, join
@@ -46,7 +46,7 @@ class Finalised(NamedTuple):
     """share of the positive codes that the prune set to zero"""
     relfrob_metric: float | None = None
     """the same figure with errors and norms in the metric, where there is one"""
-    packed: Mapping[str, Packed] = MappingProxyType({})
+    packed: Mapping[str, Stored] = MappingProxyType({})
     """the factors that are stored with few bits; `factors` are what they are read back as"""
 
 
@@ -81,7 +81,7 @@ def finalise(
     joined = normalised if isinstance(normalised, Joined) else join([normalised])
     kept = factors._replace(codes=prune_codes(factors.codes, prune))
     form: Form = {"lam": lam, "activation": activation, "export_dtype": export_dtype, "metric": metric}
-    packed: Mapping[str, Packed] = {}
+    packed: Mapping[str, Stored] = {}
     if precision is None:
         exported = _refitted(kept, joined, refit, **form)
     else:
@@ -108,7 +108,7 @@ def measured(
     activation: str,
     export_dtype: torch.dtype,
     metric: InputMetric | None,
-    packed: Mapping[str, Packed],
+    packed: Mapping[str, Stored],
     lost: int = 0,
     group: ProcessGroup = ALONE,
 ) -> Finalised:

@@ -299,14 +299,14 @@ def precision_of(config: Config, chosen: BankSize | None = None) -> Precision | 
     """Return the bits that the configuration, or a search, gives to factors; None leaves them in the export dtype."""
     bank = config.bank
     if chosen is not None and chosen.bits_A is not None and chosen.bits_B is not None:
-        return Precision(chosen.bits_A, chosen.bits_B, bank.group_A, bank.group_B)
+        return Precision(chosen.bits_A, chosen.bits_B, bank.group_A, bank.group_B, bank.coded)
     adapters = bank.bits if bank.bits_A is None else bank.bits_A
     if adapters is None:
         return None
     atoms = bank.bits_B
     if atoms is None:
         atoms = min(8, math.ceil(adapters if bank.bits is None else bank.bits) + 3)
-    return Precision(float(adapters), atoms, bank.group_A, bank.group_B)
+    return Precision(float(adapters), atoms, bank.group_A, bank.group_B, bank.coded)
 
 
 def target_support(config: Config, m: int) -> int | None:

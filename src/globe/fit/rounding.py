@@ -20,12 +20,14 @@ from globe.am.objective import Point
 from globe.am.records import Factors
 from globe.am.refit import refit
 from globe.am.state import Atoms, Constraint, low_rank_atoms
+from globe.bank.coded import Coded
 from globe.bank.compose import factor_bases
 from globe.bank.feedback import round_with_feedback
 from globe.bank.gauge import allocate_bits, balanced_gauge, column_factors, share_bits
 from globe.bank.packing import Packed
 from globe.bank.precision import Precision
-from globe.bank.rounding import Grid, LevelGrid, round_nearest
+from globe.bank.rounding import AnyGrid, Grid, Rounded, round_nearest
+from globe.bank.steps import choose_steps
 from globe.errors import FitError
 from globe.numerics.activation import phi_prime
 from globe.numerics.chunks import expert_chunks
@@ -36,6 +38,10 @@ _ROUNDS = 3
 """At most: moves of the atoms around rounded adapters."""
 _WORTH = 5e-3
 """A round that lowers the error by less than this share of it is the last."""
+_TRIES = 6
+"""Choices of steps for coded adapters, at most."""
+_FIRST, _FULL = 0.98, 0.995
+"""Share of the bits that the first choice aims at, and that is enough."""
 _ITERATIONS, _DAMPING = 20, 1e-4
 
 
@@ -44,7 +50,7 @@ class RoundedFactors(NamedTuple):
 
     factors: Factors
     """W_i - mean ~ adapters_i phi_lam(sum_j codes_ij bank_j), with the normalisation's scale in the adapters"""
-    packed: dict[str, Packed]
+    packed: dict[str, Packed | Coded]
     """adapters, and bank or atoms_left and atoms_right"""
     error: float
     """sum of the squared errors, in the metric"""
@@ -63,6 +69,8 @@ class _Task:
     metric: InputMetric | None
     scale: Tensor | None
     dtype: torch.dtype
+    aims: list[float]
+    """bits that steps were chosen for, last of all those that coded adapters fitted"""
 
     def parts(self, r: int) -> Iterator[slice]:
         n, p, d = self.X.shape
@@ -95,6 +103,14 @@ class _Task:
         if self.scale is not None and self.scale.dim() == 2:
             own = own / self.scale[part, None].to(own)
         return own.mT @ own
+
+    def stored_weights(self, part: slice) -> Float[Tensor, "c p"]:
+        """Return what the square of a row counts for, of adapters as they are stored."""
+        count, p = self.X[part].shape[:2]
+        rows = self.X.new_ones(count, p)
+        if self.metric is not None:
+            rows = self.metric.row_squares(part, self.X)
+        return rows if self.scale is None else rows / self._row_scale(part)[..., 0].square()
 
     def fitted(self, A: Float[Tensor, "c p r"], part: slice) -> Float[Tensor, "c p r"]:
         """Undo `stored`."""
@@ -129,7 +145,7 @@ def round_factors(
     scale     what the normalisation divided by, (n,) or (n, p); the adapters are rounded with it folded in
     Raises FitError when numbers are no longer finite.
     """
-    task = _Task(X, lam, activation, precision, metric, scale, export_dtype)
+    task = _Task(X, lam, activation, precision, metric, scale, export_dtype, [])
     codes = factors.codes.to(export_dtype).to(X)
     atoms = Atoms(factors.bank, codes, factors.left, factors.right)
     atoms = _in_gauge(task, atoms, linear=lam == 0 or activation == "identity")
@@ -181,20 +197,12 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
         M = task.seen_bases(atoms, part)
         A[part] = refit(task.target(part), M, lambda_A=ridge).adapters
         weights[part] = M.square().sum(dim=2)
-    grid, columns = _shared_bits(task, A, weights)
-    words, exported = [], task.X.new_empty(n, p, r, dtype=task.dtype)
-    error = 0.0
+    stored = packed["adapters"] = (_coded if task.precision.coded else _packed)(task, atoms, A, weights)
+    exported, error = stored.values(task.dtype), 0.0
     for part in task.parts(r):
         M = task.seen_bases(atoms, part)
-        seen = M * columns[:, None]
-        own = round_with_feedback(
-            task.stored(A[part], part) / columns, seen @ seen.mT, grid.of_rows(part), rows=task.coupled(part)
-        )
-        words.append(Packed.of(own, columns))
-        exported[part] = words[-1].values(task.dtype)
         left = task.target(part) - task.fitted(exported[part].to(M), part) @ M
         error += float(squared_norms(left).sum())
-    packed["adapters"] = Packed.joined(words)
     codes = atoms.codes.to(task.dtype)
     factors = Factors(
         atoms.bank.to(task.dtype),
@@ -208,9 +216,53 @@ def _round_once(task: _Task, wanted: Atoms, rounds: int) -> tuple[RoundedFactors
     return RoundedFactors(factors, packed, error, rounds), atoms
 
 
+def _packed(task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], weights: Float[Tensor, "n r"]) -> Packed:
+    """Return adapters with bits set apart for every row and column."""
+    grid, columns = _shared_bits(task, A, weights)
+    return Packed.of(_fed(task, atoms, A, grid, columns), columns)
+
+
+def _coded(task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], weights: Float[Tensor, "n r"]) -> Coded:
+    """Return adapters whose integers are coded, in no more bits than there are.
+
+    What errors that are fed on cost in bits is known afterwards alone, so the steps are chosen again until they fit.
+    """
+    n, p, r = A.shape
+    stored = torch.cat([task.stored(A[part], part) for part in task.parts(r)])
+    rows = torch.cat([task.stored_weights(part) for part in task.parts(r)])
+    allowed, best = n * p * task.precision.row_bits(r), None
+    total = task.aims[-1] if task.aims else allowed * _FIRST
+    for _ in range(_TRIES):
+        grid, columns = choose_steps(stored, rows, weights.mean(dim=0), total)
+        found = Coded.of(_fed(task, atoms, A, grid, columns), columns)
+        bits = 8 * len(found.words)
+        if bits <= allowed and (best is None or bits > 8 * len(best.words)):
+            best = found
+        if _FULL * allowed <= bits <= allowed:
+            break
+        total *= allowed / bits * (1 + _FULL) / 2
+    task.aims.append(total)
+    if best is None:
+        raise FitError("the coded adapters do not fit their bits: give more bits, or bank.coded=false")
+    return best
+
+
+def _fed(
+    task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], grid: AnyGrid, columns: Float[Tensor, " r"]
+) -> Rounded:
+    """Return the adapters rounded with feedback in the metric of their own bases."""
+    found = []
+    for part in task.parts(A.shape[2]):
+        seen = task.seen_bases(atoms, part) * columns[:, None]
+        own = task.stored(A[part], part) / columns
+        found.append(round_with_feedback(own, seen @ seen.mT, grid.of_rows(part), rows=task.coupled(part)))
+    codes, scale = (torch.cat([getattr(one, name) for one in found]) for name in ("codes", "scale"))
+    return Rounded(codes, scale, grid)
+
+
 def _shared_bits(
     task: _Task, A: Float[Tensor, "n p r"], weights: Float[Tensor, "n r"]
-) -> tuple[Grid | LevelGrid, Float[Tensor, " r"]]:
+) -> tuple[AnyGrid, Float[Tensor, " r"]]:
     """Return how the adapters are rounded, and what their columns are divided by before.
 
     `weights` are |row k of M_i L_i|^2. Without groups of columns the bits are shared out over rows as well.
@@ -233,14 +285,14 @@ def _shared_bits(
     return grid, column_factors(squares, mean, bits)
 
 
-def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed]]:
+def _round_atoms(task: _Task, wanted: Atoms) -> tuple[Atoms, dict[str, Packed | Coded]]:
     """Return atoms as they are read back, in the dtype of the fit, and as they are stored."""
-    packed = {}
+    packed: dict[str, Packed | Coded] = {}
 
     def rounded(tensor: Tensor, name: str) -> Tensor:
         grid = Grid.of(task.precision.atoms, tensor.shape[-1], task.precision.group_atoms)
-        packed[name] = Packed.of(round_nearest(tensor, grid))
-        return packed[name].values(task.dtype).to(tensor)
+        one = packed[name] = Packed.of(round_nearest(tensor, grid))
+        return one.values(task.dtype).to(tensor)
 
     if wanted.left is None or wanted.right is None:
         return wanted._replace(bank=rounded(wanted.bank, "bank")), packed

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from globe.bank.packing import Packed, grid_of, read_packed
+from globe.bank.coded import Coded
+from globe.bank.packed_tensors import Stored, read_stored
+from globe.bank.packing import grid_of
 from globe.bank.rounding import LevelGrid, row_width
 from globe.errors import CheckpointError
 from globe.hf.packed_product import PackedMatrices, refusal
@@ -27,34 +29,48 @@ class FewBits(nn.Module):
     def __init__(self, rows: tuple[int, ...], layout: dict[str, Any]) -> None:
         super().__init__()
         self.layout = layout
-        grid = grid_of(layout, "a packed factor")
-        levelled = isinstance(grid, LevelGrid)
-        width = (layout["bytes"],) if isinstance(grid, LevelGrid) else (*rows, row_width(grid.bits))
-        columns = grid.group if isinstance(grid, LevelGrid) else len(grid.bits)
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "words": (width, torch.uint8),
-            "scale": ((*rows, grid.group_count), torch.bfloat16),
-            "zero": ((*rows, grid.group_count), torch.uint8),
-            "columns": ((columns,), torch.bfloat16),
-        }
-        if levelled:
-            shapes["levels"] = (rows, torch.uint8)
-        for name, (shape, dtype) in shapes.items():
+        for name, (shape, dtype) in _parts(rows, layout).items():
             if name not in layout["absent"]:
                 empty = torch.empty(shape, dtype=dtype)
                 self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
-    def packed(self, where: str) -> Packed:
+    def packed(self, where: str) -> Stored:
         """Return the factor. Raises ArtefactError if the tensors are none of a packed factor."""
         tensors = {name: tensor.detach() for name, tensor in self.named_parameters()}
-        return read_packed(tensors, self.layout, where)
+        return read_stored(tensors, self.layout, where)
 
 
-def describe(packed: Packed, members: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _parts(rows: tuple[int, ...], layout: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shapes and dtypes of the tensors of a factor."""
+    if "coded" in layout:
+        k = layout["coded"]
+        return {
+            "words": ((layout["bytes"],), torch.uint8),
+            "ends": (rows[:1], torch.int32),
+            "rows": (rows, torch.uint8),
+            "spread": ((k,), torch.uint8),
+            "columns": ((k,), torch.bfloat16),
+        }
+    grid = grid_of(layout, "a packed factor")
+    levelled = isinstance(grid, LevelGrid)
+    width = (layout["bytes"],) if isinstance(grid, LevelGrid) else (*rows, row_width(grid.bits))
+    columns = grid.group if isinstance(grid, LevelGrid) else len(grid.bits)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "words": (width, torch.uint8),
+        "scale": ((*rows, grid.group_count), torch.bfloat16),
+        "zero": ((*rows, grid.group_count), torch.uint8),
+        "columns": ((columns,), torch.bfloat16),
+    }
+    if levelled:
+        shapes["levels"] = (rows, torch.uint8)
+    return shapes
+
+
+def describe(packed: Stored, members: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Say what a module has to know before it sees the tensors; `members` are rows of the factor that modules hold."""
-    absent = sorted({"words", "scale", "zero", "columns"} - set(packed.tensors()))
+    absent = [] if isinstance(packed, Coded) else sorted({"scale", "zero", "columns"} - set(packed.tensors()))
     described = packed.layout() | {"absent": absent}
-    if isinstance(packed.grid, LevelGrid):
+    if isinstance(packed, Coded) or isinstance(packed.grid, LevelGrid):
         described["bytes"] = [packed[list(rows)].words.numel() for rows in members]
     return described
 
@@ -100,6 +116,7 @@ def unpack(model: nn.Module, dtype: torch.dtype, *, keep: bool = False) -> None:
                 reason = _refusal(path, name, packed, dtype)
                 outcomes[reason] += 1
                 if reason is None:
+                    assert not isinstance(packed, Coded)
                     module.add_module(name, PackedMatrices(packed))
                     continue
             module.register_parameter(name, nn.Parameter(packed.values(dtype)))
@@ -108,10 +125,12 @@ def unpack(model: nn.Module, dtype: torch.dtype, *, keep: bool = False) -> None:
         _log.log(logging.INFO if outcome is None else logging.WARNING, "%d packed factors %s", count, what)
 
 
-def _refusal(path: str, name: str, packed: Packed, dtype: torch.dtype) -> str | None:
+def _refusal(path: str, name: str, packed: Stored, dtype: torch.dtype) -> str | None:
     """Return why a factor has to become numbers; None for adapters that can be multiplied as they are."""
     if name != "adapters":
         return "atoms are composed"
     if path.endswith("globe_down"):
         return "adapters of down are multiplied from the other side"
+    if isinstance(packed, Coded):
+        return "coded integers have no places of their own"
     return refusal(packed, dtype)

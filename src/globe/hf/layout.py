@@ -22,6 +22,8 @@ VERSION_KEY = "globe_version"
 VERSION = 1
 PACKED_VERSION = 2
 """Version of checkpoints with packed factors, which programs that know only version 1 refuse."""
+CODED_VERSION = 3
+"""The same of coded adapters."""
 QUANT_METHOD = "globe"
 """The name under which transformers registers compact checkpoints."""
 _LARGEST = 1 << 20
@@ -94,6 +96,8 @@ def unpacked(layouts: Sequence[BankLayout]) -> tuple[BankLayout, ...]:
 
 def version_of(layouts: Sequence[BankLayout]) -> int:
     """Return the version of a checkpoint with these layouts."""
+    if any("coded" in one for layout in layouts for one in layout.packed.values()):
+        return CODED_VERSION
     return PACKED_VERSION if any(layout.packed for layout in layouts) else VERSION
 
 
@@ -108,9 +112,9 @@ def to_json(layouts: Sequence[BankLayout]) -> list[dict[str, Any]]:
 
 def from_json(banks: Any, version: Any) -> tuple[BankLayout, ...]:
     """Return the layouts of a compact checkpoint. Raises ArtefactError for another version or a malformed record."""
-    if type(version) is not int or version not in (VERSION, PACKED_VERSION):
+    if type(version) is not int or version not in (VERSION, PACKED_VERSION, CODED_VERSION):
         raise ArtefactError(
-            f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} and {PACKED_VERSION} are read: patch the "
+            f"quantization_config.{VERSION_KEY}={version!r} where {VERSION} to {CODED_VERSION} are read: patch the "
             "run again"
         )
     try:
@@ -137,11 +141,15 @@ def _require_possible(layout: BankLayout) -> None:
         if name not in PARAMETERS or not isinstance(described.get("absent"), list):
             raise ValueError(f"there is no packed {name!r}")
         width = {"adapters": layout.r, "atoms_left": layout.atom_rank}.get(name, layout.d)
-        grid = grid_of(described, name)
-        columns = grid.group if isinstance(grid, LevelGrid) else len(grid.bits)
+        if "coded" in described:
+            columns, streams = described["coded"], True
+        else:
+            grid = grid_of(described, name)
+            streams = isinstance(grid, LevelGrid)
+            columns = grid.group if isinstance(grid, LevelGrid) else len(grid.bits)
         if columns != width:
             raise ValueError(f"the packed {name!r} has not the {width} columns of its bank")
-        if isinstance(grid, LevelGrid):
+        if streams:
             _require_bytes(described.get("bytes"), name, layout)
     for member in layout.members:
         experts = member.experts
@@ -151,7 +159,7 @@ def _require_possible(layout: BankLayout) -> None:
 
 def _require_bytes(each: Any, name: str, layout: BankLayout) -> None:
     """Raise ValueError unless every member has a number of bytes that its rows could take."""
-    most = [len(member.experts) * layout.p * layout.r for member in layout.members]
+    most = [len(member.experts) * (2 * layout.p * layout.r + 256) for member in layout.members]
     known = isinstance(each, list | tuple) and len(each) == len(most)
     if name != "adapters" or not known or not all(type(one) is int for one in each):
         raise ValueError(f"the packed {name!r} does not say how many bytes its members take")

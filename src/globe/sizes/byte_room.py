@@ -16,6 +16,8 @@ AVERAGES = (3.0, 2.25, 4.0, 1.6, 5.5)
 """Average bits of the adapters that are tried, the first one for every number of atoms."""
 ATOM_BITS = (8, 7, 6, 5)
 _LEAST, _MOST = 1.0, 8.0
+_LEAST_CODED = 0.25
+"""Bits of an entry on average, where most of them may be 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,13 @@ class ByteRoom:
     group_atoms: int = 64
     wide: bool = False
     """whether a basis may have more rows than an expert, up to d"""
+    coded: bool = False
+    """whether the integers of the adapters are coded by their surprise"""
 
     def precision(self, size: BankSize) -> Precision:
         assert size.bits_A is not None
         assert size.bits_B is not None
-        return Precision(size.bits_A, size.bits_B, self.group_adapters, self.group_atoms)
+        return Precision(size.bits_A, size.bits_B, self.group_adapters, self.group_atoms, self.coded)
 
     def count(self, size: BankSize) -> int:
         """Return the bits that factors of this size take in a file."""
@@ -74,12 +78,13 @@ class ByteRoom:
                     yield size
 
     def _with_bits(self, m: int, r: int, k: int | None, atoms: int) -> BankSize | None:
-        rest = self.count(BankSize(m, r, k, _LEAST, atoms)) - self.n * self.p * self._row(r)
+        least = _LEAST_CODED if self.coded else _LEAST
+        rest = self.count(BankSize(m, r, k, 1.0, atoms)) - self.n * self.p * self._row(r)
         row_bits = (self.bits - rest) // (self.n * self.p)
         if self.group_adapters is not None:
             row_bits -= row_bits % 8
         average = min(_MOST, row_bits / r)
-        return BankSize(m, r, k, average, atoms) if average >= _LEAST else None
+        return BankSize(m, r, k, average, atoms) if average >= least else None
 
     def _row(self, r: int) -> int:
         """Return the bits of a row of the fewest bits: whole bytes where rows are alike, which rows of levels are on

@@ -20,6 +20,7 @@ from torch import Tensor
 from globe.bank.feedback import elimination
 from globe.bank.precision import Precision
 from globe.bank.rounding import MOST_BITS, NOISE
+from globe.bank.steps import coded_bits
 from globe.checkpoint import Checkpoint
 from globe.config.choices import WEIGHT_METHODS
 from globe.config.schema import Config
@@ -34,6 +35,7 @@ from globe.sizes.curves import spectrum
 from globe.sizes.sizing import Sizing
 
 _log = logging.getLogger(__name__)
+_LEAST_CODED = 0.25
 _FINE = 16
 """Classes of energies to a factor of two."""
 _SPAN = 64
@@ -49,20 +51,23 @@ class Bank:
     weight: float
     m: int
     r: int
+    coded: bool = False
 
     def bits(self, level: float) -> float:
         """Return the bits of an entry on average, where each further one has to gain `level`."""
         gain = torch.tensor([NOISE[b] - NOISE[b + 1] for b in range(MOST_BITS)], dtype=torch.float64)
         energies = self.weight * torch.exp2(-torch.arange(len(self.counts), dtype=torch.float64) / _FINE)
         each = (energies[:, None] * gain > level).sum(dim=1)
+        if self.coded:  # steps that are equal once they are weighted, in whatever unit
+            each = coded_bits(energies / level)
         return float((self.counts * each).sum()) / (self.outline.n * self.outline.p * self.r)
 
     def share(self, level: float, config: Config) -> float:
         """Share of the bfloat16 bytes of its experts that the bank takes then; adapters have 1 to 8 bits."""
         n, p, d = self.outline.shape
-        average = min(float(MOST_BITS), max(1.0, self.bits(level)))
+        average = min(float(MOST_BITS), max(_LEAST_CODED if self.coded else 1.0, self.bits(level)))
         atoms = min(8, max(5, math.ceil(average) + 3))
-        precision = Precision(average, atoms, None, config.bank.group_B)
+        precision = Precision(average, atoms, None, config.bank.group_B, self.coded)
         return (precision.bits(n, p, d, self.m, self.r, None) + 64) / (16 * n * p * d)
 
 
@@ -80,7 +85,16 @@ def spread_bytes(config: Config, banks: Sequence[Outline], sizing: Sizing) -> di
             found.append(Bank(bank, _classes(joined.experts, metric, None), weight, 0, bank.d))
         else:
             sizes = resolve_sizes(config, bank)
-            found.append(Bank(bank, _classes(joined.experts, metric, sizes.r), weight, sizes.m, sizes.r))
+            found.append(
+                Bank(
+                    bank,
+                    _classes(joined.experts, metric, sizes.r),
+                    weight,
+                    sizes.m,
+                    sizes.r,
+                    config.bank.coded,
+                )
+            )
         del joined, metric
     size = config.bank.size
     assert size is not None

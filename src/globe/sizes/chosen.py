@@ -94,7 +94,9 @@ def byte_room_of(config: Config, bank: Outline) -> ByteRoom:
     # a scalar mean is stored in the dtype of the fit
     means = mean_parameters(config, bank) * (32 if config.normalise.centre is Centre.scalar else 16)
     bits = math.floor(config.bank.size * 16 * n * p * d) - means
-    room = ByteRoom(n, p, d, bits, config.bank.group_A, config.bank.group_B, can_be_wide(config))
+    room = ByteRoom(
+        n, p, d, bits, config.bank.group_A, config.bank.group_B, can_be_wide(config), config.bank.coded
+    )
     if room.filled(1, 1.0) is None:
         raise bytes_too_small(config.bank.size, room)
     return room
