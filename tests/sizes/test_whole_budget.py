@@ -25,6 +25,7 @@ from globe.fit.normalise import join, normalise
 from globe.fit.plan import outline
 from globe.runs.allocation import Allocation
 from globe.sizes.curves import approximated, limits, spectrum
+from globe.sizes.gain import Gain
 from globe.sizes.sizing import Sizing
 from globe.sizes.whole_budget import spread_budget
 from run_support import EMBEDDED, composed, load, run_in
@@ -102,6 +103,9 @@ def felt(loud: Sequence[tuple[int, str]]) -> Any:
     return sensitivities
 
 
+SHORT = "train.steps=2"
+
+
 def spread(config: Config, file: Path) -> Allocation:
     checkpoint = open_checkpoint(None)
     sizing = Sizing(checkpoint, torch.device("cpu"), quiet=True)
@@ -110,7 +114,14 @@ def spread(config: Config, file: Path) -> Allocation:
 
 def test_a_layer_that_matters_more_gets_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(globe.sizes.whole_budget, "sensitivities", felt([(3, "up"), (4, "gate")]))
-    words = ["bank.kept=0.5", "budget.over=model", "layer=3-5", "family=both", "calibrate.text=embedded"]
+    words = [
+        "bank.kept=0.5",
+        "budget.over=model",
+        "layer=3-5",
+        "family=both",
+        "calibrate.text=embedded",
+        SHORT,
+    ]
     found = spread(to_config(composed(*words)), tmp_path / "a.json")
     assert found.measured
     shares = {one.key: one.kept for one in found.shares}
@@ -119,13 +130,13 @@ def test_a_layer_that_matters_more_gets_more(tmp_path: Path, monkeypatch: pytest
     assert found.used <= 0.5
     assert sum(one.loss for one in found.shares) < 0.5 * sum(one.uniform_loss for one in found.shares)
     for one in found.shares:
-        assert one.uniform_loss == pytest.approx(one.sensitivity)
+        assert one.uniform_loss <= one.sensitivity  # which a shared basis alone was measured with
 
 
 def test_without_a_text_errors_count_alike_and_the_file_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = to_config(composed("bank.kept=0.4", "budget.over=model", "layer=[3,9,15]", "family=both"))
+    config = to_config(composed("bank.kept=0.4", "budget.over=model", "layer=[3,9,15]", "family=both", SHORT))
     found = spread(config, tmp_path / "a.json")
     assert not found.measured
     assert found.used <= 0.4
@@ -136,7 +147,7 @@ def test_without_a_text_errors_count_alike_and_the_file_is_read_again(
 
     monkeypatch.setattr(globe.sizes.sizing, "read_experts", forbidden)
     assert spread(config, tmp_path / "a.json") == found
-    other = to_config(composed("bank.kept=0.41", "budget.over=model", "layer=[3,9,15]", "family=both"))
+    other = to_config(composed("bank.kept=0.41", "budget.over=model", "layer=[3,9,15]", "family=both", SHORT))
     with pytest.raises(AssertionError, match="not made again"):
         spread(other, tmp_path / "a.json")
     (tmp_path / "a.json").write_text("{}")
@@ -145,7 +156,14 @@ def test_without_a_text_errors_count_alike_and_the_file_is_read_again(
 
 
 def test_what_the_model_feels_is_measured_on_text(tmp_path: Path) -> None:
-    words = ["bank.kept=0.3", "budget.over=model", "layer=[3,12]", "family=both", "calibrate.text=embedded"]
+    words = [
+        "bank.kept=0.3",
+        "budget.over=model",
+        "layer=[3,12]",
+        "family=both",
+        "calibrate.text=embedded",
+        SHORT,
+    ]
     config = to_config(composed(*words, "calibrate.tokens=512", "calibrate.window=128"))
     found = spread(config, tmp_path / "a.json")
     assert found.measured
@@ -174,6 +192,20 @@ def test_experts_without_a_model_feel_nothing(tmp_path: Path) -> None:
         spread_budget(
             config, outline(config, source), Sizing(source, torch.device("cpu")), tmp_path / "a.json"
         )
+
+
+def test_what_short_fits_leave_less_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank whose atoms make up for few numbers gives its own to another one."""
+    config = to_config(composed("bank.kept=0.5", "budget.over=model", "layer=[3,4]", "family=up", SHORT))
+    plain: dict[str, float] = {}
+    for number, ratios in enumerate(((1.0, 1.0), (1.0, 0.01))):
+        gains = iter([Gain((0.5,), (ratio,)) for ratio in ratios])
+        monkeypatch.setattr(globe.sizes.whole_budget, "measure_gain", lambda *given: next(gains))  # noqa: B023
+        found = spread(config, tmp_path / f"{number}.json")
+        shares = {one.key: one.kept for one in found.shares}
+        plain = plain or shares
+    assert shares["layer004.up"] < plain["layer004.up"]
+    assert shares["layer003.up"] > plain["layer003.up"]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from globe.files import parse_record, plain_record, read_record, write_json
 
 FILE = "allocation.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class Share:
     kept: float
     """share of them that it may keep; 1.0 leaves them as they are"""
     sensitivity: float
-    """divergence (nats per token) of the model with this bank alone at the run's share; 1 where nothing was measured"""
+    """divergence (nats per token) of the model with this bank alone, as a shared basis at the run's share; 1 where none
+    was measured"""
     loss: float
     """predicted, at `kept`: in nats per token, or as a share of the bank's energy"""
     uniform_loss: float

@@ -121,7 +121,7 @@ def search(
     plan = plan_search(room, config, allows, serving)
     block = plan.room
     if block is not room:
-        X, metric = _block(X, metric, block, seed)
+        X, metric = block_of(X, metric, block, seed)
     columns = None
     if metric is not None:
         X = metric.seen(X, slice(0, len(X)))
@@ -134,7 +134,7 @@ def search(
             for size in running:
                 tried = seen.setdefault(size, {})
                 if steps not in tried:
-                    tried[steps] = _error(X, columns, block, size, config, steps, seed)
+                    tried[steps] = short_error(X, columns, block, size, config, steps, seed)
                 bar.update()
         merits = {size: _merit(block, size, seen[size][steps], block is not room) for size in running}
         running.sort(key=merits.__getitem__)
@@ -183,7 +183,7 @@ def _seconds(room: Room, size: BankSize, config: Config) -> float:
     return reference_seconds(average_work(config, sizes))
 
 
-def _error(
+def short_error(
     X: Float[Tensor, "n p d"],
     metric: Metric | None,
     room: Room,
@@ -211,7 +211,7 @@ def _merit(room: Room, size: BankSize, error: float, at_equal_budget: bool) -> f
     return error * (used**_SLACK if at_equal_budget else 1.0)
 
 
-def _block(
+def block_of(
     X: Float[Tensor, "n p d"], metric: InputMetric | None, block: Room, seed: int
 ) -> tuple[Float[Tensor, "n q c"], InputMetric | None]:
     """Return random columns, the same for all experts, and random rows of each, with their part of the metric."""

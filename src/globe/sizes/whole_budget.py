@@ -1,8 +1,9 @@
 """`budget.over=model`: one share for all banks of a run together, spread over layers and families before any fit.
 
 Every (layer, family) gets a curve of losses over sizes: the closed-form error of a shared basis (`globe.sizes.curves`),
-scaled to the divergence of the model with that one compressed (`globe.calibration.sensitivity`) where there is a
-calibration text. `globe.sizes.allocation` then chooses exactly. What is best left as it is gets no bank.
+times the share of it that short fits leave (`globe.sizes.gain`), scaled to the divergence of the model with that one
+compressed (`globe.calibration.sensitivity`) where there is a calibration text. `globe.sizes.allocation` then chooses
+exactly. What is best left as it is gets no bank.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from globe.fit.provenance import bank_options, stamp
 from globe.runs.allocation import Allocation, Share, read_allocation, write_allocation
 from globe.sizes.allocation import Curve, allocate
 from globe.sizes.curves import Spectrum, approximated, limits, spectrum
+from globe.sizes.gain import Gain, measure_gain
 from globe.sizes.sizing import Sizing
 
 _BAR = 20
@@ -55,14 +57,16 @@ def _spread(config: Config, banks: Sequence[Outline], sizing: Sizing) -> Allocat
     kept = config.bank.kept
     assert kept is not None
     spectra: dict[str, Spectrum] = {}
+    gains: dict[str, Gain] = {}
     for bank in banks:
         joined, metric = sizing.read(config, bank)
         spectra[bank.key] = spectrum(joined.experts, metric)
+        gains[bank.key] = measure_gain(joined.experts, metric, config)
         del joined, metric
     felt = _measure(config, banks, sizing, spectra)
     numbers = [bank.n * bank.p * bank.d for bank in banks]
     curves = [
-        _curve(config, spectra[bank.key], count, felt.get(bank.key))
+        _curve(config, spectra[bank.key], gains[bank.key], count, felt.get(bank.key))
         for bank, count in zip(banks, numbers, strict=True)
     ]
     equal = [curve.sizes.index(int(kept * count)) for curve, count in zip(curves, numbers, strict=True)]
@@ -82,9 +86,9 @@ def _spread(config: Config, banks: Sequence[Outline], sizing: Sizing) -> Allocat
     return Allocation(kept, bool(felt), tuple(shares))
 
 
-def _curve(config: Config, basis: Spectrum, parameters: int, felt: float | None) -> Curve:
-    """Return the losses over sizes of one bank; `felt` is the divergence that was measured at the run's share, None
-    without.
+def _curve(config: Config, basis: Spectrum, gain: Gain, parameters: int, felt: float | None) -> Curve:
+    """Return the losses over sizes of one bank; `felt` is the divergence that was measured with the shared basis at the
+    run's share, None without.
     """
     kept = config.bank.kept
     assert kept is not None
@@ -94,7 +98,9 @@ def _curve(config: Config, basis: Spectrum, parameters: int, felt: float | None)
     options = [one for one in limits(parameters, kept) if basis.rows(one) > 0]
     error = basis.error(equal)
     weight = felt / error if felt is not None and error > 0 else 1.0
-    losses = [0.0 if one == parameters else weight * basis.error(one) for one in options]
+    losses = [
+        0.0 if one == parameters else weight * basis.error(one) * gain.at(one / parameters) for one in options
+    ]
     return Curve(tuple(options), tuple(losses))
 
 
