@@ -24,7 +24,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from globe.errors import CheckpointError, ConfigError
+from globe.errors import ConfigError
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -109,11 +109,6 @@ def link_or_copy(source: str | Path, target: str | Path) -> str:
     return str(target)
 
 
-def unwritable(path: Path, error: OSError) -> CheckpointError:
-    """Return the sentence for a disk that refuses."""
-    return CheckpointError(f"{path} cannot be written ({error.strerror or error}): make room or give another")
-
-
 def require_replaceable(path: Path) -> None:
     """Raise ConfigError if there is something else than a regular file."""
     with suppress(FileNotFoundError):
@@ -143,9 +138,8 @@ def fresh_folder(target: Path, *, keep: Iterable[str] = ()) -> Iterator[Path]:
     work.mkdir()
     try:
         with lock(work / _MARK):
-            (work / _MARK).write_text(
-                f"{target.name}\n", encoding="utf-8"
-            )  # once it is held, see clear_folders
+            # once it is held, see clear_folders
+            (work / _MARK).write_text(f"{target.name}\n", encoding="utf-8")
             (work / "new").mkdir()
             yield work / "new"
             _take_place(work, target, keep)
@@ -262,10 +256,12 @@ def parse_json(content: bytes, *, strict: bool = True) -> Any:
         raise ValueError(f"it has more than {_MOST_TEXTS:,} texts or {_MOST_VALUES:,} values")
     try:
         text = content.decode("utf-8")
-        if strict:
-            value = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct)
-        else:
-            value = json.loads(text)
+        hooks: dict[str, Any] = {
+            "parse_constant": _finite,
+            "parse_float": _finite,
+            "object_pairs_hook": _distinct,
+        }
+        value = json.loads(text, **(hooks if strict else {}))
     except RecursionError as error:
         raise ValueError(f"it is nested more than {_DEEPEST} deep") from error
     except UnicodeDecodeError as error:
@@ -282,15 +278,24 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """Return the object in one of our own files; None if there is no file or, with a warning, if it is damaged."""
     try:
         value = read_json(path)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         _log.warning("%s is ignored, it can't be read: %s", path, error)
         return None
-    if not isinstance(value, dict):
-        _log.warning("%s is ignored, it can't be read: it holds no object", path)
+
+
+def read_as(kind: type[T], path: Path) -> T | None:
+    """Return the dataclass `kind` in one of our own files; None if there is no file or, with a warning, another."""
+    record = read_record(path)
+    try:
+        return None if record is None else parse_record(kind, record)
+    except ValueError as error:
+        _log.warning("%s is ignored, it is damaged or of another version: %s", path, error)
         return None
-    return value
 
 
 def parse_record(kind: type[T], value: Any) -> T:
@@ -301,18 +306,15 @@ def parse_record(kind: type[T], value: Any) -> T:
     from pydantic import ValidationError
 
     try:
-        built: T = _adapter(kind).validate_json(json.dumps(value), strict=True)  # type: ignore[arg-type]
-        return built
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg'].lower()}") from error
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
 
 
 def plain_record(value: Any) -> dict[str, Any]:
     """Return a dataclass as plain JSON, which `parse_record` reads back: lists for tuples, text for enumerations."""
-    written: dict[str, Any] = _adapter(value.__class__).dump_python(value, mode="json")
-    return written
+    return _adapter(value.__class__).dump_python(value, mode="json")
 
 
 @functools.cache

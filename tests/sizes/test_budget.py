@@ -257,7 +257,7 @@ def test_equal_seeds_choose_equal_sizes_and_a_foreign_frontier_is_searched_anew(
     (second / "frontier.json").write_text('{"format_version": 99}')
     (second / "summary.json").unlink()
     run_in(tmp_path / "b", *KEPT)
-    assert "the search for sizes repeated" in caplog.text
+    assert "frontier.json is ignored" in caplog.text
     assert (second / "frontier.json").read_text() == text
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from globe.errors import ArtefactError
-from globe.files import parse_record, plain_record, read_record, sync, write_json
+from globe.files import plain_record, read_as, sync, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,10 @@ class HiddenStates:
 
     def found(self) -> Progress | None:
         """Return how far an earlier pass came; None for no pass, or one whose file is not whole."""
-        record = read_record(self._record)
-        if record is None:
+        progress = read_as(Progress, self._record)
+        if progress is None:
             return None
         try:
-            progress = parse_record(Progress, record)
             size = torch.Size(progress.shape).numel() * getattr(torch, progress.dtype).itemsize
             return progress if self._file(progress.next).stat().st_size == size else None
         except (OSError, ValueError, AttributeError):

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from globe.config.choices import WEIGHT_METHODS, Activation
 from globe.config.commands import is_out_of_memory
 from globe.config.schema import Config, is_linear
 from globe.errors import FitError
-from globe.files import parse_record, read_record, write_json
+from globe.files import read_as, write_json
 from globe.fit.bank_records import artefact_of, figures_of_bytes, figures_of_members, report_of
 from globe.fit.baseline import fit_baseline
 from globe.fit.figures import bank_charts, bank_figures, expert_spectra, expert_spread
@@ -182,17 +181,7 @@ def _taken(run: Run, bank: BankPlan, artefact: BankArtefact) -> Learned:
     """Return what an earlier process learned."""
     report = BankReport.from_dict(artefact.metrics or {})
     run.folder.report(bank.key, BankStatus(State.finished, report.attempt, report.seed))
-    return Learned(report, _runtime(run.folder.runtime(bank.key)), _codes(artefact), fitted=False)
-
-
-def _runtime(file: Path) -> BankRuntime | None:
-    """Return the times of a bank that an earlier process learned; None if they are not there or of another version."""
-    record = read_record(file)
-    try:
-        return None if record is None else parse_record(BankRuntime, record)
-    except ValueError as error:
-        _log.warning("%s is ignored: %s", file, error)
-        return None
+    return Learned(report, read_as(BankRuntime, run.folder.runtime(bank.key)), _codes(artefact), fitted=False)
 
 
 def _codes(artefact: BankArtefact) -> dict[tuple[int, str], Float[Tensor, "_ m"]]:

@@ -11,8 +11,8 @@ from typing import Any
 from globe.calibration.run import RECORD as CALIBRATION
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.support import RECORD, copy_file
-from globe.errors import ConfigError
-from globe.files import fresh_folder, read_record, unwritable, write_json
+from globe.errors import CheckpointError, ConfigError
+from globe.files import fresh_folder, read_record, write_json
 from globe.hf.model_card import write_card
 from globe.hf.run_banks import BankEntry, run_of
 
@@ -35,7 +35,9 @@ def destination(out: str | Path, *, overwrite: bool, inputs: Iterable[Path] = ()
         with fresh_folder(target, keep=keep) as folder:
             yield folder
     except OSError as error:
-        raise unwritable(target, error) from error
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror or error}): make room or give another"
+        ) from error
 
 
 def check_destination(target: Path, *, overwrite: bool) -> tuple[str, ...]:

@@ -36,15 +36,13 @@ from globe.files import (
     clear_files,
     clear_folders,
     lock,
-    parse_record,
     plain_record,
-    read_record,
+    read_as,
     require_replaceable,
     write_json,
     write_text,
 )
 
-_log = logging.getLogger(__name__)
 _LOG_LINE = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 _RESULTS = (
     "banks",
@@ -97,7 +95,7 @@ class RunFolder:
         self.status_file = self.path / "status.json"
         self.log_file = self.path / "train.log"
         self.banks = self.path / "banks"
-        self.status = _read_status(self.status_file)
+        self.status = read_as(Status, self.status_file)
 
     def bank(self, key: str) -> Path:
         """Return the folder of a bank's artefact."""
@@ -121,7 +119,7 @@ class RunFolder:
         """
         if self.status is not None or not os.path.lexists(self.path):
             return
-        if _read_status(self.path / ".repeated" / "status.json") is not None:
+        if read_as(Status, self.path / ".repeated" / "status.json") is not None:
             return  # cut off by a kill where results change places
         if not self.path.is_dir():
             raise ConfigError(
@@ -227,11 +225,11 @@ class RunFolder:
         self._keep_what_is_not_ours(aside)
         shutil.rmtree(ready)
         shutil.rmtree(aside)
-        self.status = _read_status(self.status_file)
+        self.status = read_as(Status, self.status_file)
 
     def _keep_what_is_not_ours(self, aside: Path) -> None:
         """Move back into `banks` what a user has put beside the banks of the old results."""
-        old = _read_status(aside / "status.json")
+        old = read_as(Status, aside / "status.json")
         ours = {name for key in (old.banks if old else {}) for name in (key, f"{key}.json", f"{key}.partial")}
         for one in (aside / "banks").iterdir() if (aside / "banks").is_dir() else ():
             if one.name not in ours and not os.path.lexists(self.banks / one.name):
@@ -291,17 +289,6 @@ def open_to_append(path: Path) -> TextIO:
         os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     )
     return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
-
-
-def _read_status(file: Path) -> Status | None:
-    record = read_record(file)
-    if record is None:
-        return None
-    try:
-        return parse_record(Status, record)
-    except ValueError:
-        _log.warning("%s is ignored, it is damaged or of another version", file)
-        return None
 
 
 def _keeps(line: str, key: str, step: int) -> bool:

@@ -18,7 +18,7 @@ from globe.config.choices import Centre
 from globe.config.console import add_row, new_table, show_table, wide_console
 from globe.config.schema import Config
 from globe.errors import ConfigError
-from globe.files import parse_record, plain_record, read_record, write_json
+from globe.files import plain_record, read_as, write_json
 from globe.fit.plan import (
     BankSize,
     Outline,
@@ -193,17 +193,10 @@ def _write(file: Path, known: dict[Shape, Searched]) -> None:
 
 def _read(file: Path) -> dict[Shape, Searched]:
     """Return what a file holds; nothing, with a warning, if it is damaged or of another version."""
-    record = read_record(file)
-    if record is None:
+    record = read_as(_File, file)
+    if record is None or record.format_version != FORMAT_VERSION:
         return {}
-    try:
-        if record.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"it has format version {record.get('format_version')}")
-        found = parse_record(_File, record).shapes.values()
-    except ValueError as error:
-        _log.warning("%s is ignored and the search for sizes repeated: %s", file, error)
-        return {}
-    return {(room.n, room.p, room.d): one for one in found for room in [one.frontier.room]}
+    return {(room.n, room.p, room.d): one for one in record.shapes.values() for room in [one.frontier.room]}
 
 
 def print_frontier(searched: Searched, console: Console | None = None) -> None:
