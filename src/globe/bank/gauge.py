@@ -73,9 +73,8 @@ def share_bits(rows: Float[Tensor, "*rows"], columns: Float[Tensor, " k"], total
         middle = (low + high) / 2 if low == 0 else (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)
     chosen = widths(high)
-    for at in reversed(
-        range(len(chosen))
-    ):  # what is left over, to the most important rows that it is enough for
+    # what is left over, to the most important rows that it is enough for
+    for at in reversed(range(len(chosen))):
         used = sum(count * width for count, width in zip(counts, chosen, strict=True))
         chosen[at] += 8 * (used + 8 * counts[at] <= total and chosen[at] < MOST_BITS * len(columns))
     tables = tuple(allocate_bits(columns.tolist(), width) for width in chosen)

@@ -83,9 +83,8 @@ class HiddenStates:
         try:
             with path.open("ab") as file:
                 size = numbers * dtype.itemsize
-                if hasattr(
-                    os, "posix_fallocate"
-                ):  # room that is really there: a full disk is no bus error later
+                # room that is really there: a full disk is no bus error later
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)
                 file.truncate(size)
             return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(*shape)

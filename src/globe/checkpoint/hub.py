@@ -94,14 +94,8 @@ def _shards_below(folder: Path) -> list[str]:
     try:
         index = read_json(folder / INDEX)["weight_map"]
         return sorted({shard for shard in index.values() if "/" in shard and not (folder / shard).exists()})
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # whoever reads the index says what is wrong
-        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []  # whoever reads the index says what is wrong
 
 
 def explained(error: Exception, hub_id: str, revision: str | None) -> CheckpointError:

@@ -31,7 +31,7 @@ _LONGEST_KEY = 100
 
 @runtime_checkable
 class Shape(Protocol):
-    """Of the routed experts of one layer and family."""
+    """How many routed experts one layer and family has, and their size."""
 
     @property
     def n(self) -> int: ...
@@ -67,9 +67,9 @@ class BankSize:
     r: int
     atom_rank: int | None
     bits_A: float | None = None
-    """average bits of the adapters, and"""
+    """average bits of the adapters, where the budget is one of bytes"""
     bits_B: int | None = None
-    """bits of the atoms, where the budget is one of bytes"""
+    """bits of the atoms, likewise"""
 
     @property
     def text(self) -> str:

@@ -89,13 +89,11 @@ class GlobeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         require_loaded(model)
-        unpack(
-            model, model.dtype, keep=self.quantization_config.keep_packed
-        )  # so a model saved again has plain factors
+        # so a model saved again has plain factors
+        unpack(model, model.dtype, keep=self.quantization_config.keep_packed)
         self.quantization_config.layouts = unpacked(self.quantization_config.layouts)
-        if not hasattr(
-            HfQuantizer, "get_new_dtype"
-        ):  # older transformers leave converted tensors in the dtype of the file
+        # older transformers leave converted tensors in the dtype of the file
+        if not hasattr(HfQuantizer, "get_new_dtype"):
             unify_dtype(model)
         return self._dequantize(model) if self.quantization_config.dequantize else model
 

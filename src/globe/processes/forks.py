@@ -99,9 +99,8 @@ def _work(sender: Connection, job: Callable[[], Any]) -> None:
     try:
         outcome = True, job()
     except KeyboardInterrupt:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a second one in what Python does at exit is another exit code
+        # a second one in what Python does at exit is another exit code
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(INTERRUPTED)
     except Exception as error:
         outcome = False, error

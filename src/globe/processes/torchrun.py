@@ -231,9 +231,8 @@ def joined(config: Config) -> Iterator[Torchrun]:
     """
     device = own_device(config)
     store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    told, _, _ = next(
-        dist.rendezvous("env://", timeout=_TIMEOUT)
-    )  # a second connection: one may wait for a process
+    # a second connection: one may wait for a process
+    told, _, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     group = Torchrun(device, told, rank)

@@ -160,9 +160,8 @@ class RunFolder:
         except BaseException as error:
             if self.status is None or self.status.state is not State.finished:
                 sentence = explain(error) or f"{type(error).__name__}: {error}"
-                stopped = isinstance(
-                    error, KeyboardInterrupt | SystemExit
-                )  # a scheduler's signal ends with it
+                # a scheduler's signal ends with it
+                stopped = isinstance(error, KeyboardInterrupt | SystemExit)
                 with suppress(OSError, ValueError):  # the disk may be what is wrong
                     self.end(State.interrupted if stopped else State.failed, None if stopped else sentence)
             raise

@@ -222,9 +222,8 @@ class Background:
         self._thread.start()
 
     def log(self, bank: str, step: int, values: Mapping[str, Scalar]) -> None:
-        if (
-            len(self._calls) < self.capacity
-        ):  # it wakes nobody: a switch of threads may cost a turn on a busy core
+        # it wakes nobody: a switch of threads may cost a turn on a busy core
+        if len(self._calls) < self.capacity:
             self._calls.append(("log", (bank, step, values), {}))
         else:
             self.dropped += 1
