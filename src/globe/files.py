@@ -24,7 +24,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from globe.errors import ConfigError
+from globe.errors import ConfigError, sentence
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        _log.warning("%s is ignored, it can't be read: %s", path, error)
+        _log.warning("%s", sentence(f"{path} is ignored, it can't be read: {error}"))
         return None
 
 
@@ -294,7 +294,7 @@ def read_as(kind: type[T], path: Path) -> T | None:
     try:
         return None if record is None else parse_record(kind, record)
     except ValueError as error:
-        _log.warning("%s is ignored, it is damaged or of another version: %s", path, error)
+        _log.warning("%s", sentence(f"{path} is ignored, it is damaged or of another version: {error}"))
         return None
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from globe.config.command_line import parse_options, path_option, run_command
 from globe.config.commands import start
-from globe.errors import ConfigError, sentence
+from globe.errors import ConfigError, printable, sentence
 from globe.files import clear_folders
 from globe.hf.dense_checkpoint import write_dense
 from globe.hf.globe_checkpoint import write_globe
@@ -113,21 +113,23 @@ def _patch_and_say(options: PatchOptions) -> None:
     if status is not None and status.state is not State.finished:
         lacking = sorted(key for key, bank in status.banks.items() if bank.state is not State.finished)
         named = f", without {', '.join(lacking)}" if lacking else ""
-        print(f"{options.run} is {status.state}: only the banks it has were used{named}", file=sys.stderr)
+        print(
+            sentence(f"{options.run} is {status.state}: only the banks it has were used{named}"),
+            file=sys.stderr,
+        )
     if record["left_out"]:
         print(sentence(f"left out beside the weights: {', '.join(record['left_out'])}"), file=sys.stderr)
     parameters, count = record["parameters"], len(record["banks"])
+    out = printable(options.out)
     print(
-        f"{options.out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "
+        f"{out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "
         f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
         f"of the model's {parameters['model']:,} parameters; {_weights(options)}"
     )
     if options.check is True or (options.check == "auto" and fits_in_memory(Path(options.out))):
         quiet()
         print(f"checked: {look(options.out, open_run(options.run)).sentence}")
-    print(
-        f"next: python -m globe.evaluate model={options.out}; hf upload USER/NAME {options.out} --private shares it"
-    )
+    print(f"next: python -m globe.evaluate model={out}; hf upload USER/NAME {out} --private shares it")
 
 
 if __name__ == "__main__":

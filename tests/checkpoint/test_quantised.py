@@ -255,6 +255,11 @@ def test_values_that_contradict_each_other(changed: Callable[..., Path]) -> None
         ("awq", {"version": "gemv"}, ["version='gemv'"]),
         ("compressed int4 group", {"format": "marlin-24"}, ["format 'marlin-24'", "pack-quantized"]),
         ("compressed int4 group", {"config_groups": {}}, ["has no config_groups"]),
+        ("compressed int4 group", {"config_groups": {"a": {"weights": [3]}}}, ["weights are no object"]),
+        ("compressed int4 group", {"config_groups": {"a": {"targets": {"b": 1}}}}, ["targets are no list"]),
+        ("compressed int4 group", {"config_groups": {"a": {"targets": ["re:("]}}}, ["not read", "convert"]),
+        ("compressed int4 group", {"config_groups": {"a": {"targets": ["re:(a+)+$"]}}}, ["repeats too much"]),
+        ("compressed int4 group", {"config_groups": {"a": {"targets": ["re:" + ".*" * 9]}}}, ["repeats"]),
         (
             "compressed int4 group",
             {"sparsity_config": {"format": "sparse-24-bitmask"}},
@@ -266,6 +271,15 @@ def test_what_the_config_says_and_is_not_read(
     family: str, keys: dict[str, Any], words: list[str], changed: Callable[..., Path]
 ) -> None:
     refusal(changed(family, **keys), *words)
+
+
+def test_targets_that_take_too_long_are_given_up(
+    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("globe.checkpoint.quantised.schemes._LONGEST_MATCHING", 0.0)
+    groups = made.compressed_config("int4 group")["config_groups"]
+    other = {"targets": ["re:.*x.*y.*z"], "weights": {"num_bits": 8}}
+    refusal(changed("compressed int4 group", config_groups=groups | {"b": other}), "take too long")
 
 
 def test_kimi_k2_is_read_as_the_deepseek_v3_it_is(

@@ -173,8 +173,9 @@ def _explained(error: BaseException) -> str | None:
                 "a worker process was killed, most likely for want of memory: give a smaller hydra.launcher.n_jobs, "
                 "the same command goes on from here"
             )
-        case ValueError() if _raised_in_hydra(error):  # its checks of the command line
-            if "Config group override" in str(error):
+        case ValueError() | TypeError() | AttributeError() | AssertionError() if _raised_in_hydra(error):
+            # its checks of the command line, or a value of another kind than it takes
+            if "Config group override" in str(error) or not isinstance(error, ValueError):
                 return "a group (method, model, init, schedule, wandb, experiment) takes the name of one of its files"
             return _one_line(str(error))
     return None

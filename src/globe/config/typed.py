@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -47,7 +48,9 @@ def _one(argument: str, texts: Collection[str], sweep: bool) -> str:
 
 def _is_model_path(value: str) -> bool:
     names = {file.stem for file in (Path(conf_dir()) / "model").glob("*.yaml")}
-    return value not in names and ("/" in value or Path(value).expanduser().is_dir())
+    with suppress(OSError, ValueError):  # too long for a path, or none
+        return value not in names and ("/" in value or value.startswith("~") or Path(value).is_dir())
+    return False
 
 
 def _quoted(text: str) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from globe.am.records import FitState
+from globe.errors import sentence
 from globe.files import read_record, sha256, sync, write_json
 
 _log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def read_state(
         AttributeError,
         SafetensorError,
     ) as error:
-        _log.warning("the checkpoint %s is ignored, the fit starts anew: %s", folder, error)
+        said = sentence(f"the checkpoint {folder} is ignored, the fit starts anew: {error}")
+        _log.warning("%s", said)
         return None
 
 

@@ -60,10 +60,7 @@ class DequantisedReader(ShardReader):
         try:
             settings_of = known.settings(quantisation)
         except (ValueError, TypeError, re.error) as error:
-            raise CheckpointError(
-                f"{self.folder}/config.json says {method!r} in a way that GloBE does not read ({error}): convert the "
-                "checkpoint to bfloat16 first"
-            ) from error
+            raise self._not_read(error) from error
         self._matrices: dict[str, _Matrix] = {}
         whole, rest = self._main_tensors(known.forms)
         for name, form in whole.items():
@@ -82,6 +79,12 @@ class DequantisedReader(ShardReader):
         self.index |= {
             name: stored.index[matrix.parts[matrix.form.main]] for name, matrix in self._matrices.items()
         }
+
+    def _not_read(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}/config.json says {self.method!r} in a way that GloBE does not read ({error}): convert the "
+            "checkpoint to bfloat16 first"
+        )
 
     def entry(self, name: str) -> TensorEntry:
         """Return dtype and shape of a tensor as it is read; `nbytes` of a quantised one are those of the plain one."""
@@ -135,7 +138,11 @@ class DequantisedReader(ShardReader):
             for suffix in (form.main, *form.needs, *form.takes)
             if base + suffix in self.stored
         }
-        plain, settings = base + form.replaced_by, settings_of(base + form.replaced_by)
+        plain = base + form.replaced_by
+        try:
+            settings = settings_of(plain)
+        except ValueError as error:
+            raise self._not_read(error) from error
         axes = len(self.stored.shape(name))
         stacked = axes == form.axes + 1
         count = self.stored.shape(name)[0] if stacked else None

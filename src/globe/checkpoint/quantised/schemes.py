@@ -6,6 +6,7 @@ A method that is not here is refused by name. A new one is a line of `METHODS`, 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,11 @@ def _nothing(config: Mapping[str, Any]) -> SettingsOf:
     return lambda _: Settings()
 
 
+_MOST_REPEATS = 4
+_LONGEST_NAME = 200
+"""Characters of a module's name that a regular expression sees, so that one of so many repeats ends soon."""
+_LONGEST_MATCHING = 2.0
+"""Seconds of processor time for all modules together."""
 _FORMATS = (
     "dense", "naive-quantized", "float-quantized", "int-quantized", "pack-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
@@ -54,19 +60,29 @@ def _groups(config: Mapping[str, Any]) -> SettingsOf:
         raise ValueError(f"its format {foreign[0]!r} is none of {', '.join(_FORMATS)}")
     if not records:
         raise ValueError("it has no config_groups")
-    groups = [(one.get("targets") or [], _weights(one.get("weights") or {})) for one in records]
+    groups = [(_targets(one.get("targets")), _weights(one.get("weights"))) for one in records]
     if all(settings == groups[0][1] for _, settings in groups):
         return lambda _: groups[0][1]
+    clock, used = time.process_time, 0.0
 
     def settings_of(name: str) -> Settings:
+        nonlocal used
+        began = clock()
         module = name.removesuffix(".weight")
-        named = (settings for targets, settings in groups if any(_names(one, module) for one in targets))
-        return next(named, groups[0][1])
+        named = (settings for targets, settings in groups if any(one(module) for one in targets))
+        found = next(named, groups[0][1])
+        used += clock() - began
+        if used > _LONGEST_MATCHING:
+            raise ValueError("its targets take too long to compare")
+        return found
 
     return settings_of
 
 
-def _weights(record: Mapping[str, Any]) -> Settings:
+def _weights(record: Any) -> Settings:
+    record = {} if record is None else record
+    if not isinstance(record, dict):
+        raise ValueError("its weights are no object")
     bits = _integer(record.get("num_bits", 8), "num_bits", 1, 8)
     group = record.get("group_size")
     group = None if group in (None, -1) else _integer(group, "group_size", 1, 1 << 30)
@@ -74,13 +90,27 @@ def _weights(record: Mapping[str, Any]) -> Settings:
     return Settings(bits=bits, group=group, block=(1, group) if block is None and group else block)
 
 
-def _names(target: Any, module: str) -> bool:
-    """Return whether a target of a group means this module by its name."""
-    if not isinstance(target, str):
-        return False
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return module == target or module.endswith(f".{target}")
+def _targets(targets: Any) -> list[Callable[[str], bool]]:
+    """Return, for each target of a group, a function that says whether it means a module of this name."""
+    if not isinstance(targets, list | None):
+        raise ValueError("its targets are no list")
+    return [_target(one) for one in targets or [] if isinstance(one, str)]
+
+
+def _target(target: str) -> Callable[[str], bool]:
+    """Raise ValueError for a regular expression that could take for ever (one that repeats a group, or many parts)."""
+    if not target.startswith("re:"):
+        return lambda module: module == target or module.endswith(f".{target}")
+    pattern = target.removeprefix("re:")
+    plain = re.sub(r"\\.", "", pattern)
+    if (
+        re.search(r"\)[*+{]", plain)
+        or len(re.findall(r"[*+{]", plain)) > _MOST_REPEATS
+        or len(pattern) > 1000
+    ):
+        raise ValueError(f"its target {target[:60]!r} repeats too much")
+    compiled = re.compile(pattern)
+    return lambda module: compiled.match(module[:_LONGEST_NAME]) is not None
 
 
 def _gptq(config: Mapping[str, Any]) -> SettingsOf:
