@@ -27,7 +27,7 @@ from omegaconf import Container, OmegaConf
 
 from globe.bank.file import is_intact
 from globe.calibration.run import RECORD, Calibration
-from globe.checkpoint import Checkpoint, open_checkpoint
+from globe.checkpoint import Checkpoint, load_architecture, open_checkpoint
 from globe.config import commands as entry
 from globe.config.composition import conf_dir, config_dict, plain, register, to_config
 from globe.config.help import train_help
@@ -111,7 +111,8 @@ def _run(task: _Task, group: torchrun.Group) -> tuple[RunSummary, Sequence[str]]
 
 def _show(task: _Task, summary: RunSummary) -> None:
     if task.sweep_name is None:
-        print_summary(summary, task.folder.path)
+        dense_only = load_architecture(summary.source["model_type"]).dense_only is not None
+        print_summary(summary, task.folder.path, dense_only=dense_only)
     else:
         sweep.print_line(task.folder.path.name, summary)
 

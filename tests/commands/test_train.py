@@ -154,7 +154,7 @@ def test_one_bank_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_model_that_stays_dense_is_told_so_before_the_fit(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_tiny("gpt_oss", tmp_path / "model")
     run_in(tmp_path, f"model.path={model}", "layer=0", "bank.m=2", "bank.r=3", "train.steps=1")
@@ -166,6 +166,13 @@ def test_a_model_that_stays_dense_is_told_so_before_the_fit(
     )
     assert "format=dense, whose files are as large as before" in messages[said]
     assert not [one for one in messages[:said] if "step" in one]
+    (following,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    assert following.endswith("out=FOLDER")  # and not "with format=globe"
+    capsys.readouterr()
+    run_in(tmp_path, f"model.path={model}", "layer=0", "bank.m=2", "bank.r=3", "dry_run=true")
+    shown = capsys.readouterr().out
+    assert "stay with format=dense" in shown
+    assert "serving" not in shown  # what factors would cost
 
 
 def test_a_bank_larger_than_its_experts_is_warned_about(

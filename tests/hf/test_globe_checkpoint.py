@@ -442,6 +442,14 @@ def test_small_dense_experts_in_half_precision_run(tmp_path: Path) -> None:
     assert load(tmp_path / "out", dtype=torch.float32).config._experts_implementation != "eager"
 
 
+def test_small_dense_experts_that_lie_transposed_run(tmp_path: Path) -> None:
+    """Checkpoints of gpt_oss could not be looked at after patching: the columns of down are its inputs there."""
+    write_tiny("gpt_oss", tmp_path / "half", dtype=torch.bfloat16)
+    model = load(tmp_path / "half", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, IDS.shape[1] + 2)
+
+
 def test_aligned_dense_experts_keep_the_grouped_product(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [random_bank(open_checkpoint(None), [(12, "up")])])
     model = load(write(run, tmp_path / "out"))

@@ -56,9 +56,13 @@ class Plan:
     def sentence(self) -> str:
         form = "whole" if self.rank is None else f"of rank {self.rank} plus a diagonal"
         return (
-            f"calibration takes about {self.memory / _GB:.2f} GB of memory and {self.disk / _GB:.2f} GB of disk, with "
+            f"calibration takes about {_size(self.memory)} of memory and {_size(self.disk)} of disk, with "
             f"second moments {form}"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / _GB:.2f} GB" if count >= _GB else f"{max(1, round(count / 1e6))} MB"
 
 
 def plan_calibration(

@@ -209,11 +209,12 @@ def _is_zero_bias(name: str, reader: ShardReader | None) -> bool:
 def _has_misaligned_experts(model: nn.Module) -> bool:
     """Return whether there are dense experts that transformers' default, a grouped matrix product, can't multiply.
 
-    It needs rows of a multiple of 16 bytes, which small experts in half precision may not have.
+    It needs rows of a multiple of 16 bytes, of weights as they lie or transposed, which small experts in half
+    precision may not have.
     """
     for module in model.modules():
         if type(module).__name__.endswith("Experts") and not isinstance(module, GlobeExperts):
             weights = [one for one in module.parameters() if one.dim() == 3]
-            if any(one.shape[-1] * one.element_size() % 16 for one in weights):
+            if any(side * one.element_size() % 16 for one in weights for side in one.shape[-2:]):
                 return True
     return False

@@ -234,11 +234,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def print_summary(summary: RunSummary, folder: Path, console: Console | None = None) -> None:
-    """Print the table of a run and where its artefacts are. Without a terminal, lines are not cut to 80 columns."""
+def print_summary(
+    summary: RunSummary, folder: Path, console: Console | None = None, *, dense_only: bool = False
+) -> None:
+    """Print the table of a run, where its artefacts are, and the command that comes next.
+
+    `dense_only` says that the model can't run with factors. Without a terminal, lines are not cut to 80 columns.
+    """
     console = wide_console(console)
     show_table(console, summary_table(summary))
-    for line in _footer(summary, folder):
+    for line in _footer(summary, folder, dense_only):
         say(console, line)
 
 
@@ -300,7 +305,7 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _footer(summary: RunSummary, folder: Path) -> list[str]:
+def _footer(summary: RunSummary, folder: Path, dense_only: bool) -> list[str]:
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     where = folder / "banks" / (summary.banks[0].key if len(summary.banks) == 1 else "<bank>")
@@ -325,9 +330,8 @@ def _footer(summary: RunSummary, folder: Path) -> list[str]:
         lines.append(f"{key} failed: {reason}")
     lines.append(f"artefact: {where}")
     if summary.banks:
-        lines.append(
-            f"next: python -m globe.patch run={folder} out=FOLDER, with format=globe for smaller files"
-        )
+        smaller = "" if dense_only else ", with format=globe for smaller files"
+        lines.append(f"next: python -m globe.patch run={folder} out=FOLDER{smaller}")
     return lines
 
 

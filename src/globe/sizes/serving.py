@@ -119,7 +119,9 @@ def costs(
 
 
 def costs_of(config: Config, checkpoint: Checkpoint, bank: Outline, size: BankSize) -> dict[str, Cost]:
-    """Return what each form of a bank of this size costs to serve."""
+    """Return what each form of a bank of this size costs to serve; nothing for a model that is patched dense alone."""
+    if checkpoint.dense_only:
+        return {}
     layer, batches = layer_of(config, checkpoint, bank), tuple(config.serve.batch)
     return costs(layer, bank.p, bank.d, size, batches, linear=is_linear(config))
 
