@@ -111,8 +111,8 @@ def _run(task: _Task, group: torchrun.Group) -> tuple[RunSummary, Sequence[str]]
 
 def _show(task: _Task, summary: RunSummary) -> None:
     if task.sweep_name is None:
-        dense_only = load_architecture(summary.source["model_type"]).dense_only is not None
-        print_summary(summary, task.folder.path, dense_only=dense_only)
+        dense = load_architecture(summary.source["model_type"]).dense_only is not None
+        print_summary(summary, task.folder.path, dense=dense)
     else:
         sweep.print_line(task.folder.path.name, summary)
 

@@ -235,15 +235,12 @@ def _finite(value: float) -> float | None:
 
 
 def print_summary(
-    summary: RunSummary, folder: Path, console: Console | None = None, *, dense_only: bool = False
+    summary: RunSummary, folder: Path, console: Console | None = None, dense: bool = False
 ) -> None:
-    """Print the table of a run, where its artefacts are, and the command that comes next.
-
-    `dense_only` says that the model can't run with factors. Without a terminal, lines are not cut to 80 columns.
-    """
+    """Print the table of a run, and what comes next; `dense` says that the model can't run with factors."""
     console = wide_console(console)
     show_table(console, summary_table(summary))
-    for line in _footer(summary, folder, dense_only):
+    for line in _footer(summary, folder, dense):
         say(console, line)
 
 
@@ -305,7 +302,7 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _footer(summary: RunSummary, folder: Path, dense_only: bool) -> list[str]:
+def _footer(summary: RunSummary, folder: Path, dense: bool) -> list[str]:
     here = Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     where = folder / "banks" / (summary.banks[0].key if len(summary.banks) == 1 else "<bank>")
@@ -330,7 +327,7 @@ def _footer(summary: RunSummary, folder: Path, dense_only: bool) -> list[str]:
         lines.append(f"{key} failed: {reason}")
     lines.append(f"artefact: {where}")
     if summary.banks:
-        smaller = "" if dense_only else ", with format=globe for smaller files"
+        smaller = "" if dense else ", with format=globe for smaller files"
         lines.append(f"next: python -m globe.patch run={folder} out=FOLDER{smaller}")
     return lines
 
