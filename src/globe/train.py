@@ -51,6 +51,7 @@ from globe.runs.summary import RunSummary, print_summary, read_summary
 from globe.runs.tracking import RunInfo, open_sinks
 from globe.sizes.banks import is_chosen, sized_banks
 from globe.sizes.dry_run import dry_run
+from globe.sizes.model_size import with_model_size
 from globe.sizes.sizing import Sizing
 
 register()
@@ -141,6 +142,7 @@ def train(config: Config, task: _Task, group: torchrun.Group) -> RunSummary:
                 checkpoint.dense_only,
             )
         outlines = outline(config, checkpoint)
+        config = with_model_size(config, checkpoint, outlines)
         limit_threads(config, max(math.prod(bank.shape) for bank in outlines))
         banks = () if is_chosen(config) else plan(config, checkpoint)
         with _begun(task, config, group) as folder:

@@ -127,7 +127,6 @@ def test_given_sizes_without_room_for_a_bit_are_refused(tmp_path: Path) -> None:
         (["bank.size=0.2", "bank.m=3"], "bank.size=0.2 takes bank.m and bank.r"),
         (["bank.size=0.2", "method=svd"], "bank.size=0.2 is not possible: give null with method=svd"),
         (["bank.size=0.2", "codes.target_support=2"], "codes.target_support=2 is not possible"),
-        (["bank.size=0.2", "dry_run=true"], "dry_run=True is not possible: give false with bank.size"),
     ],
 )
 def test_options_that_contradict_a_budget_in_bytes(options: list[str], sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from globe.config.checks import check, positive
@@ -19,6 +20,9 @@ class ModelConfig:
     """Download again even if the hub cache has the files."""
     include_shared: bool = False
     """Take the always-on shared expert too; refused where it is not of the size of a routed one."""
+    size: str | None = None
+    """Size of the files of the whole model once it is compressed (`globe.patch format=globe`), such as 1.9GB, 800MB,
+    2GiB or a number of bytes, in the place of `bank.size`: what is no expert counts first. Null is no such limit."""
     max_experts: int | None = None
     """Use at most this many routed experts per layer; null is all."""
     sample_method: SampleMethod = SampleMethod.first_n
@@ -31,12 +35,34 @@ class ModelConfig:
             self.max_experts,
             "an integer of at least 2, or null for all experts",
         )
+        if self.size is not None:
+            bytes_of_text(self.size)
         check(
             self.path is None or bool(self.path.strip()),
             "model.path",
             self.path,
             "a folder, a hub id or null",
         )
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{end}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for end, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def bytes_of_text(text: str) -> int:
+    """Return the bytes that a size such as 1.9GB or 2GiB says. Raises ConfigError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = (
+        None if found is None else {name.lower(): size for name, size in _UNITS.items()}.get(found[2].lower())
+    )
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise ConfigError(
+            f"model.size={text!r} is not possible: give bytes, such as 1.9GB, 800MB or 2GiB, or null"
+        )
+    return int(float(found[1]) * unit)
 
 
 @dataclass
@@ -122,9 +148,8 @@ def _check_bits(bank: BankConfig) -> None:
         check(bits is None or 1 <= bits <= 8, f"bank.{key}", bits, "a number from 1 to 8, or null")
     bits = bank.bits_B
     check(bits is None or 2 <= bits <= 8, "bank.bits_B", bits, "an integer from 2 to 8, or null")
-    sized = bank.bits is not None or bank.bits_A is not None or bank.size is not None
-    possible = not bank.coded or (sized and bank.group_A is None)
-    check(possible, "bank.coded", True, "false, or bank.bits or bank.size with it and bank.group_A=null")
+    alone = not bank.coded or bank.group_A is None
+    check(alone, "bank.group_A", bank.group_A, "null with bank.coded=true, whose rows have one step")
     given = bank.bits is not None or bank.bits_A is not None
     check(bits is None or given, "bank.bits_B", bits, "bank.bits or bank.bits_A with it, or null")
     for key in ("group_A", "group_B"):

@@ -156,15 +156,14 @@ def _check_method(config: Config) -> None:
         raise ConfigError(
             f"bank.atom_rank is not possible with method={method}, whose atoms are dense: leave it out"
         )
-    if bank.size is not None:
-        sized = method in (Method.globe, Method.gptq, Method.gptq_rotated)
-        check(sized, "bank.size", bank.size, f"null with method={method}")
-        support = config.codes.target_support
-        check(support is None, "codes.target_support", support, "null with bank.size, or sizes instead")
-        check(not config.dry_run, "dry_run", True, "false with bank.size, whose choice takes fits")
+    sized = bank.size is not None or config.model.size is not None
+    if sized:
+        _check_size(config)
+    coded = not bank.coded or sized or bank.bits is not None or bank.bits_A is not None
+    check(coded, "bank.coded", True, "false, or bank.bits, bank.size or model.size with it")
     if config.serve.limited:
         check(method is Method.globe, "serve", "limits", f"without limits with method={method}")
-        check(bank.size is None, "bank.size", bank.size, "null with limits of serve; give bank.kept or sizes")
+        check(not sized, "bank.size", bank.size, "null with limits of serve; give bank.kept or sizes")
     if method is Method.globe:
         dense_only = config.train.dictionary is Dictionary.mod and bank.atom_rank is not None
         check(not dense_only, "train.dictionary", "mod", "gauss_newton, or dense atoms (bank.atom_rank=null)")
@@ -192,9 +191,7 @@ def _check_method(config: Config) -> None:
             "normalise.metric=experts, which needs none"
         )
     if config.budget.over is Over.model:
-        given = bank.kept is not None or (
-            bank.size is not None and (bank.m is not None or method in WEIGHT_METHODS)
-        )
+        given = bank.kept is not None or (sized and (bank.m is not None or method in WEIGHT_METHODS))
         check(given, "budget.over", "model", "bank.kept, or bank.size, bank.m and bank.r, with it")
         check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with budget.over=model")
     if bank.scope is Scope.families:
@@ -208,6 +205,23 @@ def _check_method(config: Config) -> None:
         check(bank.scope is Scope.family, "bank.scope", str(bank.scope), "family with method=mean_svd")
         one = config.normalise.scale in (Scale.family, Scale.none)
         check(one, "normalise.scale", str(config.normalise.scale), "family or none with method=mean_svd")
+
+
+def _check_size(config: Config) -> None:
+    """Refuse what contradicts a budget in bytes."""
+    bank, method, size = config.bank, config.method, config.model.size
+    possible = method is Method.globe or (size is None and method in (Method.gptq, Method.gptq_rotated))
+    name, value = ("bank.size", bank.size) if size is None else ("model.size", size)
+    check(possible, name, value, f"null with method={method}")
+    support = config.codes.target_support
+    check(support is None, "codes.target_support", support, f"null with {name}, or sizes instead")
+    if size is None:
+        return
+    for key in ("size", "kept", "bits", "bits_A", "bits_B", "atom_rank"):
+        other = getattr(bank, key)
+        check(other is None, f"bank.{key}", other, "null with model.size, which says what banks may take")
+    if (bank.m is None) != (bank.r is None):
+        raise ConfigError(f"model.size={size} takes bank.m and bank.r, and chooses their bits, or neither")
 
 
 def _check_weight_method(config: Config) -> None:

@@ -69,6 +69,13 @@ def search_bytes(
     return Frontier(whole, whole, (FEWEST_STEPS,), probes, chosen)
 
 
+def byte_candidates(room: ByteRoom) -> list[BankSize]:
+    """Return the sizes that a search may try, without its fits."""
+    tried = [room.filled(m, AVERAGES[0]) for m in grid(1, max(1, room.n // _MOST_ATOMS), 2.0)]
+    tried += [room.filled(1, average) for average in AVERAGES[1:]]
+    return list(dict.fromkeys(one for one in tried if one is not None))
+
+
 def _error(
     X: Float[Tensor, "n p d"],
     metric: InputMetric | None,

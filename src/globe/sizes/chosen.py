@@ -126,7 +126,7 @@ def choose_sizes(
     find_room = room_of if config.bank.size is None else byte_room_of
     rooms = {shape: find_room(config, alike[0]) for shape, alike in by_shape.items()}
     if config.bank.m is not None:  # with bank.size: nothing but bits is left to choose
-        return {shape: _given(config, alike[0]) for shape, alike in by_shape.items()}
+        return {shape: given_bytes(config, alike[0]) for shape, alike in by_shape.items()}
     known, chosen = _read(file), {}
     for shape, alike in by_shape.items():
         probed = alike[len(alike) // 2]
@@ -145,7 +145,7 @@ def choose_sizes(
     return chosen
 
 
-def _given(config: Config, bank: Outline) -> BankSize:
+def given_bytes(config: Config, bank: Outline) -> BankSize:
     """Return the sizes that are given with the bits that `bank.size` leaves for them."""
     room, sizes = byte_room_of(config, bank), resolve_sizes(config, bank)
     found = room.given(sizes.m, sizes.r)

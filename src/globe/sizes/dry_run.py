@@ -19,17 +19,21 @@ from rich.table import Table
 
 from globe.am.records import Sizes
 from globe.checkpoint import Checkpoint, open_checkpoint
-from globe.config.choices import ExportDtype, Method, Metric, Over, Scale, Store
+from globe.config.choices import Method, Metric, Over, Store
 from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.config.schema import Config, chosen_metric
 from globe.fit.calibrated import calibration_for
-from globe.fit.plan import BankPlan, Outline, is_search, outline, plan_bank
+from globe.fit.plan import BankPlan, BankSize, Outline, is_search, outline, plan_bank
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
 from globe.runs.allocation import FILE
 from globe.sizes.budget import enlarged
-from globe.sizes.chosen import allows, limits_of, room_of
+from globe.sizes.byte_search import byte_candidates
+from globe.sizes.byte_spread import spread_bytes
+from globe.sizes.chosen import allows, byte_room_of, given_bytes, limits_of, room_of
 from globe.sizes.costs import fit_bytes, in_metric
+from globe.sizes.file_sizes import file_bytes, saved_bytes
+from globe.sizes.model_size import with_model_size
 from globe.sizes.search import plan_search
 from globe.sizes.serving import Cost, costs_of, require_served, served, serving_of, serving_table, size_of
 from globe.sizes.sizing import Sizing
@@ -94,7 +98,8 @@ def predict(
     `shares` are those of a budget for all banks, by key; a bank with a share of 1 is none.
     """
     banks = outline(config, checkpoint)
-    kept = {bank.key: config.bank.kept for bank in banks} if shares is None else dict(shares)
+    whole = config.bank.kept if config.bank.size is None else config.bank.size
+    kept = {bank.key: whole for bank in banks} if shares is None else dict(shares)
     rows = _rows(config, checkpoint, [bank for bank in banks if shares is None or kept[bank.key] != 1], kept)
     seconds: dict[Sizes, float] = {}
     base = 0
@@ -124,8 +129,12 @@ def _rows(
     found = []
     for shape, share in dict.fromkeys((one.shape, kept[one.key]) for one in banks):
         alike = [one for one in banks if (one.shape, kept[one.key]) == (shape, share)]
-        own = replace(config, bank=replace(config.bank, kept=share))
-        if is_search(config):
+        size, part = (None, share) if config.bank.size is None else (share, None)
+        own = replace(config, bank=replace(config.bank, size=size, kept=part))
+        if config.bank.size is not None and is_search(config):
+            sizes = byte_sizes(own, alike[0])
+            found += [(plan_bank(own, alike[0], size), len(alike)) for size in sizes]
+        elif is_search(config):
             found += [(bank, len(alike)) for bank in candidate_plans(own, alike[0], checkpoint)]
         else:
             plans = [plan_bank(own, one) for one in alike]
@@ -134,6 +143,13 @@ def _rows(
             found += [(plan, 1) for plan in plans]
     order = {bank.key: at for at, bank in enumerate(banks)}
     return sorted(found, key=lambda row: order[row[0].key])
+
+
+def byte_sizes(config: Config, bank: Outline) -> list[BankSize]:
+    """Return the sizes that `bank.size` may choose for a bank: one where m and r are given."""
+    if config.bank.m is not None:
+        return [given_bytes(config, bank)]
+    return byte_candidates(byte_room_of(config, bank))
 
 
 def candidate_plans(config: Config, bank: Outline, checkpoint: Checkpoint | None = None) -> list[BankPlan]:
@@ -163,12 +179,14 @@ def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) 
         groups.setdefault(key, []).append(one)
     alike = list(groups.values())
     sizes = [_span([one.count * one.file_bytes for one in rows]) for rows in alike]
-    saved = [_span([one.count * _saved(config, checkpoint, one.bank) for one in rows]) for rows in alike]
+    saved = [_span([one.count * saved_bytes(config, checkpoint, one.bank) for one in rows]) for rows in alike]
     plain = checkpoint.plain_bytes
     seconds = None
     if all(one.seconds is not None for one in found):
         times = [_span([one.count * (one.seconds_at_most(config) or 0.0) for one in rows]) for rows in alike]
-        searching = config.budget.seconds * len(alike) if is_search(config) else 0.0
+        searching = (
+            config.budget.seconds * len(alike) if config.bank.kept is not None and is_search(config) else 0.0
+        )
         seconds = sum(least for least, _ in times) + searching, sum(most for _, most in times) + searching
     return Totals(
         banks=sum(rows[0].count for rows in alike),
@@ -187,30 +205,6 @@ def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
-
-
-def _saved(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Return the bytes by which a checkpoint with this bank's factors is smaller than the dense one; shared experts
-    stay dense.
-    """
-    sizes, shared = bank.sizes, len(bank.members) * config.model.include_shared
-    held = sizes.parameters - shared * (sizes.p * sizes.r + sizes.m) + bank.mean_parameters
-    dense = (sizes.n - shared) * sizes.p * sizes.d
-    return (dense - held) * checkpoint.dtype(*bank.members[0]).itemsize
-
-
-def file_bytes(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Return the bytes of a bank's artefact: factors in the export dtype, means and scales; its header is some hundred
-    more.
-    """
-    sizes, fit = bank.sizes, DTYPES[config.dtype].itemsize
-    exported = checkpoint.dtype(*bank.members[0])
-    if config.export_dtype is not ExportDtype.auto:
-        exported = DTYPES[config.export_dtype]
-    scales = {Scale.none: 0, Scale.row: sizes.n * sizes.p}.get(config.normalise.scale, sizes.n)
-    matrices = bank.mean_parameters > len(bank.members)
-    mean = bank.mean_parameters * (exported.itemsize if matrices else fit)
-    return sizes.parameters * exported.itemsize + mean + scales * fit
 
 
 def _resident_bytes() -> int:
@@ -264,10 +258,13 @@ def dry_run(config: Config, console: Console | None = None) -> tuple[Prediction,
             config.model.path, revision=config.model.revision, force_download=config.model.force_download
         )
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outline(config, checkpoint)))
-        shares = None
-        if config.budget.over is Over.model:
+        banks = outline(config, checkpoint)
+        config, shares = with_model_size(config, checkpoint, banks), None
+        if config.budget.over is Over.model and config.bank.size is not None:
+            sizing = Sizing(checkpoint, device, calibration_for(config, checkpoint, banks, device))
+            shares = spread_bytes(config, banks, sizing)
+        elif config.budget.over is Over.model:
             with tempfile.TemporaryDirectory(prefix="globe-") as scratch:
-                banks = outline(config, checkpoint)
                 sizing = Sizing(checkpoint, device, calibration_for(config, checkpoint, banks, device))
                 spread = spread_budget(config, banks, sizing, Path(scratch) / FILE)
             shares = {one.key: one.kept for one in spread.shares}
@@ -284,10 +281,12 @@ def sentences(config: Config, whole: Totals) -> list[str]:
     """Say what the run takes in all."""
     plural = "s" * (whole.banks != 1)
     lines = []
-    if is_search(config):
+    if is_search(config) and (config.bank.size is None or config.bank.m is None):
         lines.append(
             f"bank.kept={config.bank.kept} chooses among these, and what lies halfway between them, by short fits that "
             f"take about {config.budget.seconds:g} s (budget.seconds) for each shape"
+            if config.bank.size is None
+            else f"bank.size={config.bank.size:.6g} chooses among these by short fits, and its bits with them"
         )
     if whole.seconds is not None:
         least, most = (_duration(one) for one in whole.seconds)

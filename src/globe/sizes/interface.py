@@ -29,6 +29,7 @@ from globe.runs.folder import RunFolder
 from globe.runs.progress import Progress
 from globe.runs.tracking import Fanout
 from globe.sizes.banks import sized_banks
+from globe.sizes.model_size import with_model_size
 from globe.sizes.sizing import Sizing
 
 
@@ -156,6 +157,7 @@ def learn_banks(
     with folder.held(), folder.recorded(explain), arithmetic(config) as device:
         folder.begin(config_dict(config))
         outlines = outline(config, checkpoint)
+        config = with_model_size(config, checkpoint, outlines)
         limit_threads(config, max(bank.n * bank.p * bank.d for bank in outlines))
         calibration = calibration_for(config, checkpoint, outlines, device)
         sizing = Sizing(checkpoint, device, calibration, quiet=not progress)
