@@ -39,7 +39,8 @@ from globe.baselines.adam import load_optimiser
 from globe.baselines.budget import resolve_sizes as baseline_sizes
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import ADAM_METHODS, Activation, Method
-from globe.config.schema import Config, CurveConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import Config
 from globe.errors import GlobeError
 from globe.fit.normalise import normalise
 from globe.fit.options import fit_options

@@ -39,7 +39,9 @@ from omegaconf import DictConfig
 import globe.fit.baseline
 import globe.fit.one_bank
 import globe.train
+from globe.calibration.experts_module import experts_modules
 from globe.calibration.run import Calibration, calibrate
+from globe.calibration.text import Tokens, tokenise
 from globe.checkpoint import open_checkpoint
 from globe.config.commands import explain
 from globe.config.composition import conf_dir, plain, to_config
@@ -49,11 +51,10 @@ from globe.evaluation.activation_error import activation_errors
 from globe.evaluation.divergence import divergence
 from globe.evaluation.perplexity import perplexity, rise, score
 from globe.evaluation.subject import Subject, check_model, load_tokenizer
-from globe.evaluation.text import Tokens, Window, read_text, sliding_windows, tokenise
+from globe.evaluation.text import Window, read_text, sliding_windows
 from globe.files import read_record, write_json
 from globe.fit.plan import plan
 from globe.hf import patch_model
-from globe.hf.structure import experts_modules
 from globe.runs.summary import read_summary
 
 _DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

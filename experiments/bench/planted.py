@@ -24,7 +24,8 @@ from globe.am.loop import fit_bank
 from globe.am.objective import error_at
 from globe.am.records import Sizes, StepOptions, StepRecord
 from globe.config.choices import Activation, FirstCodes, Seeding
-from globe.config.schema import Config, CurveConfig, InitConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import Config, InitConfig
 from globe.fit.options import fit_options
 from globe.numerics.activation import phi
 from globe.numerics.figures import squared_norms

@@ -25,7 +25,8 @@ from globe.am.records import Sizes, StepRecord
 from globe.baselines import resolve_sizes, run_baseline
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import Activation, Dictionary, Method
-from globe.config.schema import Config, CurveConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import Config
 from globe.errors import GlobeError
 from globe.fit.normalise import normalise
 from globe.fit.options import fit_options

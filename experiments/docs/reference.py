@@ -25,8 +25,9 @@ from omegaconf import OmegaConf
 
 from globe.config import schema as config
 from globe.config.composition import conf_dir
+from globe.config.fit_options import CurveConfig
 from globe.config.help import meanings
-from globe.config.schema import Config, CurveConfig
+from globe.config.schema import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """\

@@ -28,15 +28,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from perplexity import pruned_model, statistics_of
 
+from globe.calibration.experts_module import experts_modules
+from globe.calibration.text import Tokens, tokenise
 from globe.checkpoint import open_checkpoint
 from globe.embedded import path, text_path
 from globe.evaluation.divergence import divergence
 from globe.evaluation.perplexity import score
 from globe.evaluation.subject import Subject, load_tokenizer
-from globe.evaluation.text import Tokens, read_text, sliding_windows, tokenise
+from globe.evaluation.text import read_text, sliding_windows
 from globe.files import write_json
 from globe.hf import patch_model
-from globe.hf.structure import experts_modules
 from globe.runs.summary import read_summary
 
 HERE = Path(__file__).resolve().parent

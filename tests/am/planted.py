@@ -11,15 +11,8 @@ from torch import Tensor
 from globe.am.loop import fit_bank
 from globe.am.records import FitResult, Sizes, StepRecord
 from globe.config.choices import Activation, CurvatureDtype, Curve, FirstCodes, Seeding
-from globe.config.schema import (
-    BankConfig,
-    CodesConfig,
-    Config,
-    CurveConfig,
-    InitConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import BankConfig, CodesConfig, Config, InitConfig, ScheduleConfig, TrainConfig
 from globe.fit.options import fit_options
 from globe.numerics.activation import phi
 

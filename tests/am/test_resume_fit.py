@@ -17,7 +17,8 @@ from globe.am.loop import fit_bank
 from globe.am.records import Factors, FitResult, FitState
 from globe.am.running import require_fitting
 from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
-from globe.config.schema import CurveConfig, InitConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import InitConfig
 from globe.fit.options import fit_options
 
 HOMOTOPY = {"lam": CurveConfig(Curve.cosine, 0.0, 1.0, warmup=0.1, hold=0.3)}

@@ -13,7 +13,8 @@ from globe.am.coding import median_support
 from globe.am.controls import CONTROL_FROM, FREEZE_FROM, Phase, controls_at, share_of_fit
 from globe.am.records import FitResult, Sizes, StepRecord
 from globe.config.choices import CodeMap, Curve, Dictionary, FirstCodes, Seeding
-from globe.config.schema import Config, CurveConfig, InitConfig, ScheduleConfig, TrainConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import Config, InitConfig, ScheduleConfig, TrainConfig
 from globe.fit.options import fit_options
 
 M = 6

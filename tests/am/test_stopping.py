@@ -12,7 +12,8 @@ from globe.am.objective import evaluate
 from globe.am.records import StepOptions, StopReason
 from globe.am.temperature import prune
 from globe.config.choices import Curve, FirstCodes, Seeding
-from globe.config.schema import CurveConfig, InitConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import InitConfig
 from globe.errors import FitError
 
 

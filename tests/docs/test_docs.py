@@ -339,7 +339,8 @@ def test_the_citation_is_whole_and_names_what_the_method_page_cites() -> None:
 
 
 def test_every_option_has_a_meaning(reference: ModuleType) -> None:
-    from globe.config.schema import Config, CurveConfig
+    from globe.config.fit_options import CurveConfig
+    from globe.config.schema import Config
 
     kinds = [
         ("", Config),

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from globe.calibration.experts_module import experts_modules
+from globe.calibration.text import Tokens
 from globe.evaluation.activation_error import LayerError, activation_errors
-from globe.evaluation.text import Tokens, Window
+from globe.evaluation.text import Window
 from globe.hf import load, patch_model
-from globe.hf.structure import experts_modules
 from tiny_models import INTERMEDIATE
 
 CPU = torch.device("cpu")

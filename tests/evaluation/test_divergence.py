@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from globe.evaluation.bootstrap import FEWEST, ratio_interval
-from globe.evaluation.divergence import divergence, kl_divergence, top1_agreement
+from globe.evaluation.divergence import divergence
+from globe.numerics.divergence import kl_divergence, top1_agreement
 
 
 def draw(t: int, v: int, seed: int, scale: float = 3.0) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import globe.evaluation.perplexity as module
+from globe.calibration.text import Tokens
 from globe.errors import CheckpointError
 from globe.evaluation.bootstrap import Interval
 from globe.evaluation.perplexity import WindowSums, perplexity, rise, score
-from globe.evaluation.text import Tokens, sliding_windows
+from globe.evaluation.text import sliding_windows
 
 TOKENS = 53
 WINDOW, STRIDE = 16, 7
@@ -177,8 +178,9 @@ def test_this_is_the_perplexity_of_the_model_card() -> None:
     from transformers import AutoTokenizer
 
     import globe.embedded
+    from globe.calibration.text import tokenise
     from globe.evaluation.subject import open_subject
-    from globe.evaluation.text import read_text, tokenise
+    from globe.evaluation.text import read_text
 
     subject, _ = open_subject("embedded", "none")
     embedded = subject.load(dtype=torch.float32, device=torch.device("cpu"), S_cache=None)

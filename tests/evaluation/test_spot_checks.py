@@ -12,6 +12,7 @@ import torch
 from made_runs import dense_experts, random_bank, write_run
 from torch import Tensor
 
+from globe.calibration.experts_module import experts_modules
 from globe.checkpoint import open_checkpoint
 from globe.evaluation.spot_checks import (
     Pair,
@@ -25,7 +26,6 @@ from globe.evaluation.spot_checks import (
     tolerance,
 )
 from globe.evaluation.subject import open_subject
-from globe.hf.structure import experts_modules
 from globe.patch import parse, patch
 
 CPU = torch.device("cpu")

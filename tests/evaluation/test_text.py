@@ -11,8 +11,9 @@ from evaluation_support import TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from globe.calibration.text import Tokens, tokenise
 from globe.errors import ConfigError
-from globe.evaluation.text import Tokens, Window, batches, read_text, sliding_windows, tokenise
+from globe.evaluation.text import Window, batches, read_text, sliding_windows
 
 
 def byte_tokens(folder: Path, text: str, **options: int) -> Tokens:

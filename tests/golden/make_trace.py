@@ -13,7 +13,8 @@ import torch
 from globe.am.loop import fit_bank
 from globe.am.records import Sizes, StepRecord
 from globe.config.choices import Activation, Curve, Dictionary
-from globe.config.schema import BankConfig, CodesConfig, Config, CurveConfig, ScheduleConfig, TrainConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import BankConfig, CodesConfig, Config, ScheduleConfig, TrainConfig
 from globe.fit.options import fit_options
 
 FILE = Path(__file__).with_name("trace.json")

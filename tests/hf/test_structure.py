@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from globe.calibration.experts_module import experts_modules
 from globe.checkpoint import load_architecture
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf.layout import BankLayout, Mean, MemberLayout
-from globe.hf.structure import experts_modules, irregularity, require_regular
+from globe.hf.structure import irregularity, require_regular
 from globe.hf.swap import check_fit, swap_in
 from tiny_models import TINY, tiny_config
 

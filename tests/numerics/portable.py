@@ -89,7 +89,8 @@ def fingerprint(curvature: str) -> str:
     from globe.am.loop import fit_bank
     from globe.am.records import Sizes
     from globe.config.choices import Activation, CurvatureDtype
-    from globe.config.schema import BankConfig, Config, CurveConfig, ScheduleConfig, TrainConfig
+    from globe.config.fit_options import CurveConfig
+    from globe.config.schema import BankConfig, Config, ScheduleConfig, TrainConfig
     from globe.fit.options import fit_options
 
     digest = hashlib.sha256()

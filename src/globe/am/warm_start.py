@@ -10,15 +10,6 @@ from torch import Tensor
 
 from globe.numerics.precision import to_float64
 
-__all__ = [
-    "WarmStart",
-    "align",
-    "leading_eigenvectors",
-    "procrustes",
-    "right_basis",
-    "truncated_svd",
-]
-
 
 class WarmStart(NamedTuple):
     """X_i ~ adapters_i bases_i, the best approximation of rank r."""

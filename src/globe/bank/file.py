@@ -33,16 +33,6 @@ from globe.files import (
     write_text,
 )
 
-__all__ = [
-    "FORMAT_VERSION",
-    "BankArtefact",
-    "Member",
-    "is_intact",
-    "read_artefact",
-    "validate",
-    "write_artefact",
-]
-
 FORMAT_VERSION = 2
 """Version 2 added packed factors; files of version 1 have none and are read as they are."""
 CODED_VERSION = 3

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from globe.config.composition import conf_dir
-from globe.config.schema import Config, CurveConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import Config
 
 _WIDTH = 100
 _USAGE = """\

@@ -33,27 +33,8 @@ from globe.config.choices import (
     Store,
     WandbMode,
 )
-from globe.config.fit_options import CodesConfig, CurveConfig, InitConfig, ScheduleConfig, TrainConfig
+from globe.config.fit_options import CodesConfig, InitConfig, ScheduleConfig, TrainConfig
 from globe.errors import ConfigError
-
-__all__ = [
-    "BankConfig",
-    "BudgetConfig",
-    "CalibrateConfig",
-    "CodesConfig",
-    "Config",
-    "CurveConfig",
-    "InitConfig",
-    "ModelConfig",
-    "NormaliseConfig",
-    "ScheduleConfig",
-    "ServeConfig",
-    "TrainConfig",
-    "WandbConfig",
-    "chosen_metric",
-    "is_linear",
-]
-
 
 MOST_THREADS = 1024
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from globe.evaluation.text import Tokens, Window, batches
-from globe.hf.structure import experts_modules
+from globe.calibration.experts_module import experts_modules
+from globe.calibration.text import Tokens
+from globe.evaluation.text import Window, batches
 from globe.numerics.precision import to_float64
 
 

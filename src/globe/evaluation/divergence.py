@@ -8,9 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from globe.evaluation.bootstrap import Interval, ratio_interval
-from globe.numerics.divergence import kl_divergence, top1_agreement
-
-__all__ = ["Divergence", "divergence", "kl_divergence", "top1_agreement"]
 
 
 @dataclass(frozen=True, slots=True)

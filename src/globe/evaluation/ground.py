@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.calibration.text import overlap, passages
+from globe.calibration.text import overlap, passages, tokenise
 from globe.evaluation.options import EvaluateOptions
 from globe.evaluation.subject import Subject, load_tokenizer
-from globe.evaluation.text import Window, read_text, sliding_windows, tokenise
+from globe.evaluation.text import Window, read_text, sliding_windows
 from globe.numerics.device import pick_device
 
 ROOM = 2**31

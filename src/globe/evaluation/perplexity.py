@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from globe.calibration.text import Tokens
 from globe.errors import CheckpointError
 from globe.evaluation.bootstrap import Interval, ratio_interval
-from globe.evaluation.divergence import kl_divergence, top1_agreement
-from globe.evaluation.text import Tokens, Window, batches
+from globe.evaluation.text import Window, batches
+from globe.numerics.divergence import kl_divergence, top1_agreement
 from globe.numerics.precision import to_float64
 
 AT_ONCE = 1 << 22

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from globe.bank.compose import mixed_bases, rebuild
+from globe.calibration.experts_module import experts_modules
 from globe.checkpoint import Checkpoint
 from globe.checkpoint.architecture import FAMILIES
 from globe.checkpoint.experts import SHARED
@@ -21,7 +22,7 @@ from globe.evaluation.subject import Subject
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import Mean
 from globe.hf.projection import Projection
-from globe.hf.structure import experts_modules, irregularity
+from globe.hf.structure import irregularity
 from globe.numerics.figures import effective_rank
 from globe.numerics.precision import to_float64
 

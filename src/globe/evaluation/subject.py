@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from globe.calibration.experts_module import experts_modules
 from globe.calibration.run import recorded_passages
 from globe.calibration.text import has_tokenizer, read_tokenizer
 from globe.checkpoint import Checkpoint, ShardReader
@@ -20,7 +21,6 @@ from globe.hf.destination import RECORD
 from globe.hf.loading import load
 from globe.hf.patching import patch_model
 from globe.hf.run_banks import RECORD_FILE, SOURCE_HASH, BankEntry, open_run, run_of, verify_source
-from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
 
 EMBEDDED = "embedded"

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import globe.embedded
-from globe.calibration.text import EMBEDDED, Text, Tokens, read_file, tokenise
+from globe.calibration.text import Text, read_file
 from globe.errors import ConfigError
-
-__all__ = ["EMBEDDED", "Text", "Tokens", "Window", "batches", "read_text", "sliding_windows", "tokenise"]
 
 
 class Window(NamedTuple):

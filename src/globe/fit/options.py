@@ -6,7 +6,8 @@ import torch
 
 from globe.am.options import Curve, FitOptions, Start
 from globe.am.records import StepOptions
-from globe.config.schema import Config, CurveConfig
+from globe.config.fit_options import CurveConfig
+from globe.config.schema import Config
 
 
 def fit_options(config: Config, *, export_dtype: torch.dtype | None = None) -> FitOptions:

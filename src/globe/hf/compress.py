@@ -10,13 +10,14 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from globe.calibration.experts_module import experts_modules
 from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.in_memory import ExpertsInMemory
 from globe.config.choices import FAMILIES_OF, Family
 from globe.errors import ConfigError
 from globe.hf.loading import load
 from globe.hf.patching import dense_view, patch_model
-from globe.hf.structure import experts_modules, require_regular
+from globe.hf.structure import require_regular
 from globe.runs.folder import RunFolder
 from globe.sizes.interface import Keywords, config_of, learn_banks
 

@@ -16,8 +16,6 @@ from globe.files import fresh_folder, read_record, write_json
 from globe.hf.model_card import write_card
 from globe.hf.run_banks import BankEntry, run_of
 
-__all__ = ["RECORD", "check_destination", "destination", "inputs_of", "write_record"]
-
 
 @contextmanager
 def destination(out: str | Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from globe.calibration.experts_module import experts_modules
 from globe.hf.experts import GlobeExperts
-from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from globe.bank.compose import rebuild
 from globe.bank.file import BankArtefact
+from globe.calibration.experts_module import experts_modules
 from globe.checkpoint.architecture import FAMILIES, Slot, load_architecture
 from globe.checkpoint.experts import SHARED
 from globe.checkpoint.location import locate_matrix
@@ -18,7 +19,6 @@ from globe.errors import ArtefactError
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import unpacked
 from globe.hf.run_banks import BankEntry, open_run, recorded_cache
-from globe.hf.structure import experts_modules
 from globe.hf.swap import SHARED_BANKS, bank_values, check_fit, fill, member_values, swap_in
 
 

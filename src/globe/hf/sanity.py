@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from globe.calibration.experts_module import experts_modules
 from globe.errors import CheckpointError, GlobeError
 from globe.hf.experts import GlobeExperts
 from globe.hf.loading import load
 from globe.hf.run_banks import BankEntry, DenseExperts
-from globe.hf.structure import experts_modules, irregularity
+from globe.hf.structure import irregularity
 
 _LOOKED_AT = 4
 _NEW_TOKENS = 10

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from globe.calibration.experts_module import experts_modules
 from globe.errors import CheckpointError
-
-__all__ = ["experts_modules", "irregularity", "require_regular"]
 
 
 def irregularity(module: nn.Module) -> str | None:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from globe.bank.file import BankArtefact
+from globe.calibration.experts_module import experts_modules
 from globe.checkpoint.architecture import FAMILIES
 from globe.errors import ArtefactError
 from globe.hf.atoms import Atoms
 from globe.hf.experts import GlobeExperts
 from globe.hf.layout import BankLayout, MemberLayout
-from globe.hf.structure import experts_modules, require_regular
+from globe.hf.structure import require_regular
 
 SHARED_BANKS = "globe_banks"
 """Where banks that serve several layers or families stand at the root of the model."""
