@@ -299,6 +299,15 @@ def test_hostile_json_is_refused_with_a_reason(tmp_path: Path, content: bytes) -
     assert read_record(tmp_path / "a.json") is None
 
 
+def test_what_is_said_of_a_file_that_is_ignored_is_one_short_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_record(tmp_path / ("x\x1b" * 300)) is None
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].isprintable()
+    assert len(caplog.messages[0]) <= LONGEST
+
+
 def test_what_others_write_is_read_less_strictly() -> None:
     found = parse_json(b'{"limit": [0.0, Infinity], "a": 1, "a": 2}', strict=False)
     assert found == {"limit": [0.0, float("inf")], "a": 2}

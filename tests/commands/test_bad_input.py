@@ -36,6 +36,7 @@ WRONG = [
     ("model=nosuch", "model=nosuch", "embedded"),
     ("experiment=nosuch", "experiment=nosuch", "smoke"),
     ("schedule=3", "schedule", "name of one of its files"),
+    ("model=[1,2]", "group", "name of one of its files"),
     ("seed=${nowhere}", "seed", "nowhere"),
     ("family", "family", "key=value"),
     # out of range

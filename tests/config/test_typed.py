@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,12 @@ def test_expressions_round_when_asked(text: str, n: int, size: int) -> None:
 def test_other_calls_are_not_understood(text: str) -> None:
     with pytest.raises(ConfigError, match="is not understood"):
         resolve_size("bank.m", text, {"n": 60}, 60, "the experts")
+
+
+@pytest.mark.parametrize("text", ["~x", "x" * 5000, "a\0b", "~nosuch/model"])
+def test_what_is_no_path_for_a_model_is_no_traceback(text: str) -> None:
+    with suppress(ConfigError):
+        as_typed([f"model={text}"])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 1), (6, 2), (7, 2), (60, 15), (103, 26)])
