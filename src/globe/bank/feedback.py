@@ -89,9 +89,7 @@ def metric_errors(
 
 
 def elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
-    """Return the upper U with (H + ridge)^-1 = U^T U: row j of U, over its diagonal, says what column j costs the
-    later ones.
-    """
+    """Return the upper U, (H + ridge)^-1 = U^T U, whose row j over its diagonal is what column j costs later ones."""
     wide = to_float64(H)
     mean = wide.diagonal(dim1=1, dim2=2).mean(dim=1)
     if not bool(torch.isfinite(mean).all()):

@@ -29,9 +29,7 @@ ITERATIONS = 12
 
 
 def svd_in_metric(X: Float[Tensor, "n p d"], metric: InputMetric, *, r: int) -> Factors:
-    """Return the best rank-r A_i B_i of every expert X = D_i X_i L_i: its truncated SVD, the basis times L_i^-1
-    (SVD-LLM).
-    """
+    """Return the truncated SVD A_i B_i of every expert X = D_i X_i L_i, its basis times L_i^-1 (SVD-LLM)."""
     start, all_of = truncated_svd(X, r), slice(0, len(X))
     bases = start.bases if metric.columns is None else metric.columns.solved(start.bases, all_of)
     return Factors(bases, torch.eye(len(X)).to(X), start.adapters)

@@ -153,9 +153,7 @@ def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
 
 
 def is_complete(path: Path, *, key: str) -> bool:
-    """Return whether there is a whole file of this `key`, by its header and length; what it holds is checked when it
-    is read.
-    """
+    """Return whether there is a whole file of this `key`, by header and length; its content is checked later."""
     try:
         header = parse_json(TensorFile(path).metadata.get(METADATA_KEY, "null").encode())
     except ValueError:

@@ -201,9 +201,7 @@ def _layout(record: Any, where: str, *, shared: bool = False) -> Layout:
 
 
 def _config_keys(record: Any, where: str) -> ConfigKeys:
-    """Read the keys of the configuration. Each value is a key, a list of keys of which the first present counts, or
-    null.
-    """
+    """Read the keys of the configuration: each is a key, a list of keys of which the first present counts, or null."""
     _check_keys(record, ConfigKeys, where, optional=set())
     keys = {}
     for field, value in record.items():

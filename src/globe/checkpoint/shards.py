@@ -121,9 +121,7 @@ class ShardReader:
         return found
 
     def _join(self) -> dict[str, str]:
-        """Return tensor name -> file name. transformers takes the last of several tensors of one name; others the
-        first.
-        """
+        """Return tensor name -> file name; of several of one name transformers takes the last, others the first."""
         found: dict[str, str] = {}
         for shard, file in self._open.items():
             for name in file.entries:

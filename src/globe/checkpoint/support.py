@@ -94,9 +94,7 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _adds_tensors(path: Path, reader: ShardReader) -> bool:
-    """Return whether a safetensors file has tensors that the checkpoint lacks and is no copy of the model in another
-    form.
-    """
+    """Return whether a file has tensors that the checkpoint lacks, and is no copy of the model in another form."""
     if path.suffix != ".safetensors" or path.name.startswith(("consolidated", "adapter_model", "model")):
         return False
     try:
@@ -106,9 +104,7 @@ def _adds_tensors(path: Path, reader: ShardReader) -> bool:
 
 
 def _named_code(folder: Path) -> set[str]:
-    """Return the modules of remote code that a configuration names by `auto_map`, and those that they import from
-    beside them.
-    """
+    """Return the modules of remote code named by a configuration's `auto_map`, and what these import beside them."""
     waiting = set()
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         try:

@@ -131,9 +131,7 @@ class TensorFile:
         return found
 
     def _entries(self, record: dict[str, Any], size: int | None) -> dict[str, TensorEntry]:
-        """Return every tensor in the order of its bytes, which must follow each other up to `size`, where that is
-        known.
-        """
+        """Return every tensor in the order of its bytes, which must follow each other, up to a known `size`."""
         try:
             "".join(record).encode()
         except UnicodeEncodeError as error:  # half of a pair of JSON's escapes, which the library refuses too

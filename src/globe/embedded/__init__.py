@@ -21,7 +21,5 @@ def text_path() -> Path:
 
 
 def calibration_path() -> Path:
-    """Return the file of the calibration text, UTF-8, out of the text the model was trained on, nothing of the
-    held-out one.
-    """
+    """Return the file of the calibration text, UTF-8, taken from what the model was trained on."""
     return _HERE / "calibration.txt"

@@ -43,9 +43,7 @@ def expert_spread(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> err
 
 
 def expert_spectra(X: Float[Tensor, "n p d"], group: ProcessGroup = ALONE) -> Spectra:
-    """Return the singular values of all processes' normalised experts, or of as many as the budget allows, evenly
-    spaced.
-    """
+    """Return the singular values of all processes' normalised experts, or of evenly spaced ones within the budget."""
     n, p, d = group.count(X.shape[0]), *X.shape[1:]
     count = max(int(_SPECTRUM_BUDGET / min(p, d) ** 2 / max(p, d)), _FEWEST_SPECTRA)
     rows = spread_out(n, count)

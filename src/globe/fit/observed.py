@@ -128,9 +128,7 @@ def _of_experts(one: Observed, total: Float[Tensor, "routed k"], prior: int) -> 
 def shrunk(
     s: LayerStatistics, moments: SecondMoments, expert: int, mean: Float[Tensor, "q q"]
 ) -> Float[Tensor, "q q"]:
-    """Return the second moment of an expert, shrunk to the layer's `mean` by q tokens, of mean eigenvalue 1, with a
-    floor.
-    """
+    """Return the second moment of an expert, shrunk to the layer's `mean` by q tokens, mean eigenvalue 1, floored."""
     C = mean
     if expert != SHARED:
         own, count = moments.dense([expert])[0].double(), float(s.counts[expert])

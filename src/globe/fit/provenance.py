@@ -33,9 +33,7 @@ def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tupl
 def source_of(
     config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline, calibration: Calibration | None = None
 ) -> dict[str, Any]:
-    """Return where a bank's experts come from, with a hash of the stored tensors that hold them, and of the
-    calibration.
-    """
+    """Return where a bank's experts come from, with hashes of their stored tensors and of the calibration."""
     names = {
         checkpoint.locate(*member, expert).tensor
         for member in bank.members

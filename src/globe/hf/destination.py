@@ -39,9 +39,7 @@ def destination(out: str | Path, *, overwrite: bool, inputs: Iterable[Path] = ()
 
 
 def check_destination(target: Path, *, overwrite: bool) -> tuple[str, ...]:
-    """Return the names in `target` that are to be kept. Raises ConfigError if it holds something that may not be
-    replaced.
-    """
+    """Return the names in `target` to be kept. Raises ConfigError if it holds something that may not be replaced."""
     if not os.path.lexists(target):
         return ()
     if not target.is_dir() or target.is_symlink():

@@ -170,9 +170,7 @@ def _factors(
 
 
 def _held(entries: tuple[BankEntry, ...], modules: Mapping[int, str]) -> list[tuple[int, str]]:
-    """Return the layers and families that a `GlobeExperts` holds: gate and up of every layer served, down where it is
-    served.
-    """
+    """Return the layers and families in `GlobeExperts`: gate and up of every layer served, down where it is served."""
     down = {member.layer for entry in entries for member in entry.members if member.family == "down"}
     return [
         (layer, family)

@@ -65,9 +65,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         self.keep_packed = keep_packed
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as in `config.json`: without `quant_method`, so that nothing loads it which does not know
-        GloBE.
-        """
+        """Return the record of `config.json`, without `quant_method`, so that nothing loads it that lacks GloBE."""
         return {
             VERSION_KEY: version_of(self.layouts),
             "S_cache": self.S_cache,

@@ -99,9 +99,7 @@ def _explained(error: Float[Tensor, "*n"], variance: Float[Tensor, "*n"]) -> Flo
 
 
 def energy_of_rank(X: Float[Tensor, "n p d"], r: int) -> float:
-    """Return sum_i of the r largest squared singular values of X_i: ||A0||^2 of the truncated SVDs, without making
-    them.
-    """
+    """Return sum_i of the r largest squared singular values of X_i, ||A0||^2 of truncated SVDs that are not made."""
     return sum(float(singular_values(expert[None])[0, :r].square().sum()) for expert in X)
 
 

@@ -94,9 +94,7 @@ class InputMetric:
         return None if linear and self.one_root is not None else self.columns
 
     def block(self, rows: Int[Tensor, "n q"], columns: Int[Tensor, " c"]) -> InputMetric:
-        """Return the same for some rows of every expert and some columns of all: of each C_i and D_i the part that is
-        left.
-        """
+        """Return the metric of some rows of every expert and some columns of all: the parts of each C_i and D_i."""
         weights, part = self.rows, self.columns
         if weights is not None and weights.dim() == 2:
             weights = weights.gather(1, rows)

@@ -77,9 +77,7 @@ class SweepWatch(Callback):
 
 @contextmanager
 def outcome() -> Iterator[None]:
-    """Compare the runs of a program that may be a sweep, once it ends; raise SweepError if several failed or one is
-    hidden.
-    """
+    """Compare the runs of what may be a sweep, once it ends; raise SweepError if several failed or one is hidden."""
     try:
         yield
     except _Refused as refused:

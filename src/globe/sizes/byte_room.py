@@ -87,9 +87,7 @@ class ByteRoom:
         return BankSize(m, r, k, average, atoms) if average >= least else None
 
     def _row(self, r: int) -> int:
-        """Return the bits of a row of the fewest bits: whole bytes where rows are alike, which rows of levels are on
-        the whole.
-        """
+        """Return the fewest bits of a row: in whole bytes where rows are alike, as rows of levels are on the whole."""
         return r if self.group_adapters is None else 8 * -(-r // 8)
 
 

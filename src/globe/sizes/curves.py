@@ -77,8 +77,6 @@ def approximated(
 
 
 def limits(parameters: int, share: float) -> tuple[int, ...]:
-    """Return the numbers that a bank of so many may keep: those of `LEVELS` and of `share`, rounded down, and all of
-    them.
-    """
+    """Return the numbers that a bank may keep: those of `LEVELS` and of `share`, rounded down, and all of them."""
     levels: Sequence[float] = sorted({*LEVELS, share} - {1.0})
     return (*(int(level * parameters) for level in levels), parameters)

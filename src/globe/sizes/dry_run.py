@@ -123,9 +123,7 @@ def predict(
 def _rows(
     config: Config, checkpoint: Checkpoint, banks: Sequence[Outline], kept: Mapping[str, float | None]
 ) -> list[tuple[BankPlan, int]]:
-    """Return every bank once; where sizes are to be chosen, every candidate of a shape and share, with its number of
-    banks.
-    """
+    """Return every bank once, or where sizes are chosen every candidate of a shape and share, with its bank count."""
     found = []
     for shape, share in dict.fromkeys((one.shape, kept[one.key]) for one in banks):
         alike = [one for one in banks if (one.shape, kept[one.key]) == (shape, share)]
@@ -208,9 +206,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _resident_bytes() -> int:
-    """Return the memory of the process as it is now. Its peak so far is more where the system counts that of its
-    parent.
-    """
+    """Return the present memory of the process; its peak so far is more where the system counts that of its parent."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -219,9 +215,7 @@ def _resident_bytes() -> int:
 
 
 def metric_numbers(config: Config, bank: BankPlan) -> int:
-    """Count the numbers of the roots and row weights that a metric holds: one root of an expert, for up and gate
-    alike.
-    """
+    """Count the numbers of a metric's roots and row weights: one root of an expert, for up and gate alike."""
     n, p, d = bank.outline.shape
     match chosen_metric(config):
         case Metric.experts:

@@ -13,9 +13,7 @@ from globe.fit.reading import DTYPES
 
 
 def saved_bytes(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Return the bytes by which a checkpoint with this bank's factors is smaller than the dense one; shared experts
-    stay dense.
-    """
+    """Return the bytes by which this bank's factors are smaller than dense experts; shared experts stay dense."""
     sizes, shared = bank.sizes, len(bank.members) * config.model.include_shared
     held = sizes.parameters - shared * (sizes.p * sizes.r + sizes.m) + bank.mean_parameters
     dense = (sizes.n - shared) * sizes.p * sizes.d
@@ -40,9 +38,7 @@ def factor_bytes(config: Config, bank: BankPlan, itemsize: int) -> int:
 
 
 def file_bytes(config: Config, checkpoint: Checkpoint, bank: BankPlan) -> int:
-    """Return the bytes of a bank's artefact: factors in the export dtype, means and scales; its header is some hundred
-    more.
-    """
+    """Return the bytes of a bank's artefact without its header: factors in the export dtype, means and scales."""
     sizes, fit = bank.sizes, DTYPES[config.dtype].itemsize
     exported = checkpoint.dtype(*bank.members[0])
     if config.export_dtype is not ExportDtype.auto:

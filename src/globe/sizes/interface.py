@@ -128,9 +128,7 @@ def fit(
 
 
 def config_of(given: dict[str, Any], options: Keywords, fixed: dict[str, Any]) -> Config:
-    """Return the configuration of keyword arguments, by the names they have here; `fixed` by those of the
-    configuration.
-    """
+    """Return the configuration of keyword arguments; `fixed` is by the names of the configuration."""
     unknown = sorted(set(options) - set(Keywords.__annotations__))
     if unknown:
         known = [*(name for name in given if name not in ("family", "layer")), *Keywords.__annotations__]

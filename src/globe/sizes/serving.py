@@ -96,9 +96,7 @@ def costs(
     dense = FAMILIES * p * d
 
     def share(of_bank: float, of_expert: float, experts: float) -> float:
-        """Return the numbers of all families, by those of the dense experts: `experts` of them, in the layer's
-        proportion.
-        """
+        """Return the numbers of all families as a share of the dense ones, for `experts` in the layer's proportion."""
         own, other = experts * layer.factored / layer.experts, experts * rest / layer.experts
         factored = banks * of_bank + layer.families * (own * of_expert + other * p * d)
         return (factored + (FAMILIES - layer.families) * experts * p * d) / (experts * dense)

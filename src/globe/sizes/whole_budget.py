@@ -87,9 +87,7 @@ def _spread(config: Config, banks: Sequence[Outline], sizing: Sizing) -> Allocat
 
 
 def _curve(config: Config, basis: Spectrum, gain: Gain, parameters: int, felt: float | None) -> Curve:
-    """Return the losses over sizes of one bank; `felt` is the divergence that was measured with the shared basis at the
-    run's share, None without.
-    """
+    """Return the losses over sizes of one bank; `felt` is its measured divergence at the run's share, None without."""
     kept = config.bank.kept
     assert kept is not None
     equal = int(kept * parameters)

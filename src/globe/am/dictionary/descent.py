@@ -158,9 +158,7 @@ def _in_metric(state: AMState, M: Float[Tensor, "c r d"], part: slice) -> Float[
 def _blended_force(
     state: AMState, pull: Float[Tensor, "n r d"], options: StepOptions
 ) -> Float[Tensor, "n r d"]:
-    """Return J * A^T (X~ - A M) L^T for the target X~ = beta X + (1 - beta) A pull, M and pull as the metric sees
-    them.
-    """
+    """Return J * A^T (X~ - A M) L^T for X~ = beta X + (1 - beta) A pull, with M and pull as the metric sees them."""
     away = torch.bmm(state.point.gram, pull - _bases(state, options))
     if state.point.metric is not None:
         away = state.point.metric.adjoint(away, slice(None))

@@ -48,9 +48,7 @@ _FORMATS = (
 
 
 def _groups(config: Mapping[str, Any]) -> SettingsOf:
-    """Return what compressed-tensors configures: groups of modules, by names, regular expressions (`re:...`) and
-    classes (`Linear`).
-    """
+    """Return the module groups of compressed-tensors, by name, regular expression (`re:...`) or class (`Linear`)."""
     sparsity = config.get("sparsity_config") or {}
     records = [one for one in dict(config.get("config_groups") or {}).values() if isinstance(one, dict)]
     formats = [config.get("format"), *(one.get("format") for one in records)]
