@@ -95,6 +95,23 @@ def fp8_blocks(module: str, weight: Tensor) -> Quantised:
     return {".weight": values, ".weight_scale_inv": scale}, dense
 
 
+# --- FP8 with a scale for each output, by the layout that transformers gives FBGEMM's
+
+FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+
+
+def fbgemm(module: str, weight: Tensor) -> Quantised:
+    """Scales are (outputs, 1); of stacks that lie transposed, as in Llama 4, (experts, 1, outputs)."""
+    matrix = weight.float()
+    inputs = 1 if weight.dim() == 3 else -1
+    scale = matrix.abs().amax(inputs, keepdim=True) / 448
+    values = (matrix / scale).to(torch.float8_e4m3fn)
+    dense = values.float() * scale
+    return (
+        {"": values, "_scale": scale} if weight.dim() == 3 else {".weight": values, ".weight_scale": scale}
+    ), dense
+
+
 # --- compressed-tensors, by its library
 
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -183,6 +200,31 @@ def _extremes(matrix: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
             high, wide = 1, options["group_size"]
     blocks = matrix.reshape(rows // high, high, columns // wide, wide)
     return blocks.amin((1, 3)), blocks.amax((1, 3))
+
+
+ACT_ORDER: dict[str, Any] = compressed_config("int4 group")
+ACT_ORDER["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+
+
+def act_order(module: str, weight: Tensor) -> Quantised:
+    """Inputs in groups that `weight_g_idx` names, as the library wrote them until it gave the order up."""
+    outputs, inputs = weight.shape
+    generator = torch.Generator().manual_seed(inputs)
+    order = (torch.arange(inputs) // 16)[torch.randperm(inputs, generator=generator)]
+    scales = (torch.rand(outputs, inputs // 16, generator=generator) * 0.02 + 0.01).bfloat16()
+    numbers = torch.empty(outputs, inputs, dtype=torch.int64)
+    dense = torch.empty(outputs, inputs)
+    for i in range(inputs):
+        scale = scales[:, order[i]].float()
+        numbers[:, i] = torch.round(weight[:, i].float() / scale).clamp(-8, 7).long()
+        dense[:, i] = scale * numbers[:, i]
+    shape = torch.tensor([outputs, inputs])
+    made = {
+        ".weight_packed": _bitstream(numbers + 8, 4),
+        ".weight_scale": scales,
+        ".weight_g_idx": order.int(),
+    }
+    return made | {".weight_shape": shape}, dense
 
 
 # --- MXFP4 of gpt-oss: written by the layout, read by transformers

@@ -23,6 +23,9 @@ from globe.errors import CheckpointError
 FAMILIES: dict[str, tuple[str, dict[str, Any], Callable[[str, Tensor], Any]]] = {
     "fp8": ("deepseek_v3", made.FP8, made.fp8_blocks),
     "fp8 stacked": ("qwen3_moe", made.FP8, made.fp8_blocks),
+    "fbgemm": ("qwen3_moe", made.FBGEMM, made.fbgemm),
+    "fbgemm stacked": ("gpt_oss", made.FBGEMM, made.fbgemm),
+    "compressed act order": ("qwen3_moe", made.ACT_ORDER, made.act_order),
     "mxfp4": ("gpt_oss", made.MXFP4, made.mxfp4),
     "awq": ("mixtral", made.AWQ, made.awq),
     "gptq 3 bits": ("mixtral", made.gptq_config(3), made.gptq(3)),
