@@ -99,11 +99,11 @@ def main() -> None:
     run_command(__doc__ or "", PatchOptions, _patch_and_say, positional="run")
 
 
-def _weights(options: PatchOptions) -> str:
-    """Return how many bytes the weights take in files."""
+def _weights(options: PatchOptions, before: int) -> str:
+    """Return how many bytes the weights take in files, beside `before` of the original."""
     held = sum(file.stat().st_size for file in Path(options.out).glob("*.safetensors"))
-    dense = ", as the original's, since its experts are multiplied out" if options.format == "dense" else ""
-    return f"{held:,} bytes of weights in files{dense}"
+    dense = ", since experts are multiplied out" if options.format == "dense" else ""
+    return f"{held:,} bytes of weights in files, {held / before:.1%} of the original's{dense}"
 
 
 def _patch_and_say(options: PatchOptions) -> None:
@@ -124,7 +124,7 @@ def _patch_and_say(options: PatchOptions) -> None:
     print(
         f"{out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "
         f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
-        f"of the model's {parameters['model']:,} parameters; {_weights(options)}"
+        f"of the model's {parameters['model']:,} parameters; {_weights(options, record['source_file_bytes'])}"
     )
     if options.check is True or (options.check == "auto" and fits_in_memory(Path(options.out))):
         quiet()

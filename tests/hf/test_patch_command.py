@@ -108,7 +108,10 @@ def test_the_command_finds_the_model_by_itself_and_says_what_it_kept(
     assert f"{record['parameters']['kept_of_model']:.3f} of the model's" in line
     held = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert f"; {held:,} bytes of weights in files" in line
-    assert ("as the original's" in line) is (form == "dense")
+    before = sum(file.stat().st_size for file in tiny("olmoe").glob("*.safetensors"))
+    assert f", {held / before:.1%} of the original's" in line
+    assert (", since experts are multiplied out" in line) is (form == "dense")
+    assert (held == before) is (form == "dense")
 
 
 def test_an_unfinished_run_is_used_as_far_as_it_is_and_said_to_be_so(

@@ -119,6 +119,7 @@ def write_record(
     }
     write_card(folder, form, entries, checkpoint, parameters)
     written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    reader = checkpoint.reader
     record = {
         "format": form,
         "source": checkpoint.source(),
@@ -127,6 +128,7 @@ def write_record(
         },
         "kept_bytes": sum(entry.kept_bytes for entry in entries),
         "parameters": parameters,
+        "source_file_bytes": sum((reader.folder / name).stat().st_size for name in reader.files),
         "files": sorted([*written, RECORD]),
         "left_out": list(left_out),
     }
