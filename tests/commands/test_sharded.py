@@ -160,6 +160,8 @@ def test_the_failure_of_one_process_is_one_sentence_and_ends_all(tmp_path: Path)
     ("options", "named"),
     [
         (["bank.kept=0.5"], "bank.kept"),
+        (["bank.bits=3"], "bank.bits"),
+        (["model.size=8MB"], "model.size"),
         (["method=mobe"], "method=mobe"),
         (["init=kmeans"], "init.seeding=kmeans"),
         (["train.dictionary=mod"], "train.dictionary=mod"),

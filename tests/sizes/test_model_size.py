@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from globe.bank.file import read_artefact
 from globe.checkpoint import open_checkpoint
 from globe.config.bank_options import bytes_of_text
 from globe.config.composition import to_config
 from globe.errors import ConfigError
+from globe.fit.bank_records import figures_of_bytes
 from globe.fit.plan import outline
 from globe.patch import parse, patch
 from globe.sizes.dry_run import predict, totals
@@ -50,6 +52,25 @@ def test_the_prediction_is_of_that_size() -> None:
     whole = totals(sized, checkpoint, predict(sized, checkpoint, torch.device("cpu")))
     # headers of files are not predicted, and here they are 2 % of them
     assert 0.97 * 8.82e6 <= whole.patched_bytes[1] <= 8.82e6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("bank.bits=3",),
+        ("bank.bits=2.5", "bank.coded=true"),
+        ("method=gptq", "bank.bits=3"),
+        ("bank.atom_rank=9",),
+    ],
+)
+def test_the_bytes_of_a_bank_are_predicted(tmp_path: Path, options: tuple[str, ...]) -> None:
+    _, folder = run_in(tmp_path, "layer=12", "train.steps=1", *options)
+    config, checkpoint = to_config(composed("layer=12", *options)), open_checkpoint(None)
+    (found,) = predict(config, checkpoint, torch.device("cpu"))
+    artefact = read_artefact(folder / "banks" / "layer012.up")
+    figures = figures_of_bytes(config, artefact)
+    assert figures["bytes"] is not None
+    assert 0.97 * found.file_bytes - 128 <= figures["bytes"] <= found.file_bytes + 128
 
 
 def test_a_size_below_the_rest_is_refused() -> None:

@@ -86,6 +86,7 @@ def refuse(config: Config) -> None:
         (config.dry_run, "dry_run=true", "dry_run=false"),
         (config.bank.kept is not None, f"bank.kept={config.bank.kept}", "bank.m and bank.r"),
         (config.bank.size is not None, f"bank.size={config.bank.size}", "bank.m and bank.r"),
+        (config.model.size is not None, f"model.size={config.model.size}", "bank.m and bank.r"),
         (config.bank.bits is not None, f"bank.bits={config.bank.bits}", "bank.bits=null"),
         (config.bank.bits_A is not None, f"bank.bits_A={config.bank.bits_A}", "bank.bits_A=null"),
         (config.init.seeding is Seeding.kmeans, "init.seeding=kmeans", "init=group_svd"),
