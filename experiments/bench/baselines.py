@@ -24,11 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from globe.baselines import BaselineResult, BaselineSizes, Limits, refit_adapters, resolve_sizes, run_baseline
+from globe.am.refit import refit
+from globe.bank.compose import factor_bases
+from globe.baselines import BaselineResult, BaselineSizes, Limits, resolve_sizes, run_baseline
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import ADAM_METHODS, WEIGHT_METHODS, Method
 from globe.errors import ConfigError, GlobeError
 from globe.fit.normalise import normalise
+from globe.numerics.figures import relfrob, squared_errors, squared_norms
 
 
 def arguments() -> argparse.Namespace:
@@ -102,10 +105,16 @@ def row(results: list[BaselineResult], name: str, X: Tensor, seconds: list[float
     cells = [name, shape, f"{last.kept:.4f}", *errors, f"{last.seconds:.1f}"]
     if last.steps:
         pace = 1000 * (last.seconds - last.history[0].seconds) / last.steps
-        cells += [f"{refit_adapters(last, X).relfrob:.4f}", str(last.steps), f"{pace:.1f}"]
+        cells += [f"{refitted_error(last, X):.4f}", str(last.steps), f"{pace:.1f}"]
     else:
         cells += ["", "", ""]
     return "| " + " | ".join(cells) + " |"
+
+
+def refitted_error(result: BaselineResult, X: Tensor) -> float:
+    """RelFrob with the best adapters for the bases that an iteration ended with."""
+    bases = factor_bases(result.factors, lam=result.lam, activation=result.activation)
+    return relfrob(squared_errors(X, refit(X, bases).adapters, bases), squared_norms(X))
 
 
 def best_until(result: BaselineResult, seconds: float) -> str:

@@ -22,7 +22,6 @@ from globe.baselines import (
     BaselineSizes,
     allowed_parameters,
     mobe,
-    refit_adapters,
     resolve_sizes,
     slbf,
 )
@@ -458,18 +457,6 @@ def test_equal_seeds_give_equal_results(method: Method, X: Tensor) -> None:
 def test_missing_options_are_named(method: str, changes: dict, words: str, X: Tensor) -> None:
     with pytest.raises(ConfigError, match=words):
         baseline_runs.run(method, X, **changes)
-
-
-@pytest.mark.parametrize("method", list(SIZES))
-def test_refit_is_labelled_and_never_worse(method: Method, X: Tensor) -> None:
-    result = run(method, X)
-    refitted = refit_adapters(result, X)
-    assert refitted.label == f"{method}+refit"
-    assert result.label == str(method)
-    assert refitted.relfrob <= result.relfrob * (1 + 1e-9)
-    assert refitted.relfrob == pytest.approx(error(X, approximation(refitted)), rel=1e-9)
-    if method not in ADAM_METHODS:
-        assert refitted.relfrob == pytest.approx(result.relfrob, rel=1e-6), "closed forms are least squares"
 
 
 # --- gauge ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from globe.baselines.adam import Limits
 from globe.baselines.budget import allowed_parameters, resolve_sizes
 from globe.baselines.records import BaselinePoint, BaselineResult, BaselineSizes
-from globe.baselines.run import refit_adapters, run_baseline
+from globe.baselines.run import run_baseline
 
 __all__ = [
     "BaselinePoint",
@@ -11,7 +11,6 @@ __all__ = [
     "BaselineSizes",
     "Limits",
     "allowed_parameters",
-    "refit_adapters",
     "resolve_sizes",
     "run_baseline",
 ]

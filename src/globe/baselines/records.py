@@ -72,8 +72,6 @@ class BaselineResult:
     """X_i ~ adapters_i phi_lam(sum_j codes_ij bank_j) (+ mean), with the `factors` of a GloBE bank."""
 
     sizes: BaselineSizes
-    label: str
-    """the method's name, with `+refit` where the adapters were refitted at the end"""
     factors: Factors
     mean: Float[Tensor, "p d"] | None
     """mean of the normalised experts, where the method stores one"""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from globe.am.records import Factors, StopReason
-from globe.am.refit import refit as least_squares
 from globe.bank.compose import factor_bases
 from globe.baselines import mobe, slbf
 from globe.baselines.adam import AdamOutcome, Limits, load_optimiser, minimise
@@ -72,8 +69,7 @@ def run_baseline(
         A, B, logits = fit.best
         factors = Factors(B, torch.softmax(logits, 1), A)
     error = _error(X, factors, None, 1.0, activation, metric)
-    label = str(sizes.method)
-    return BaselineResult(sizes, label, factors, None, activation, 1.0, error, fit.history, fit.stop)
+    return BaselineResult(sizes, factors, None, activation, 1.0, error, fit.history, fit.stop)
 
 
 def _run_closed_form(
@@ -101,8 +97,8 @@ def _run_closed_form(
     point = BaselinePoint(0, seconds, _error(X, factors, mean, 0.0, "identity", metric))
     if limits.on_step:
         limits.on_step(point)
-    label, stop = str(sizes.method), StopReason.closed_form
-    return BaselineResult(sizes, label, factors, mean, "identity", 0.0, point.relfrob, (point,), stop)
+    stop = StopReason.closed_form
+    return BaselineResult(sizes, factors, mean, "identity", 0.0, point.relfrob, (point,), stop)
 
 
 def _mobe_start(
@@ -143,20 +139,6 @@ def _slbf(
     A, U, V, logits = fit.best
     U, V = gauge_fix(U, V)
     return Factors(U @ V, torch.softmax(logits, 1), A, U, V), fit
-
-
-def refit_adapters(
-    result: BaselineResult, X: Float[Tensor, "n p d"], metric: InputMetric | None = None
-) -> BaselineResult:
-    """Return `result` with the best adapters for its bases, A_i = (X_i - mean) M_i^+, and `+refit` on its label.
-
-    No published method does this; it is a variant of its own and never replaces the method's own figure.
-    """
-    seen = _seen_bases(result.factors, result.lam, result.activation, metric)
-    A = least_squares(_less_mean(X, result.mean, metric), seen).adapters
-    factors = result.factors._replace(adapters=A)
-    error = _error(X, factors, result.mean, result.lam, result.activation, metric)
-    return replace(result, label=f"{result.label}+refit", factors=factors, relfrob=error)
 
 
 def _error(
