@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import globe.embedded
 from globe.calibration.collect import LayerSums, watched
 from globe.calibration.experts_module import ExpertsView
-from globe.calibration.text import overlap, passages, spread_windows
+from globe.calibration.text import overlap, passages, read_tokenizer, spread_windows
 from globe.errors import ConfigError
 
 
@@ -86,6 +87,24 @@ def test_planted_inputs_have_the_moments_that_were_planted() -> None:
     torch.testing.assert_close(found.rows_gate[0], torch.tensor([0.25 * 4, 0.0, 0.0]) / 1.25)
     # outputs: 6 e_0 at 0.5; expert 1: 2 * 6 at 0.25
     torch.testing.assert_close(found.reap, torch.tensor([3.0, 3.0]).double())
+
+
+def test_a_tokenizer_of_foreign_code_is_refused_without_a_question(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
+    named = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.T"}})
+    )
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        read_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_was_not_fetched_is_said(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is a pointer of git-lfs .* `git lfs pull`"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_text_that_is_cut_has_no_paragraph_of_the_others(tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ def test_no_config(copy: Callable[..., Path]) -> None:
     folder = copy()
     (folder / "config.json").unlink()
     refusal(reading(folder), "has no config.json")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "config.json").write_text("{}")
+    refusal(reading(folder), "give its folder inner, which has one")
 
 
 @pytest.mark.parametrize("text", ["{", "\x00", "nonsense"])

@@ -18,10 +18,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import globe.fit.one_bank
+from globe.config.command_line import run_command
 from globe.config.commands import explain, is_out_of_memory, start
 from globe.config.composition import conf_dir, register
 from globe.errors import FitError
 from globe.numerics import chunks
+from globe.patch import PatchOptions
 from run_support import FakeFit, change_tensor, load, run_in, small_checkpoint
 
 ALLOCATOR = (
@@ -193,6 +195,29 @@ def test_a_signal_is_recorded_and_the_same_command_goes_on(
     assert load(folder / "status.json")["state"] == "interrupted"
     start(lambda: run_in(tmp_path, "train.steps=2"))
     assert load(folder / "status.json")["state"] == "finished"
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_command_without_hydra_says_by_what_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["globe.patch", "run=a", "out=b"])
+    with pytest.raises(SystemExit) as ended:
+        start(lambda: run_command("", PatchOptions, lambda options: os.kill(os.getpid(), signal.SIGTERM)))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped by SIGTERM: the same command begins anew\n"
+
+
+@pytest.mark.parametrize("number", sorted(set(errno.errorcode) - {errno.ENOENT}))
+@pytest.mark.parametrize("name", [None, "a\x1b" * 300])
+def test_every_error_of_a_disk_is_one_sentence(number: int, name: str | None) -> None:
+    error = (
+        OSError(number, os.strerror(number)) if name is None else OSError(number, os.strerror(number), name)
+    )
+    said = explain(error)
+    assert said is not None
+    assert said.isprintable()
+    assert len(said) <= 300
 
 
 @pytest.mark.usefixtures("default_signals")

@@ -28,7 +28,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return `config.json` of a checkpoint. Raises CheckpointError if missing, malformed or without model_type."""
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+        inner = next((one.parent for one in sorted(folder.glob("*/config.json"))), None)
+        meant = (
+            f"its folder {inner.name}, which has one" if inner else "the folder of a Hugging Face checkpoint"
+        )
+        raise CheckpointError(f"{folder} has no config.json: give {meant}")
     try:
         config = read_json(path, limit=_LARGEST, strict=False)
     except (ValueError, OSError) as error:

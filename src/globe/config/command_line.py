@@ -45,7 +45,8 @@ def run_command(
         run(options)
     except KeyboardInterrupt as stop:
         again = "goes on from here" if resumes(options) else "begins anew"
-        raise KeyboardInterrupt(f"the same command {again}") from stop
+        stop.args = (f"the same command {again}",)  # the same exception, which says by what it was stopped
+        raise
 
 
 def parse_options(kind: type[T], arguments: Sequence[str], *, positional: str | None = None) -> T:

@@ -73,7 +73,7 @@ def start(main: Callable[[], Any], *, say: Callable[[str], None] = say) -> None:
     try:
         main()
     except StoppedBySignal as stop:
-        say(f"stopped by {stop.name}: the same command goes on from here")
+        say(f"stopped by {stop.name}: {stop}")
         sys.exit(128 + stop.number)
     except KeyboardInterrupt as stop:
         say(f"interrupted: {str(stop) or 'the same command goes on from here'}")
@@ -96,7 +96,7 @@ class StoppedBySignal(KeyboardInterrupt):
     """An interrupt by another signal than Ctrl-C, such as that of a scheduler whose time is over."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__("the same command goes on from here")
         self.number, self.name = number, signal.Signals(number).name
 
 
@@ -265,11 +265,12 @@ def _of_disk(error: OSError) -> str | None:
         return f"reading or writing{where} failed, {_BROKEN[number]}"
     if number in _REFUSED and not error.filename:
         return f"{_one_line(str(error))}: give another output folder"
-    # a missing file is a mistake of ours, unless it is the parent of a run folder that Hydra wants to make
-    refused = error.errno in _REFUSED or (error.errno == errno.ENOENT and _raised_in_hydra(error))
-    if refused and error.filename:
+    if error.errno in _REFUSED or (error.errno == errno.ENOENT and _raised_in_hydra(error)):
         return f"{error.filename} can't be used ({error.strerror}): give another output folder"
-    return None
+    # a missing file is a mistake of ours, unless it is the parent of a run folder that Hydra wants to make
+    if number in (None, errno.ENOENT):
+        return None
+    return f"reading or writing{where} failed ({error.strerror or error}): check the disk, or give another folder"
 
 
 def _number(error: BaseException) -> int | None:
