@@ -312,6 +312,9 @@ def make_input(reader: Reader, folder: Path, rng: random.Random) -> str:
         path.write_bytes(damaged_bytes(content, rng))
     elif path.suffix == ".safetensors":
         path.write_bytes(damaged_header(content, rng))
+    elif path.suffix == ".jsonl":
+        whole = json.loads(content.splitlines()[-1])
+        path.write_bytes(content + damaged_json(whole, rng) + b"\n")
     elif path.suffix == ".yaml":
         path.write_bytes(damaged_json({"bank": {"m": 3, "r": [7]}, "layer": "4-9"}, rng))  # JSON is YAML
     else:
@@ -409,7 +412,11 @@ def torture(inputs: int, seed: int, only: str | None, *, show: bool) -> int:
     root = Path(tempfile.mkdtemp(prefix="globe-torture-"))
     outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     try:
-        readers = {k: one for k, one in make_sources(root / "sources").items() if only in (None, k)}
+        from sources import more_sources
+
+        sources = make_sources(root / "sources")
+        sources |= more_sources(root / "sources", sources)
+        readers = {k: one for k, one in sources.items() if only in (None, k)}
         for reader in readers.values():
             good = trial(reader.read, reader.source)  # also imports what later trials share
             assert not good.fault, good.fault

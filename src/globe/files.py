@@ -239,14 +239,6 @@ def read_bytes(path: Path, limit: int = LARGEST_JSON) -> bytes:
     return content
 
 
-def is_pointer(path: Path) -> bool:
-    """Return whether a file is what git-lfs leaves in the place of one that was not fetched."""
-    try:
-        return read_bytes(path, 4096).startswith(b"version https://git-lfs")
-    except (OSError, ValueError):
-        return False
-
-
 def read_json(path: Path, *, limit: int = LARGEST_JSON, strict: bool = True) -> Any:
     """Return the value in a JSON file, as `parse_json` reads it. Raises OSError, or ValueError with the reason."""
     return parse_json(read_bytes(path, limit), strict=strict)

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from globe.errors import ConfigError
-from globe.files import is_pointer
+from globe.files import read_bytes
 
 EMBEDDED = "embedded"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -73,13 +73,21 @@ def read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)  # not given, it would ask
     except Exception as error:  # of many kinds: an unknown class, a missing library, a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if pointer := next((name for name in _TOKENIZERS if is_pointer(folder / name)), None):
+        if pointer := next((name for name in _TOKENIZERS if _is_pointer(folder / name)), None):
             raise ConfigError(
                 f"{folder / pointer} is a pointer of git-lfs and not the file itself: fetch it with `git lfs pull`"
             ) from error
         raise ConfigError(
             f"the tokenizer in {folder} can't be loaded ({reason}): give the folder of another as tokenizer"
         ) from error
+
+
+def _is_pointer(path: Path) -> bool:
+    """Return whether a file is what git-lfs leaves in the place of one that was not fetched."""
+    try:
+        return read_bytes(path, 4096).startswith(b"version https://git-lfs")
+    except (OSError, ValueError):
+        return False
 
 
 def tokenise(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> Tokens:
