@@ -338,10 +338,10 @@ def test_tensors_of_another_artefact(folder: Path) -> None:
     refused(folder, "differ in 'lam'", verify_hash=False)
 
 
-@pytest.mark.parametrize("version", [0, 3, True, "1", None])
+@pytest.mark.parametrize("version", [0, 4, True, "1", None])
 def test_another_format_version(folder: Path, version: object) -> None:
     edit(folder, lambda record: record.update(format_version=version))
-    refused(folder, "format version .* where 2 and earlier are read")
+    refused(folder, "format version .* where 3 and earlier are read")
 
 
 @pytest.mark.parametrize("key", ["members", "sizes", "activation", "lam", "seed", "source", "sha256"])
