@@ -33,6 +33,13 @@ def states(folder: Path) -> dict[str, str]:
     return {file.parent.name: load(file)["state"] for file in folder.glob("*/status.json")}
 
 
+def ends_in_a_table(shown: str, folder: str, runs: int) -> bool:
+    """Does a sweep end with its runs side by side and what comes next, whoever did them?"""
+    table = shown[shown.rindex(f"{folder}: {runs} runs") :].splitlines()
+    rows = [line for line in table if line.startswith("\u2502")]
+    return len(rows) == runs and f"next: python -m globe.report sweep={folder}" in table
+
+
 # --- launchers ------------------------------------------------------------------------------------------------------
 
 
@@ -57,14 +64,15 @@ def test_joblib_does_every_run_and_repeats_only_what_failed(tmp_path: Path) -> N
 
 
 def test_submitit_does_every_run_in_a_process_of_its_own(tmp_path: Path) -> None:
-    done = program("hydra/launcher=submitit_local", *HALF_FAILS, cwd=tmp_path)
+    done = program("hydra/launcher=submitit_local", *HALF_FAILS, "seed=0,1", cwd=tmp_path)
     folder = tmp_path / "outputs" / "s"
     assert done.returncode == 1, done.stdout
-    assert done.stderr.splitlines()[-1] == WHY
-    assert sorted(states(folder).values()) == ["failed", "finished"]
+    assert WHY in done.stderr
+    assert sorted(states(folder).values()) == ["failed"] * 2 + ["finished"] * 2
     logs = [file.read_text() for file in (folder / ".submitit").glob("*/*_log.out")]
-    assert len(logs) == 2
-    assert sum("RelFrob" in text for text in logs) == 1
+    assert len(logs) == 4
+    assert sum("RelFrob" in text for text in logs) == 2
+    assert ends_in_a_table(done.stdout, "outputs/s", 2)
 
 
 _KILLED = """
@@ -102,6 +110,7 @@ def test_a_run_that_is_killed_is_one_failed_run_and_goes_on_later(tmp_path: Path
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("this run is finished already") == 3
     assert list(states(folder).values()) == ["finished"] * 4
+    assert ends_in_a_table(again.stdout, "outputs/s", 4)
 
 
 def test_ray_does_every_run_of_the_ablation_in_two_workers(tmp_path: Path) -> None:
@@ -114,6 +123,7 @@ def test_ray_does_every_run_of_the_ablation_in_two_workers(tmp_path: Path) -> No
     assert "2 runs of outputs/ablation failed, such as " in done.stderr.splitlines()[-1]
     assert WHY in done.stderr
     assert sorted(states(tmp_path / "outputs" / "ablation").values()) == ["failed"] * 2 + ["finished"] * 2
+    assert ends_in_a_table(done.stdout, "outputs/ablation", 2)
     assert len(set(re.findall(r"\(_do pid=(\d+)\)", done.stdout + done.stderr))) == 2
 
 
