@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,8 +15,9 @@ from made_runs import random_bank, random_run, write_run
 import globe.patch as command
 from globe.checkpoint import open_checkpoint
 from globe.config.commands import start
-from globe.errors import ConfigError
+from globe.errors import ArtefactError, ConfigError
 from globe.hf.destination import RECORD
+from globe.hf.run_banks import open_run
 from globe.patch import Format, parse
 from globe.runs.folder import BankStatus, RunFolder, State
 
@@ -148,3 +150,29 @@ def test_a_revision_for_a_folder_is_refused(tiny: Callable[[str], Path], tmp_pat
         command.patch(options)
     with pytest.raises(ConfigError, match="out is missing"):
         parse([f"run={run}"])
+
+
+@pytest.mark.parametrize("harm", ["gone", "record", "link"])
+def test_a_bank_that_a_run_finished_and_lost_is_not_passed_over(
+    harm: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Without it the patched model would be another, and nobody would be told."""
+    run = random_run(tiny("qwen2_moe"), tmp_path / "run")
+    keys = sorted(one.name for one in (run / "banks").iterdir())
+    folder = RunFolder(tmp_path / "state")
+    folder.begin({})
+    for key in keys:
+        folder.report(key, BankStatus(State.finished))
+    folder.end(State.finished)
+    shutil.copy(folder.status_file, run / "status.json")
+    assert len(open_run(run)) == len(keys)
+    record = run / "banks" / keys[1] / "globe.json"
+    if harm == "gone":
+        shutil.rmtree(record.parent)
+    else:
+        record.unlink()
+    if harm == "link":
+        record.symlink_to(record.name)
+    with pytest.raises(ArtefactError, match=f"finished the bank {keys[1]}, and .* the same globe.train"):
+        open_run(run)
+    assert len(open_run(run / "banks" / keys[0])) == 1

@@ -17,7 +17,7 @@ from globe.checkpoint import Checkpoint, open_checkpoint
 from globe.checkpoint.hub import EMBEDDED_ID
 from globe.errors import ArtefactError, CheckpointError
 from globe.hf.layout import BankLayout, layout_of
-from globe.runs.folder import RunFolder
+from globe.runs.folder import RunFolder, State
 from globe.runs.summary import read_summary
 
 SOURCE_HASH = "sha256"
@@ -65,6 +65,8 @@ def open_run(folder: str | Path) -> tuple[BankEntry, ...]:
             f"run={str(folder)!r} holds no finished bank (banks/*/{RECORD_FILE}): give the folder of a run "
             "of globe.train"
         )
+    if not single:
+        _require_finished(root, folders)
     entries = tuple(_entry(one) for one in folders)
     owner: dict[tuple[int, str], str] = {}
     for entry in entries:
@@ -77,6 +79,18 @@ def open_run(folder: str | Path) -> tuple[BankEntry, ...]:
                 )
             owner[place] = str(entry.folder)
     return entries
+
+
+def _require_finished(root: Path, folders: list[Path]) -> None:
+    """Raise ArtefactError if a bank that the run says it finished is gone: without it another model would come out."""
+    status = RunFolder(root).status
+    held = {folder.name for folder in folders}
+    for key, bank in ({} if status is None else status.banks).items():
+        if bank.state is State.finished and key not in held:
+            raise ArtefactError(
+                f"{root} finished the bank {key}, and banks/{key} is gone or has no readable {RECORD_FILE}: learn it "
+                "anew by the same globe.train command, or give the folders of single banks as run"
+            )
 
 
 def _entry(folder: Path) -> BankEntry:
