@@ -134,6 +134,7 @@ test-vllm: $(STAMP)  ## Serve compact checkpoints with vLLM (CPU), in .venv-vllm
 .PHONY: torture
 torture: $(STAMP)  ## Hostile files, failing disks, kills, and combinations of options: tables of tried and held
 	$(ENV) $(PY) experiments/torture/readers.py
+	$(ENV) $(PY) experiments/torture/commands.py
 	$(ENV) $(PY) experiments/torture/faults.py
 	$(ENV) $(PY) experiments/torture/combinations.py
 
