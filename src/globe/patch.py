@@ -120,10 +120,14 @@ def _patch_and_say(options: PatchOptions) -> None:
     if record["left_out"]:
         print(sentence(f"left out beside the weights: {', '.join(record['left_out'])}"), file=sys.stderr)
     parameters, count = record["parameters"], len(record["banks"])
+    # plain numbers stand in the file where packed=false
+    bits = (
+        f" in {8 * record['kept_bytes'] / parameters['families']:.2f} bits a weight" if options.packed else ""
+    )
     out = printable(options.out)
     print(
         f"{out}: {options.format}, {count} bank{'s' * (count != 1)}; kept "
-        f"{parameters['kept_of_families']:.3f} of the compressed families, {parameters['kept_of_model']:.3f} "
+        f"{parameters['kept_of_families']:.3f} of the compressed families{bits}, {parameters['kept_of_model']:.3f} "
         f"of the model's {parameters['model']:,} parameters; {_weights(options, record['source_file_bytes'])}"
     )
     if options.check is True or (options.check == "auto" and fits_in_memory(Path(options.out))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -108,6 +109,10 @@ def test_the_command_finds_the_model_by_itself_and_says_what_it_kept(
     assert f"{form}, 2 banks" in line
     assert f"{record['parameters']['kept_of_families']:.3f} of the compressed families" in line
     assert f"{record['parameters']['kept_of_model']:.3f} of the model's" in line
+    banks = sum(file.stat().st_size for file in run.glob("banks/*/bank.safetensors"))
+    bits = re.search(r" of the compressed families in (\S+) bits a weight, ", line)
+    assert bits is not None
+    assert 0.5 * banks < float(bits[1]) / 8 * record["parameters"]["families"] < banks  # without headers
     held = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert f"; {held:,} bytes of weights in files" in line
     before = sum(file.stat().st_size for file in tiny("olmoe").glob("*.safetensors"))
