@@ -139,6 +139,38 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "head", "other"),
+    [
+        ("qwen3_moe", "model.", ""),
+        ("qwen3_moe", "model.", "model.model."),
+        ("qwen3_5_moe_text", "model.", "model.language_model."),
+        ("dbrx", "transformer.", ""),
+        ("nemotron_h", "backbone.", "model.backbone."),
+    ],
+)
+def test_names_of_another_beginning_give_the_same_statistics(
+    model_type: str, head: str, other: str, tmp_path: Path
+) -> None:
+    checkpoint, options = make(tmp_path, model_type)
+    want = calibrate(checkpoint, options)
+    file = checkpoint.folder / "model.safetensors"
+    tensors = load_file(file)
+    renamed = {
+        other + name.removeprefix(head) if name.startswith(head) else name: one.clone()
+        for name, one in tensors.items()
+    }
+    assert set(renamed) != set(tensors)
+    save_file(renamed, file, metadata={"format": "pt"})
+    options.out = str(tmp_path / "again")
+    again = open_checkpoint(str(checkpoint.folder))
+    got = calibrate(again, options)
+    assert again.moe_layers == checkpoint.moe_layers
+    for layer in again.moe_layers:
+        torch.testing.assert_close(got.layer(layer).C, want.layer(layer).C)
+        assert torch.equal(got.layer(layer).counts, want.layer(layer).counts)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
         ("attn_implementation", [[]], "transformers can't load"),
