@@ -79,10 +79,11 @@ def more_sources(folder: Path, sources: dict[str, Reader]) -> dict[str, Reader]:
         if (run / "one" / file).is_file():
             found[f"report: {file}"] = Reader(run, f"one/{file}", report_of)
     found["frontier.json"] = Reader(run / "one", "frontier.json", sizes_of)
-    packed = _packed(folder, sources)
-    found["packed bank.safetensors"] = Reader(folder / "packed-bank", "bank.safetensors", bank_of)
-    for file in ("config.json", "model.safetensors"):
-        found[f"packed {file}"] = Reader(packed, file, model_of)
+    for kind in ("packed", "coded"):
+        compact = _of_few_bits(folder, kind, sources)
+        found[f"{kind} bank.safetensors"] = Reader(folder / f"{kind}-bank", "bank.safetensors", bank_of)
+        for file in ("config.json", "model.safetensors"):
+            found[f"{kind} {file}"] = Reader(compact, file, model_of)
     for kind in QUANTISED:
         checkpoint = _quantised(folder / kind, kind)
         found[f"{kind} config.json"] = Reader(checkpoint, "config.json", experts_of)
@@ -162,27 +163,33 @@ def _run(folder: Path) -> Path:
     return folder
 
 
-def _packed(folder: Path, sources: dict[str, Reader]) -> Path:
-    """A bank with factors of few bits in `packed-bank`, and the compact checkpoint made of it."""
+def _of_few_bits(folder: Path, kind: str, sources: dict[str, Reader]) -> Path:
+    """A bank with packed or coded factors in `KIND-bank`, and the compact checkpoint made of it in `KIND`."""
+    import torch
+
+    from globe.bank.coded import Coded
     from globe.bank.file import read_artefact, write_artefact
     from globe.bank.packing import Packed
-    from globe.bank.rounding import Grid, round_nearest
+    from globe.bank.rounding import Grid, StepGrid, round_nearest
     from globe.checkpoint import open_checkpoint
     from globe.hf.globe_checkpoint import write_globe
     from globe.hf.run_banks import open_run
 
     bank = read_artefact(sources["globe.json"].source)
     assert bank.bank is not None
-    found = {
-        "adapters": Packed.of(round_nearest(bank.adapters, Grid.of((4, 4, 3, 3, 2, 2, 2), 7, 5))),
-        "bank": Packed.of(round_nearest(bank.bank, Grid.of(5, 24, 8))),
-    }
+    n, p, r = bank.adapters.shape
+    found: dict[str, Packed | Coded] = {"bank": Packed.of(round_nearest(bank.bank, Grid.of(5, 24, 8)))}
+    if kind == "coded":
+        steps = StepGrid(r, torch.zeros(n, p, dtype=torch.uint8))
+        found["adapters"] = Coded.of(round_nearest(bank.adapters, steps), torch.ones(r))
+    else:
+        found["adapters"] = Packed.of(round_nearest(bank.adapters, Grid.of((4, 4, 3, 3, 2, 2, 2), 7, 5)))
     made = replace(bank, packed=found, **{name: one.values() for name, one in found.items()})  # type: ignore[arg-type]
-    write_artefact(made, folder / "packed-run" / "banks" / "layer001.up")
-    write_artefact(made, folder / "packed-bank")
+    write_artefact(made, folder / f"{kind}-run" / "banks" / "layer001.up")
+    write_artefact(made, folder / f"{kind}-bank")
     checkpoint = open_checkpoint(str(sources["config.json"].source))
-    write_globe(open_run(folder / "packed-run"), checkpoint, folder / "packed")
-    return folder / "packed"
+    write_globe(open_run(folder / f"{kind}-run"), checkpoint, folder / kind)
+    return folder / kind
 
 
 def _quantised(folder: Path, kind: str) -> Path:
