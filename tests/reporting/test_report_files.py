@@ -29,6 +29,7 @@ from globe.reporting.documents import escape_latex, escape_markdown, to_csv
 from globe.reporting.plot import DARK, ON_DARK, ON_LIGHT
 from globe.reporting.publish import MANIFEST, publish
 from globe.reporting.runs import ReportRun, read_runs
+from globe.reporting.sections import references_command
 
 register()
 VOID = {"meta", "link", "img", "wbr"}
@@ -176,7 +177,7 @@ def test_a_whole_model_has_layers_and_supports_and_no_front(tmp_path: Path) -> N
     assert "fig-layers.png" in text
     assert "fig-jaccard.png" in text
     assert "fig-front.png" not in text
-    assert "Not evaluated yet" in text
+    assert f"model={folder}" in text[text.index("Not evaluated yet") :].splitlines()[0].replace("\\", "")
     assert "Throughout: temperature = 1, lam = 0, beta = 1." in text
     assert text.count("layer004.gate") >= 1
     with (folder / "report" / "runs.csv").open(newline="") as file:
@@ -464,6 +465,8 @@ def _contrast(first: str, second: str) -> float:
 def test_the_report_says_the_command_that_adds_lines_of_reference(sweep: Path, made: Path) -> None:
     text = (made / "report.md").read_text()
     (said,) = re.findall(r"python -m globe.train (experiment=references .*?), and this", text)
+    inside = references_command(read_runs(sweep, key="sweep")[:1], Path(sweep.name))
+    assert f"output=. sweep={sweep.name} " in inside
     words = shlex.split(said)
     assert words[1:3] == [f"output={sweep.parent}", f"sweep={sweep.name}"]
     with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):

@@ -68,7 +68,7 @@ def build(runs: Sequence[ReportRun], title: str, *, details: int, folder: Path =
         sections += [
             *(_one_run(measured[0]) if len(runs) == 1 else _whole_sweep(runs, measured, folder)),
             _budget(measured, names),
-            _perplexity(measured),
+            _perplexity(measured, folder),
             _support(measured),
             _convergence(measured, curves),
             _schedules(curve_plots.distinct_schedules(everything, CURVES)),
@@ -174,10 +174,15 @@ def references_command(measured: Sequence[ReportRun], folder: Path) -> str:
     """Return the command that adds the closed forms for the experts of these runs to their folder."""
     common = common_options(measured)
     place = folder.resolve()
-    parent = place.parent.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place.parent
-    words = {"experiment": "references", "output": str(parent), "sweep": place.name}
+    words = {"experiment": "references", "output": str(_from_here(place.parent)), "sweep": place.name}
     words |= {name: text for name in _OF_EXPERTS if (text := _typed(common.get(name))) not in ("", "auto")}
     return " ".join(["python -m globe.train", *(shlex.quote(f"{key}={text}") for key, text in words.items())])
+
+
+def _from_here(folder: Path) -> Path:
+    """Return the folder as it is typed where the report is made."""
+    whole = folder.resolve()
+    return whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole
 
 
 def _typed(value: Any) -> str:
@@ -214,12 +219,12 @@ def _maps(measured: Sequence[ReportRun]) -> Section | None:
     return Section("Sizes", (), None, tuple(pictures))
 
 
-def _perplexity(measured: Sequence[ReportRun]) -> Section:
+def _perplexity(measured: Sequence[ReportRun], folder: Path) -> Section:
     judged = [run for run in measured if run.quality is not None]
     title = "Perplexity against size"
     if not judged:
-        option = "model=RUN measures a run" if len(measured) == 1 else "sweep=FOLDER measures all runs"
-        return Section(title, (f"Not evaluated yet: python -m globe.evaluate {option}.",))
+        given = shlex.quote(f"{'model' if len(measured) == 1 else 'sweep'}={_from_here(folder)}")
+        return Section(title, (f"Not evaluated yet: python -m globe.evaluate {given} does it.",))
     said = []
     if len({run.quality.text for run in judged if run.quality is not None}) > 1:
         said.append(
