@@ -219,3 +219,12 @@ def test_coding_needs_bits_and_no_groups() -> None:
         to_config(composed("bank.coded=true"))
     with pytest.raises(ConfigError, match=r"bank.group_A=16 is not possible: give null with bank.coded"):
         to_config(composed("bank.coded=true", "bank.bits=3", "bank.group_A=16"))
+
+
+def test_a_column_of_large_numbers_does_not_coarsen_its_rows() -> None:
+    A = normal(4, 30, 50) * torch.cat([torch.tensor([3000.0]), torch.ones(49)])
+    grid, columns = choose_steps(A, torch.ones(4, 30), torch.ones(50), 2.0 * A.numel())
+    one = Coded.of(round_nearest(A / columns, grid), columns)
+    assert 8 * one.words.numel() == pytest.approx(2.0 * A.numel() + 32 * 4, rel=0.08)
+    assert float((grid.exponents > 0).float().mean()) < 0.1
+    assert float((one.values() - A)[..., 1:].square().mean()) < 0.15

@@ -55,15 +55,18 @@ def choose_steps(
     alike = weights.clamp_min(float(weights.max()) * 1e-12).rsqrt()
     flat, steps = A.reshape(n * p, k), torch.exp2(exponents / 2).reshape(-1)
     some = slice(None, None, max(1, n * p // _SAMPLE))
-    seen = (flat[some] / steps[some, None] / alike).square()
-    row = seen.mean(dim=1, keepdim=True)
+    sizes = (flat[some] / steps[some, None] / alike).abs()
+    # a column that is far larger than the others is rounded more coarsely, not its rows
+    least, seen = sizes.amax(dim=0) / (_ROOM * ZERO), sizes.square()
+    row = (seen / seen.mean(dim=0).clamp_min(1e-30)).mean(dim=1, keepdim=True)
     column = (seen / row.clamp_min(1e-30)).mean(dim=0)
     low, high = -60.0, 60.0
     for _ in range(24):
         middle = (low + high) / 2
-        bits = float(coded_bits(row * column * 4.0**-middle).mean()) * n * p * k
+        wide = least.clamp_min(2.0**middle)
+        bits = float(coded_bits(row * (column / wide.square())).mean()) * n * p * k
         low, high = (low, middle) if bits <= total else (middle, high)
-    columns = (alike * 2.0**high).to(SCALE_DTYPE).to(A)
+    columns = (alike * least.clamp_min(2.0**high)).to(SCALE_DTYPE).to(A)
     needed = (A / columns).abs().amax(dim=2) / (_ROOM * ZERO)
     exponents = torch.maximum(exponents, (2 * needed.clamp_min(1e-30).log2()).ceil())
     return StepGrid(k, exponents.clamp(0, _EXPONENTS - 1).to(torch.uint8)), columns

@@ -6,6 +6,7 @@ weights D_i and the metric L_i of the inputs, or on X_i itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -232,15 +233,20 @@ def _coded(task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], weights: Float[
     rows = torch.cat([task.stored_weights(part) for part in task.parts(r)])
     allowed, best = n * p * task.precision.row_bits(r), None
     total = task.aims[-1] if task.aims else allowed * _FIRST
-    for _ in range(_TRIES):
+    slope, before = 1.0, None
+    for at in range(3 * _TRIES):
         grid, columns = choose_steps(stored, rows, weights.mean(dim=0), total)
         found = Coded.of(_fed(task, atoms, A, grid, columns), columns)
         bits = 8 * len(found.words)
         if bits <= allowed and (best is None or bits > 8 * len(best.words)):
             best = found
-        if _FULL * allowed <= bits <= allowed:
+        if _FULL * allowed <= bits <= allowed or (best is not None and at >= _TRIES):
             break
-        total *= allowed / bits * (1 + _FULL) / 2
+        # bits rarely grow as what steps are chosen for: the last two choices say how they do
+        now = (math.log(total), math.log(bits))
+        if before is not None and now[0] != before[0]:
+            slope = min(2.0, max(0.1, (now[1] - before[1]) / (now[0] - before[0])))
+        total, before = total * (allowed * (1 + _FULL) / 2 / bits) ** (1 / slope), now
     task.aims.append(total)
     if best is None:
         raise FitError("the coded adapters do not fit their bits: give more bits, or bank.coded=false")
