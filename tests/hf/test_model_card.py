@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,3 +113,16 @@ def test_an_export_that_is_not_what_the_banks_say_is_told(
     (out / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
         look(out, open_run(run))
+
+
+def test_a_recipe_takes_the_text_as_the_run_did(tmp_path: Path) -> None:
+    """Tokens and window were left out, so that a calibrated run was not repeated to the byte."""
+    run = write_run(tmp_path / "run", [random_bank(open_checkpoint(None), [(12, "up")])])
+    assert "calibrate" not in yaml.safe_load(recipe(open_run(run)))
+    (run / "calibration.json").write_text(
+        json.dumps({"text": "/home/me/own.txt", "tokens": 2048, "window": 64, "dtype": "float32"})
+    )
+    text = recipe(open_run(run))
+    assert yaml.safe_load(text)["calibrate"] == {"tokens": 2048, "window": 64, "dtype": "float32"}
+    assert text.splitlines()[0].endswith(" model.path=ORIGINAL calibrate.text=TEXT")
+    assert "/home/me" not in text

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from globe.calibration.run import RECORD as CALIBRATION
 from globe.checkpoint import Checkpoint
 from globe.errors import printable
-from globe.files import write_text
-from globe.hf.run_banks import BankEntry
+from globe.files import read_record, write_text
+from globe.hf.run_banks import BankEntry, run_of
 
 CARD, RECIPE, ORIGINAL_CARD = "README.md", "recipe.yaml", "README-base-model.md"
 _LARGEST_CARD = 1 << 20
@@ -56,13 +57,17 @@ def recipe(entries: tuple[BankEntry, ...]) -> str:
         options["calibrate"] = {
             key: value for key, value in calibration.items() if key not in ("text", "tokenizer")
         }
+    watched = read_record(run_of(entries[0].folder) / CALIBRATION)
+    if watched is not None:
+        options["calibrate"] = {key: watched[key] for key in ("tokens", "window", "dtype") if key in watched}
+    text = "" if watched is None else " calibrate.text=TEXT"
     chosen: dict[str, Any] = {"layer": sorted({layer for layer, _ in places})}
     if families in _FAMILIES:
         chosen["family"] = _FAMILIES[families]
     body = yaml.safe_dump(chosen | options, sort_keys=False, allow_unicode=True)
     return (
-        "# python -m globe.train --config-dir FOLDER_OF_THIS_FILE --config-name recipe model.path=ORIGINAL\n"
-        f"defaults:\n  - config\n  - _self_\n{body}"
+        "# python -m globe.train --config-dir FOLDER_OF_THIS_FILE --config-name recipe model.path=ORIGINAL"
+        f"{text}\ndefaults:\n  - config\n  - _self_\n{body}"
     )
 
 
