@@ -17,10 +17,12 @@ from globe.config.choices import Metric
 from globe.config.composition import config_dict
 from globe.config.identity import NUMERICS_VERSION, numerics
 from globe.config.schema import Config, chosen_metric
-from globe.fit.plan import BankPlan, Matrices, Outline
+from globe.fit.plan import BankPlan, Matrices, Outline, precision_of
 from globe.runs.summary import BankReport
 
 _log = logging.getLogger(__name__)
+_BESIDE = ("calibration", "precision")
+"""Entries of a bank's source, beside its experts, that decide its numbers"""
 
 
 def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tuple[int, ...]:
@@ -33,16 +35,21 @@ def experts_of(config: Config, checkpoint: Checkpoint, member: Matrices) -> tupl
 def source_of(
     config: Config, checkpoint: Checkpoint, bank: BankPlan | Outline, calibration: Calibration | None = None
 ) -> dict[str, Any]:
-    """Return where a bank's experts come from, with hashes of their stored tensors and of the calibration."""
+    """Return where a bank's experts come from, with hashes of their stored tensors and of the calibration.
+
+    Bits that a budget chose stand here, since they depend on the other banks of the run; those typed are options.
+    """
     names = {
         checkpoint.locate(*member, expert).tensor
         for member in bank.members
         for expert in experts_of(config, checkpoint, member)
     }
     source = {**checkpoint.source(), "sha256": checkpoint.hash_tensors(sorted(names))}
-    if calibration is None or chosen_metric(config) is not Metric.inputs:
-        return source
-    return source | {"calibration": calibration.key}
+    if calibration is not None and chosen_metric(config) is Metric.inputs:
+        source["calibration"] = calibration.key
+    if isinstance(bank, BankPlan) and bank.precision is not None and precision_of(config) is None:
+        source["precision"] = asdict(bank.precision)
+    return source
 
 
 def bank_options(config: Config) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def bank_options(config: Config) -> dict[str, Any]:
 def fit_fingerprint(config: Config, bank: BankPlan, source: dict[str, Any], device: str) -> str:
     """Hash of all that decides a fit's numbers on a kind of device."""
     what = [bank_options(config), bank.key, asdict(bank.sizes), source["sha256"], device]
-    what += [source["calibration"]] if "calibration" in source else []
+    what += [source[name] for name in _BESIDE if name in source]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -83,7 +90,7 @@ def complete_artefact(
     same_sizes = (artefact.m, artefact.r, artefact.atom_rank) == sizes
     learned_from = artefact.source or {}
     same_experts = members == wanted and all(
-        learned_from.get(name) == source.get(name) for name in ("sha256", "calibration")
+        learned_from.get(name) == source.get(name) for name in ("sha256", *_BESIDE)
     )
     if not same_experts or not same_sizes or artefact.config != bank_options(config):
         _log.warning(
