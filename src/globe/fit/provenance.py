@@ -44,7 +44,7 @@ def source_of(
         for member in bank.members
         for expert in experts_of(config, checkpoint, member)
     }
-    source = {**checkpoint.source(), "sha256": checkpoint.hash_tensors(sorted(names))}
+    source: dict[str, Any] = {**checkpoint.source(), "sha256": checkpoint.hash_tensors(sorted(names))}
     if calibration is not None and chosen_metric(config) is Metric.inputs:
         source["calibration"] = calibration.key
     if isinstance(bank, BankPlan) and bank.precision is not None and precision_of(config) is None:
