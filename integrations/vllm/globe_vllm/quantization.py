@@ -84,7 +84,7 @@ class GlobeConfig(QuantizationConfig):
         if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"globe: the checkpoint has {VERSION_KEY}={version!r} and this globe-vllm reads "
-                f"{', '.join(map(str, READABLE_VERSIONS))}: update globe-vllm, or patch the run again"
+                f"{', '.join(map(str, READABLE_VERSIONS))}: update globe-vllm, or patch with packed=false"
             )
         # a checkpoint says how many bases stay composed; a layer of vLLM keeps all of them or none
         form = os.environ.get("GLOBE_VLLM_FORM") or ("bank" if config.get("S_cache") == 0 else "composed")

@@ -130,11 +130,12 @@ def test_without_the_plugin_vllm_stops(copy: Path) -> None:
     refused(copy, "globe_qwen3_moe", VLLM_PLUGINS="")
 
 
-def test_a_newer_checkpoint_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize("version", [3, 99], ids=["coded adapters", "newer"])
+def test_a_checkpoint_of_another_version_is_refused(copy: Path, version: int) -> None:
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"]["globe_version"] = 99
+    config["quantization_config"]["globe_version"] = version
     (copy / "config.json").write_text(json.dumps(config))
-    refused(copy, "globe_version=99", "update globe-vllm")
+    refused(copy, f"globe_version={version}", "update globe-vllm, or patch with packed=false")
 
 
 def change(folder: Path, lose: str = "", rename: tuple[str, str] = ("", "")) -> None:
