@@ -350,9 +350,9 @@ def test_a_compact_checkpoint_that_lacks_a_factor_stops(tiny: Callable[[str], Pa
 def test_another_version_of_the_format_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     out = write(random_run(tiny("olmoe"), tmp_path / "run"), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["globe_version"] = 3
+    config["quantization_config"]["globe_version"] = 4
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtefactError, match="globe_version=3"):
+    with pytest.raises(ArtefactError, match="globe_version=4"):
         load(out)
     config["quantization_config"] |= {"globe_version": 1, "banks": [{"m": 3}]}
     (out / "config.json").write_text(json.dumps(config))

@@ -228,7 +228,8 @@ def run_command_output(*arguments: str) -> int:
             ["sweep=empty", "colour=red"],
             "colour is not an option: give one of sweep, run, out, details, title",
         ),
-        (["empty"], "'empty' is not understood"),
+        (["empty"], "sweep='empty' holds no run"),
+        (["empty", "word"], "'word' is not understood"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_exit_code_1(

@@ -55,7 +55,7 @@ def _groups(config: Mapping[str, Any]) -> SettingsOf:
     if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
         formats.append(sparsity["format"])
     if foreign := [one for one in formats if one is not None and one not in _FORMATS]:
-        raise ValueError(f"its format {foreign[0]!r} is none of {', '.join(_FORMATS)}")
+        raise ValueError(f"its format {foreign[0]!r} is not one that is read, such as pack-quantized")
     if not records:
         raise ValueError("it has no config_groups")
     groups = [(_targets(one.get("targets")), _weights(one.get("weights"))) for one in records]
