@@ -176,6 +176,9 @@ class Part(ProcessGroup):
     def _add(self, tensor: Tensor) -> None:
         pass
 
+    def _send(self, tensor: Tensor, source: int) -> None:
+        pass
+
 
 def test_a_process_makes_the_metric_of_its_own_experts() -> None:
     s, X, E = statistics(), draw(2 * N, P, D, seed=5), draw(2 * N, P, D, seed=6)
