@@ -24,11 +24,12 @@ def state_of(folder: Path) -> object:
 
     file, record = folder / "state-0.safetensors", folder / "state.json"
     try:
-        held = json.loads(record.read_text())
-        if isinstance(held, dict) and "sha256" in held and file.is_file():
+        small = record.is_file() and record.stat().st_size < 1 << 20
+        held = json.loads(record.read_text()) if small else None
+        if isinstance(held, dict) and "sha256" in held and file.is_file() and file.stat().st_size < 1 << 20:
             held["sha256"] = sha256(file)
             record.write_text(json.dumps(held))
-    except (ValueError, RecursionError, UnicodeError):
+    except (OSError, ValueError, RecursionError, UnicodeError):
         pass  # no JSON any more, which is for the reader to say
     return read_state(folder, "abc", lambda state: require_fitting(state, Sizes(4, 20, 24, m=3, r=7)))
 

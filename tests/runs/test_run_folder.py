@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,19 @@ def test_the_newest_state_counts_and_old_ones_go(tmp_path: Path) -> None:
     assert found is not None
     assert torch.equal(found[0].tensors["bank"], state(3.0).tensors["bank"])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("header", [b"\xff" * 8, (1 << 40).to_bytes(8, "little") + b"{}"])
+def test_a_header_that_asks_for_too_much_is_not_read(
+    tmp_path: Path, header: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_state(tmp_path, state(), FITTING)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(header)
+    os.truncate(file, 1 << 36)  # sparse: it takes long to read, and no room
+    monkeypatch.setattr("globe.fit.unfinished_fit.sha256", lambda path: pytest.fail("read to its end"))
+    assert read_state(tmp_path, "abc") is None
+    assert "the fit starts anew" in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["save_file", "write_json"])

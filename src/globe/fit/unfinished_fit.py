@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from globe.am.records import FitState
+from globe.checkpoint.tensorfile import TensorFile
 from globe.errors import sentence
 from globe.files import read_record, sha256, sync, write_json
 
@@ -84,13 +85,14 @@ def read_state(
         if record["fingerprint"] != fingerprint:
             raise ValueError("it belongs to a fit with other options or experts")
         file = folder / Path(record["tensors"]).name
+        held = TensorFile(file)  # whose header is bounded, and says how long the file is before it is read
         if sha256(file) != record["sha256"]:
             raise ValueError(f"{file.name} is damaged")
         numbers = {key: _unpack(value) for key, value in record["numbers"].items()}
         fitting = Fitting(fingerprint, record["attempt"], record["step"])
         if type(fitting.step) is not int or fitting.step < 0 or fitting.attempt not in (0, 1):
             raise ValueError("its step or attempt is no count")
-        state = FitState(load_file(file), numbers)
+        state = FitState({name: held.read(name) for name in held.entries}, numbers)
         require(state)
         return state, fitting
     except (
