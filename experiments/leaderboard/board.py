@@ -268,63 +268,13 @@ def draw(results: list[dict[str, Any]]) -> None:
     for axis in axes.flat[len(found) :]:
         axis.remove()
     methods = dict.fromkeys(one["method"] for _, _, points in found for one in points)
-    colours = dict(
-        zip(methods, plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors, strict=False)
-    )  # the same in all pictures
+    palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
+    colours = dict(zip(methods, palette, strict=False))  # the same in all pictures
     for axis, (model, kind, points) in zip(axes.flat, found, strict=False):
         for method in dict.fromkeys(one["method"] for one in points):
             own = sorted((one for one in points if one["method"] == method), key=lambda one: one["bits"])
             bits, kl = ([one[name] for one in own] for name in ("bits", "kl"))
             axis.plot(bits, kl, "o-", label=method, ms=5, color=colours.get(method))
-        best = front(points)
-        text += f"\n## {model}, {KINDS[kind]}\n\n{points[0]['tokens']:,} tokens; the original has a perplexity of "
-        text += f"{points[0]['perplexity_original']:.2f}.\n\n"
-        text += "| bits | of bf16 | method | size | KL (95 %) | perplexity | top-1 | RelFrob | s | MiB |\n"
-        text += "|---" * 10 + "|\n"
-        for one in points:
-            mark = "**" if one in best else ""
-            run = one["relfrob"] is not None
-            text += (
-                f"| {one['bits']:.2f} | {one['share']:.3f} | {mark}{one['method']}{mark} | {one['size']} | "
-                f"{mark}{one['kl']:.5f}{mark} ({one['kl_low']:.5f} to {one['kl_high']:.5f}) | "
-                f"{one['perplexity']:.2f} | {one['top1']:.2%} | "
-            )
-            text += (
-                f"{one['relfrob']:.4f} | {one['seconds']:.0f} | {one['memory_mib']:.0f} |\n"
-                if run
-                else "- | - | - |\n"
-            )
-    return text
-
-
-def draw(results: list[dict[str, Any]]) -> None:
-    """Draw divergence over bits a weight, both logarithmic, with the front of each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "globe"
-    found = boards(results)
-    down = -(-len(found) // 2)
-    figure, axes = plt.subplots(down, min(2, len(found)), figsize=(12.8, 4.8 * down), squeeze=False)
-    for axis in axes.flat[len(found) :]:
-        axis.remove()
-    methods = dict.fromkeys(one["method"] for _, _, points in found for one in points)
-    colours = dict(
-        zip(methods, plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors, strict=False)
-    )  # the same in all pictures
-    for axis, (model, kind, points) in zip(axes.flat, found, strict=False):
-        for method in dict.fromkeys(one["method"] for one in points):
-            own = sorted((one for one in points if one["method"] == method), key=lambda one: one["bits"])
-            axis.plot(
-                [one["bits"] for one in own],
-                [one["kl"] for one in own],
-                "o-",
-                label=method,
-                ms=5,
-                color=colours.get(method),
-            )
         best = front(points)
         axis.step(
             [one["bits"] for one in best], [one["kl"] for one in best], "k:", where="post", label="front"
