@@ -13,7 +13,6 @@ code 1 if one was not held.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -38,6 +37,7 @@ from readers import (
     damaged_header,
     fingerprint,
     other_file,
+    run,
 )
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -300,17 +300,5 @@ def torture(inputs: int, seed: int, only: str | None, *, show: bool) -> int:
     return int(held.total() < tried.total())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--inputs", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="name of one of the cases")
-    parser.add_argument("--show", action="store_true", help="print every outcome")
-    options = parser.parse_args()
-    return torture(options.inputs, options.seed, options.only, show=options.show)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(torture, __doc__, 300, "cases"))

@@ -455,17 +455,16 @@ def torture(inputs: int, seed: int, only: str | None, *, show: bool) -> int:
     return int(failed > 0 or not untouched)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--inputs", type=int, default=1200)
+def run(torture: Callable[..., int], usage: str | None, inputs: int, things: str) -> int:
+    """Parse the command line of a torture and run it."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=inputs)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="name of one reader")
+    parser.add_argument("--only", help=f"name of one of the {things}")
     parser.add_argument("--show", action="store_true", help="print every outcome")
     options = parser.parse_args()
     return torture(options.inputs, options.seed, options.only, show=options.show)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(torture, __doc__, 1200, "readers"))

@@ -280,6 +280,7 @@ def test_targets_that_take_too_long_are_given_up(
     changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("globe.checkpoint.quantised.schemes._LONGEST_MATCHING", 0.0)
+    monkeypatch.setattr("globe.checkpoint.quantised.schemes._LONGEST_EACH", 0.0)
     groups = made.compressed_config("int4 group")["config_groups"]
     other = {"targets": ["re:.*x.*y.*z"], "weights": {"num_bits": 8}}
     refusal(changed("compressed int4 group", config_groups=groups | {"b": other}), "take too long")

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,21 @@ def gone(process: int) -> bool:
     return False
 
 
+def call_beside(calls: Forks, job: Callable[[], object]) -> tuple[threading.Thread, list[str]]:
+    """Make a call in a thread, begun already; the list gets how its process was lost."""
+    ends: list[str] = []
+
+    def call() -> None:
+        try:
+            calls.call(job)
+        except LostProcessError as lost:
+            ends.append(str(lost))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread, ends
+
+
 def test_a_call_sees_what_is_here_changes_nothing_of_it_and_hands_its_result_back() -> None:
     seen = [3]
 
@@ -48,16 +64,8 @@ def test_an_error_of_a_call_is_raised_here() -> None:
 
 
 def test_a_killed_call_is_an_end_without_a_result_and_spares_the_one_beside_it() -> None:
-    calls, ends = Forks(), []
-
-    def killed() -> None:
-        try:
-            calls.call(lambda: os.kill(os.getpid(), signal.SIGKILL))
-        except LostProcessError as lost:
-            ends.append(str(lost))
-
-    beside = threading.Thread(target=killed)
-    beside.start()
+    calls = Forks()
+    beside, ends = call_beside(calls, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert calls.call(lambda: "whole") == "whole"
     beside.join(60)
     assert ends == ["its process was killed, most likely for want of memory"]
@@ -82,7 +90,7 @@ def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
 ) -> None:
     # one that hears is waited for as long as it takes, unless Python drops the first interrupt
     monkeypatch.setattr(forks, "_PATIENCE", (0.01, 0.01, 0.01) if deaf else (0.01, 30, 600))
-    calls, ends = Forks(), []
+    calls = Forks()
 
     def job() -> None:
         if deaf:
@@ -90,14 +98,7 @@ def test_at_the_end_what_is_left_is_interrupted_or_killed_and_nothing_begins(
         (tmp_path / "begun").touch()
         time.sleep(600)
 
-    def left() -> None:
-        try:
-            calls.call(job)
-        except LostProcessError as lost:
-            ends.append(str(lost))
-
-    beside = threading.Thread(target=left)
-    beside.start()
+    beside, ends = call_beside(calls, job)
     while not (tmp_path / "begun").exists():
         time.sleep(0.01)
     calls.end()
@@ -111,7 +112,7 @@ def test_the_end_finds_a_process_that_began_the_moment_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(forks, "_PATIENCE", (0.01, 30, 600))
-    calls, ends = Forks(), []
+    calls = Forks()
     start = calls._context.Process.start
 
     def slowly(process: object) -> None:
@@ -125,15 +126,8 @@ def test_the_end_finds_a_process_that_began_the_moment_before(
         (tmp_path / "begun").touch()
         time.sleep(600)
 
-    def left() -> None:
-        try:
-            calls.call(job)
-        except LostProcessError as lost:
-            ends.append(str(lost))
-
     monkeypatch.setattr(calls._context.Process, "start", slowly)
-    beside = threading.Thread(target=left)
-    beside.start()
+    beside, ends = call_beside(calls, job)
     while not (tmp_path / "slow").exists():
         time.sleep(0.01)
     calls.end()

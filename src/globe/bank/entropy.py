@@ -45,7 +45,7 @@ class Tables(NamedTuple):
 
 @cache
 def tables() -> Tables:
-    """Return the tables, which take a tenth of a second the first time."""
+    """Return the tables, made at the first call."""
     frequency = np.zeros((CLASSES, 2 * ZERO + 1), dtype=np.uint32)
     reach = np.zeros(CLASSES, dtype=np.int64)
     length = np.zeros((CLASSES, ZERO + 1), dtype=np.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -74,18 +74,14 @@ class Grid(NamedTuple):
         return per_group.repeat_interleave(self.group, dim=-1)[..., : len(self.bits)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LevelGrid:
-    """How the columns of matrices are rounded whose rows differ in what they matter: a row of level l has the bits
-    `tables[l]`, and one scale, on a symmetric grid."""
+class _OneGroup:
+    """A grid whose rows each have one scale, for all `group` columns."""
 
-    tables: tuple[tuple[int, ...], ...]
-    levels: UInt8[Tensor, "*rows"]
+    __slots__ = ()
+    if TYPE_CHECKING:
 
-    @property
-    def group(self) -> int:
-        """All columns share a scale."""
-        return len(self.tables[0])
+        @property
+        def group(self) -> int: ...
 
     @property
     def groups(self) -> Iterator[slice]:
@@ -96,6 +92,24 @@ class LevelGrid:
     def group_count(self) -> int:
         """One."""
         return 1
+
+    def spread(self, per_group: Shaped[Tensor, "*rows 1"]) -> Shaped[Tensor, "*rows k"]:
+        """Repeat what there is once a row for each of its columns."""
+        return per_group.expand(*per_group.shape[:-1], self.group)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LevelGrid(_OneGroup):
+    """How the columns of matrices are rounded whose rows differ in what they matter: a row of level l has the bits
+    `tables[l]`, and one scale, on a symmetric grid."""
+
+    tables: tuple[tuple[int, ...], ...]
+    levels: UInt8[Tensor, "*rows"]
+
+    @property
+    def group(self) -> int:
+        """All columns share a scale."""
+        return len(self.tables[0])
 
     def nbits(self, rows: int) -> int:
         """Return the bits of the integers, the scales and the levels of all rows, each row in whole bytes."""
@@ -109,10 +123,6 @@ class LevelGrid:
         tops = torch.tensor([[2**b - 1 for b in table] for table in self.tables], dtype=like.dtype)
         return tops.to(like.device)[self.levels.long()]
 
-    def spread(self, per_group: Shaped[Tensor, "*rows 1"]) -> Shaped[Tensor, "*rows k"]:
-        """Repeat what there is once a row for each of its columns."""
-        return per_group.expand(*per_group.shape[:-1], self.group)
-
     def flipped(self) -> LevelGrid:
         """Return the grid of the columns in reverse order."""
         return LevelGrid(tuple(table[::-1] for table in self.tables), self.levels)
@@ -123,7 +133,7 @@ class LevelGrid:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepGrid:
+class StepGrid(_OneGroup):
     """How matrices are rounded whose integers are coded by their surprise: every row has a step of its own, given in
     advance, and integers from -127 to 127 for all columns, so that 0 is read back as 0."""
 
@@ -131,16 +141,6 @@ class StepGrid:
     """all columns share the step"""
     exponents: UInt8[Tensor, "*rows"]
     """e of each row, 0 to 15: its step is 2^(e/2)"""
-
-    @property
-    def groups(self) -> Iterator[slice]:
-        """The only group."""
-        yield slice(0, self.group)
-
-    @property
-    def group_count(self) -> int:
-        """One."""
-        return 1
 
     @property
     def scale(self) -> Shaped[Tensor, "*rows 1"]:
@@ -151,10 +151,6 @@ class StepGrid:
     def top(self, like: Tensor) -> Float[Tensor, " k"]:
         """Return the largest code of each column."""
         return torch.full((self.group,), 254.0, dtype=like.dtype, device=like.device)
-
-    def spread(self, per_group: Shaped[Tensor, "*rows 1"]) -> Shaped[Tensor, "*rows k"]:
-        """Repeat what there is once a row for each of its columns."""
-        return per_group.expand(*per_group.shape[:-1], self.group)
 
     def flipped(self) -> StepGrid:
         """Return the grid of the columns in reverse order."""

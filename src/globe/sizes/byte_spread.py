@@ -36,6 +36,7 @@ from globe.sizes.sizing import Sizing
 
 _log = logging.getLogger(__name__)
 _LEAST_CODED = 0.25
+"""Bits of an entry, on average, that coded adapters get at least; those of other ones are whole and at least 1."""
 _FINE = 16
 """Classes of energies to a factor of two."""
 _SPAN = 64
@@ -63,7 +64,7 @@ class Bank:
         return float((self.counts * each).sum()) / (self.outline.n * self.outline.p * self.r)
 
     def share(self, level: float, config: Config) -> float:
-        """Share of the bfloat16 bytes of its experts that the bank takes then; adapters have 1 to 8 bits."""
+        """Return the share of the bfloat16 bytes of its experts that the bank takes then."""
         n, p, d = self.outline.shape
         average = min(float(MOST_BITS), max(_LEAST_CODED if self.coded else 1.0, self.bits(level)))
         atoms = min(8, max(5, math.ceil(average) + 3))

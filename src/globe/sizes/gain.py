@@ -1,8 +1,7 @@
 """How much less a bank of several atoms leaves than the shared basis whose curve is known in closed form.
 
-The ratio differs between families and sizes (0.08 to 0.4 of the squared error on one trained model), so a budget that
-is spread by the closed form alone gives down too much. Three short fits tell it, in a block of large experts as the
-search for sizes takes it.
+The ratio differs between families and sizes, so a budget that is spread by the closed form alone gives some banks too
+much. Three short fits tell it, in a block of large experts as the search for sizes takes it.
 """
 
 from __future__ import annotations
