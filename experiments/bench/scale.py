@@ -3,6 +3,7 @@
     python experiments/bench/scale.py                                   # doublings, then the real shapes; half an hour
     python experiments/bench/scale.py --only doublings
     python experiments/bench/scale.py --only shapes --shapes 60x1408x2048 --steps 2
+    python experiments/bench/scale.py --only reach --reach 60x352x512   # ten minutes
 
 Doublings: n, p, d, r and m are doubled twice, one at a time, from a small bank. Exponents are slopes of log (seconds
 or bytes) against log (size); beside them stand those of the counted multiply-adds and of the counted memory
@@ -10,8 +11,9 @@ or bytes) against log (size); beside them stand those of the counted multiply-ad
 shared
 part, made on the spot, with its peak memory above the process after its imports; then the rate of the
 conjugate-gradient loop, in multiply-adds that the method needs, against the fastest large product of the same dtype in
-the same process. Each measurement has a process of its own. Seconds are CPU seconds of one thread, wall-clock with
-more. Linux only.
+the same process. Reach: seconds until a fit is within 2 % of the error that float32 has after 40 steps, with products
+of the curvature in float32 and as `train.curvature_dtype=auto` takes them. Each measurement has a process of its own.
+Seconds are CPU seconds of one thread, wall-clock with more. Linux only.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ from globe.sizes.costs import fit_bytes, step_work
 BASE = {"n": 32, "p": 352, "d": 512, "r": 88, "m": 8}
 ITERATIONS = 10
 """Of conjugate gradients in a step, none left out, so that all steps cost the same."""
+REACHED = 1.02
+"""Of the error at the end: where a fit counts as done."""
 LARGE = 4096
 """Rows and columns of the product whose rate is the peak."""
 
@@ -55,15 +59,16 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("doublings", "shapes"))
+    parser.add_argument("--only", choices=("doublings", "shapes", "reach"))
     parser.add_argument("--shapes", nargs="+", default=["60x1408x2048", "128x768x2048"])
     parser.add_argument("--steps", type=int, default=2, help="of the fits of the real shapes")
+    parser.add_argument("--reach", default="60x352x512", help="shape of the fits whose time is taken")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=12.0, help="GiB that a fit may take")
     parser.add_argument(
         "--share", type=float, default=0.6, help="of the peak rate that the loop should reach"
     )
-    parser.add_argument("--child", choices=("fit", "rate"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("fit", "rate", "reach"), help=argparse.SUPPRESS)
     parser.add_argument("--sizes", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="auto", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -123,6 +128,23 @@ def child_fit(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": each, "bytes": peak, "before": result.relfrob_start, "after": result.relfrob}
 
 
+def child_reach(sizes: Sizes, options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Return the seconds and the error after every step of a fit with the default options."""
+    X = normalise(trained_like(sizes.n, sizes.p, sizes.d), centre="scalar", scale="family").experts
+    config = Config()
+    config.train.steps, config.train.patience, config.train.curvature_dtype = options.steps, 0, options.dtype
+    trace: list[tuple[float, float]] = []
+    started = clock(options.threads)
+    fit_bank(
+        X,
+        sizes,
+        fit_options(config),
+        generator=torch.Generator().manual_seed(0),
+        on_step=lambda record: trace.append((clock(options.threads) - started, record.relfrob)),
+    )
+    return trace
+
+
 def iteration_seconds(loop: Callable[[], None], now: Callable[[], float]) -> float:
     """Return the shortest time between two products with the curvature, one of which every iteration makes.
 
@@ -176,15 +198,14 @@ def child_rate(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ask(what: str, sizes: Sizes, options: argparse.Namespace, dtype: str, steps: int) -> dict[str, Any]:
+def ask(what: str, sizes: Sizes, options: argparse.Namespace, dtype: str, steps: int) -> Any:
     values = ",".join(str(one) for one in (sizes.n, sizes.p, sizes.d, sizes.m, sizes.r))
     command = [sys.executable, __file__, "--child", what, "--sizes", values, "--dtype", dtype]
     command += ["--threads", str(options.threads), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
@@ -264,12 +285,27 @@ def shapes(options: argparse.Namespace) -> bool:
     return fine
 
 
+def reach(options: argparse.Namespace) -> None:
+    n, p, d = map(int, options.reach.split("x"))
+    traces = {
+        dtype: ask("reach", Sizes(n, p, d, n // 4, p // 2), options, dtype, 40) for dtype in ("same", "auto")
+    }
+    goal = REACHED * traces["same"][-1][1]
+    print(
+        f"\nSeconds to a RelFrob of {goal:.4f} on {options.reach}, m = n/4, r = p/2, SiLU\n\n"
+        "| curvature_dtype | RelFrob after 40 steps | s, 40 steps | s to within 2 % |\n" + "|---" * 4 + "|"
+    )
+    for dtype, trace in traces.items():
+        reached = next((f"{seconds:.0f}" for seconds, error in trace if error <= goal), "not reached")
+        print(f"| {dtype} | {trace[-1][1]:.4f} | {trace[-1][0]:.0f} | {reached} |", flush=True)
+
+
 def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.child:
         n, p, d, m, r = map(int, options.sizes.split(","))
-        work = child_fit if options.child == "fit" else child_rate
+        work = {"fit": child_fit, "rate": child_rate, "reach": child_reach}[options.child]
         with torch.no_grad():
             print(json.dumps(work(Sizes(n, p, d, m, r), options)))
         return 0
@@ -278,9 +314,11 @@ def main() -> int:
         f"{options.threads} thread(s) of {platform.machine()}, PyTorch {torch.__version__}, {kind} seconds, load "
         f"{os.getloadavg()[0]:.1f} at the start"
     )
-    if options.only != "shapes":
+    if options.only in (None, "doublings"):
         doublings(options)
-    fine = options.only == "doublings" or shapes(options)
+    if options.only in (None, "reach"):
+        reach(options)
+    fine = options.only not in (None, "shapes") or shapes(options)
     return 0 if fine else 1
 
 
