@@ -5,7 +5,8 @@
 Every row is a run of globe.train, whose banks are put dense into the model in memory: up and gate of all layers from
 weights alone, and with --calibrate also all three families in the metric of each expert's own inputs on that text. Rows
 that results.json holds already are not measured again, and unfinished runs go on, so the command can be stopped and
-repeated; a row is measured again when its options change. Without a checkpoint the embedded model is measured.
+repeated; a row is measured again when its options change. Without a checkpoint the embedded model is measured, and
+calibrated on the package's own text.
 `intro.md` says what was chosen on which text. Seconds are those of a run on one thread, search included, memory is its
 peak.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from pages import KINDS, PICTURE, TABLE, draw, table
 from perplexity import pruned_model, statistics_of
 
+import globe.train
 from globe.calibration.experts_module import experts_modules
 from globe.calibration.text import Tokens, tokenise
 from globe.checkpoint import open_checkpoint
@@ -40,13 +45,23 @@ from globe.files import write_json
 from globe.hf import patch_model
 from globe.runs.summary import read_summary
 
-HERE = Path(__file__).resolve().parent
-RESULTS, TABLE, PICTURE = HERE / "results.json", HERE / "README.md", HERE / "front.svg"
+RESULTS = TABLE.with_name("results.json")
+APART = multiprocessing.get_context("forkserver")
+"""Runs begin in a process that holds no model, so that their memory is theirs, with all modules loaded already."""
+APART.set_forkserver_preload(["globe.train", "globe.hf", "globe.evaluation.perplexity"])
 NO_TEXT = "normalise.metric=experts"
 LINEAR = "bank.activation=identity"
 ONE_BUDGET = ("budget.over=model",)
 TANH = ("bank.activation=tanh", "train.steps=25")
-KINDS = {"weights": "up and gate, weights alone", "calibrated": "all three families, calibrated"}
+GROUPS = "bank.group_A=64"
+ADAM = ("bank.activation=tanh", "train.steps=200", GROUPS)
+FACTORS: tuple[tuple[str, tuple[str, ...], tuple[tuple[float, int, int], ...]], ...] = (
+    ("shared basis", ("method=shared_basis", GROUPS), ((0.65, 3, 8), (0.5, 3, 8), (0.7, 4, 8))),
+    ("SVD", ("method=svd", GROUPS), ((0.65, 3, 3), (0.7, 4, 4))),
+    ("MoBE form", ("method=mobe_corrected", *ADAM), ((0.45, 4, 5), (0.6, 4, 6))),
+    ("SLBF form", ("method=slbf", *ADAM), ((0.45, 4, 5), (0.6, 4, 6))),
+)
+"""Forms whose factors are rounded: their options, and shares of numbers kept with bits of adapters and of atoms."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +112,13 @@ def rows(*, calibrated: bool = False) -> list[Row]:
             Row("GPTQ, rotated", f"{bits} bit", ("method=gptq_rotated", *fed)),
         ]
     found += [
-        Row(f"{title}, rounded", f"kept {kept}, {bits} bit", (f"method={name}", *sized, *metric))
-        for title, name in (("shared basis", "shared_basis"), ("SVD", "svd"))
-        for kept, bits in (("0.5", 4), ("0.65", 3))
-        for sized in [(f"bank.kept={kept}", f"bank.bits={bits}", "bank.group_A=64")]
+        Row(
+            f"{title}, rounded",
+            f"kept {kept:g}, {few} and {more} bit",
+            (f"bank.kept={kept:g}", f"bank.bits_A={few}", f"bank.bits_B={more}", *options, *metric),
+        )
+        for title, options, sizes in FACTORS
+        for kept, few, more in sizes
     ]
     found += [
         Row("shared basis, bfloat16", "kept 0.35", ("method=shared_basis", "bank.kept=0.35", *metric)),
@@ -160,15 +178,20 @@ class Bench:
         }
 
 
-def fit(bench: Bench, row: Row, runs: Path, given: Sequence[str]) -> tuple[Path, dict[str, float]]:
-    """Do the run of a row in a process of its own, and return its folder and figures."""
+def fit(bench: Bench, row: Row, runs: Path, given: Sequence[str]) -> tuple[Path, dict[str, float]] | None:
+    """Do the run of a row in a process of its own, and return its folder and figures; None where it is refused."""
     families = "both" if NO_TEXT in row.options and "calibrate.text" not in " ".join(given) else "all"
     name = f"{families}-{row.method}-{row.size}".replace(" ", "-").replace(",", "")
     folder = runs / bench.name / name
-    command = [sys.executable, "-m", "globe.train", f"model.path={bench.path}", f"family={families}"]
-    command += ["layer=all", "threads=1", *row.options, f"hydra.run.dir={folder}"]
-    command += [] if NO_TEXT in row.options else given
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    options = [f"model.path={bench.path}", f"family={families}", "layer=all", "threads=1", *row.options]
+    options += [f"hydra.run.dir={folder}", *([] if NO_TEXT in row.options else given)]
+    process = APART.Process(target=_train, args=(options,))
+    process.start()
+    process.join()
+    if process.exitcode == 1:  # an error, which it has said
+        return None
+    if process.exitcode:
+        raise SystemExit(f"{name} was stopped: the same command goes on there")
     summary = read_summary(folder / "summary.json")
     assert summary is not None
     weights = sum(bank.parameters for bank in summary.banks)
@@ -184,14 +207,20 @@ def fit(bench: Bench, row: Row, runs: Path, given: Sequence[str]) -> tuple[Path,
     }
 
 
-def row_figures(bench: Bench, row: Row, runs: Path, given: Sequence[str]) -> dict[str, Any]:
-    """Return all that the table says of a row."""
+def _train(options: list[str]) -> None:
+    """Do what `python -m globe.train` does with these options, and keep its prints to itself."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.argv[1:] = options
+    globe.train.main()
+
+
+def row_figures(bench: Bench, row: Row, runs: Path, given: Sequence[str]) -> dict[str, Any] | None:
+    """Return all that the table says of a row, None where a model has no run of it."""
     if row.pruned is None:
-        folder, figures = fit(bench, row, runs, given)
-        return figures | bench.measure(folder)
+        found = fit(bench, row, runs, given)
+        return None if found is None else found[1] | bench.measure(found[0])
     bench.measure(None)
-    found = statistics_of(str(bench.path), given)
-    left = pruned_model(bench.model, found, row.pruned)
+    left = pruned_model(bench.model, statistics_of(str(bench.path), given), row.pruned)
     share = 1 - row.pruned
     figures = {"bytes": 2 * share * bench.experts, "bits": 16 * share, "share": share, "relfrob": None}
     return figures | {"seconds": 0.0, "memory_mib": 0.0} | bench.measure(None, left)
@@ -203,98 +232,6 @@ def measured(results: list[dict[str, Any]], model: str, row: Row, setting: dict[
     return any(all(one.get(key) == value for key, value in wanted.items()) for one in results)
 
 
-def front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows that no other one beats in both bytes and divergence, from the smallest."""
-    best: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda one: (one["bytes"], one["kl"])):
-        if not best or point["kl"] < best[-1]["kl"]:
-            best.append(point)
-    return best
-
-
-def boards(results: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """Return the rows of every model and kind by bytes."""
-    places = dict.fromkeys((one["model"], one["kind"]) for one in results)
-    return [
-        (
-            model,
-            kind,
-            sorted((one for one in results if (one["model"], one["kind"]) == (model, kind)), key=_bytes),
-        )
-        for model, kind in places
-    ]
-
-
-def _bytes(one: dict[str, Any]) -> float:
-    return one["bytes"]
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the rows of every model by bytes; bold are those on the front."""
-    text = (HERE / "intro.md").read_text()
-    for model, kind, points in boards(results):
-        best = front(points)
-        text += f"\n## {model}, {KINDS[kind]}\n\n{points[0]['tokens']:,} tokens; the original has a perplexity of "
-        text += f"{points[0]['perplexity_original']:.2f}.\n\n"
-        text += "| bits | of bf16 | method | size | KL (95 %) | perplexity | top-1 | RelFrob | s | MiB |\n"
-        text += "|---" * 10 + "|\n"
-        for one in points:
-            mark = "**" if one in best else ""
-            run = one["relfrob"] is not None
-            text += (
-                f"| {one['bits']:.2f} | {one['share']:.3f} | {mark}{one['method']}{mark} | {one['size']} | "
-                f"{mark}{one['kl']:.5f}{mark} ({one['kl_low']:.5f} to {one['kl_high']:.5f}) | "
-                f"{one['perplexity']:.2f} | {one['top1']:.2%} | "
-            )
-            text += (
-                f"{one['relfrob']:.4f} | {one['seconds']:.0f} | {one['memory_mib']:.0f} |\n"
-                if run
-                else "- | - | - |\n"
-            )
-    return text
-
-
-def draw(results: list[dict[str, Any]]) -> None:
-    """Draw divergence over bits a weight, both logarithmic, with the front of each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "globe"
-    found = boards(results)
-    down = -(-len(found) // 2)
-    figure, axes = plt.subplots(down, min(2, len(found)), figsize=(12.8, 4.8 * down), squeeze=False)
-    for axis in axes.flat[len(found) :]:
-        axis.remove()
-    methods = dict.fromkeys(one["method"] for _, _, points in found for one in points)
-    palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
-    colours = dict(zip(methods, palette, strict=False))  # the same in all pictures
-    for axis, (model, kind, points) in zip(axes.flat, found, strict=False):
-        for method in dict.fromkeys(one["method"] for one in points):
-            own = sorted((one for one in points if one["method"] == method), key=lambda one: one["bits"])
-            bits, kl = ([one[name] for one in own] for name in ("bits", "kl"))
-            axis.plot(bits, kl, "o-", label=method, ms=5, color=colours.get(method))
-        best = front(points)
-        axis.step(
-            [one["bits"] for one in best], [one["kl"] for one in best], "k:", where="post", label="front"
-        )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="bits a weight",
-            ylabel="KL (nats)",
-            title=f"{model}, {KINDS[kind]}",
-        )
-        ticks = (1.5, 2, 3, 4, 6, 8)
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -303,7 +240,10 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, help="text that nothing was fitted to; default the package's own"
     )
-    parser.add_argument("--calibrate", help="text that statistics are taken on, for the rows of all families")
+    parser.add_argument(
+        "--calibrate",
+        help="text that statistics are taken on, for the rows of all families; embedded is the package's own",
+    )
     parser.add_argument(
         "--first", type=int, default=0, help="tokens of the text to leave out, as others chose on them"
     )
@@ -313,21 +253,26 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/leaderboard"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    results: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    if not given.checkpoints:
+        given.calibrate = given.calibrate or "embedded"
     kinds = [given.kind] if given.kind else ["weights"] + ["calibrated"] * (given.calibrate is not None)
     for checkpoint in given.checkpoints or [path()]:
         bench = Bench(checkpoint, given.text or text_path(), given.first, given.tokens)
         for kind in kinds:
-            results = measure_kind(bench, kind, given, results)
+            measure_kind(bench, kind, given)
+    results = read_results()
     TABLE.write_text(table(results))
-    draw(results)
+    draw(results, PICTURE)
     print(f"written: {TABLE}, {PICTURE}")
 
 
-def measure_kind(
-    bench: Bench, kind: str, given: argparse.Namespace, results: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Measure what is missing of one kind of rows, and return all results."""
+def read_results() -> list[dict[str, Any]]:
+    """Return all rows that were measured."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+
+
+def measure_kind(bench: Bench, kind: str, given: argparse.Namespace) -> None:
+    """Measure what is missing of one kind of rows."""
     setting = {"kind": kind, "tokens": given.tokens, "first": given.first}
     setting |= {"text": (given.text or text_path()).name}
     overrides: list[str] = []
@@ -335,17 +280,24 @@ def measure_kind(
         setting["calibrate"] = Path(given.calibrate).name
         text = given.calibrate if given.calibrate == "embedded" else Path(given.calibrate).resolve()
         overrides = [f"calibrate.text={text}", f"calibrate.out={given.runs / bench.name / 'calibration'}"]
+    held = read_results()
     todo = [
         one
         for one in rows(calibrated=kind == "calibrated")
-        if given.only in one.method and not measured(results, bench.name, one, setting)
+        if given.only in one.method and not measured(held, bench.name, one, setting)
     ]
     original = bench.measure(None) if todo else {}
     for row in todo:
         figures = row_figures(bench, row, given.runs, overrides)
+        if figures is None:
+            print(f"{bench.name} {row.method} {row.size}: no row, for the reason above", flush=True)
+            continue
         figures |= {"perplexity_original": original["perplexity"]}
         same = (bench.name, kind, row.method, row.size)
-        results = [one for one in results if (one["model"], one["kind"], one["method"], one["size"]) != same]
+        # another command may have measured other rows meanwhile
+        results = [
+            one for one in read_results() if (one["model"], one["kind"], one["method"], one["size"]) != same
+        ]
         own = {"model": bench.name, "method": row.method, "size": row.size, "options": list(row.options)}
         results.append(own | setting | figures)
         write_json(RESULTS, results)
@@ -353,7 +305,6 @@ def measure_kind(
             f"{bench.name} {row.method} {row.size}: {figures['bits']:.2f} bits, KL {figures['kl']:.5f}",
             flush=True,
         )
-    return results
 
 
 if __name__ == "__main__":

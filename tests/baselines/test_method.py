@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from globe.am.refit import refit
-from globe.bank.compose import rebuild
+from globe.bank.compose import bases_of, rebuild
 from globe.bank.file import read_artefact
+from globe.bank.rounding import Grid, round_nearest
 from globe.baselines import BaselineSizes
 from globe.checkpoint import open_checkpoint
 from globe.config.choices import ADAM_METHODS, WEIGHT_METHODS, Method
@@ -88,6 +89,24 @@ def test_rounding_is_part_of_the_figure(tmp_path: Path) -> None:
     (bank,) = load(folder / "summary.json")["banks"]
     assert bank["export_dtype"] == "bfloat16"
     assert 1e-7 < figure - bank["relfrob_fit"] < 1e-3
+
+
+@pytest.mark.parametrize(("method", "most"), [(Method.shared_basis, 1.02), (Method.slbf, 0.8)])
+def test_factors_of_a_baseline_are_rounded_with_feedback(tmp_path: Path, method: Method, most: float) -> None:
+    """What rounding adds to the error is less than by plain rounding, but for rows that are orthonormal anyway."""
+    few = ("bank.bits_A=3", "bank.bits_B=6", "bank.group_A=4")
+    figure, folder = run_in(tmp_path, f"method={method}", "layer=3", *FEW, *few, *steps_of(method))
+    artefact = read_artefact(folder / "banks" / "layer003.up")
+    W = open_checkpoint(None).read_experts(3, "up", max_experts=n).weights.double()
+    left = W - rebuild(artefact).double()
+    assert figure == pytest.approx(float(left.norm() / (W - W.mean()).norm()), rel=1e-4)
+    M = bases_of(artefact, slice(None)).double()
+    A = refit(W - W.mean(), M).adapters
+    nearest = round_nearest(A, Grid.of(3, A.shape[2], 4)).values().double()
+    least, plain = ((W - W.mean() - own @ M).square().sum() for own in (A, nearest))
+    assert float(left.square().sum() - least) < most * float(plain - least)
+    (bank,) = load(folder / "summary.json")["banks"]
+    assert bank["metrics"]["bytes"] < 0.3 * 4 * SAME
 
 
 def test_every_method_joins_members_but_the_one_with_a_mean_of_its_own(tmp_path: Path) -> None:
