@@ -14,7 +14,7 @@ from globe.am.records import StepOptions
 from globe.config.schema import InitConfig
 
 N, P, D, R = 12, 21, 34, 8
-RIDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (0.0, 1e-4, 1e-2, 1e-1)
 
 
 def layer(*, condition: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,7 +37,7 @@ def test_fits_with_any_ridge_stay_finite_and_descend(
     m = 4 if atom_rank is None else 10
     for ridge in RIDGES:
         config = configured(
-            activation=activation, lam=lam, lambda_A=ridge, steps=40, cg_iterations=10, init=InitConfig()
+            activation=activation, lam=lam, lambda_A=ridge, steps=20, cg_iterations=10, init=InitConfig()
         )
         result, records = fitted(X, sizes_of(X, m, R, atom_rank=atom_rank), config)
         objectives = [record.objective for record in records]
@@ -49,12 +49,11 @@ def test_fits_with_any_ridge_stay_finite_and_descend(
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-4])
-@pytest.mark.parametrize("condition", [1e3, 1e4])
 @pytest.mark.parametrize(("m", "atom_rank"), [(4, None), (10, 3)])
 def test_linear_fits_in_a_very_anisotropic_metric_stay_finite(
-    m: int, atom_rank: int | None, condition: float, ridge: float
+    m: int, atom_rank: int | None, ridge: float
 ) -> None:
-    X = layer(condition=condition)
+    X = layer(condition=1e4)
     config = configured(lambda_A=ridge, steps=60, cg_iterations=10, init=InitConfig())
     result, records = fitted(X, sizes_of(X, m, 13, atom_rank=atom_rank), config)
     objectives = [record.objective for record in records]

@@ -89,14 +89,17 @@ def test_a_module_of_the_current_folder_is_not_run(tmp_path: Path) -> None:
         ("device=cud", "cuda"),
     ],
 )
-def test_a_near_miss_is_proposed(tmp_path: Path, typed: str, meant: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "globe.train", typed],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1
-    assert done.stderr.endswith(f"(did you mean {meant}?)\n"), done.stderr
+def test_a_near_miss_is_proposed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    typed: str,
+    meant: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, "train", typed)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert said.endswith(f"(did you mean {meant}?)\n"), said
     assert not list(tmp_path.iterdir()), "a failed command leaves no folder"
