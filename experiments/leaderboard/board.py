@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from pages import KINDS, PICTURE, TABLE, draw, table
+from pages import KINDS, PICTURE, README, TABLE, write_pages
 from perplexity import pruned_model, statistics_of
 
 import globe.train
@@ -260,10 +260,8 @@ def main() -> None:
         bench = Bench(checkpoint, given.text or text_path(), given.first, given.tokens)
         for kind in kinds:
             measure_kind(bench, kind, given)
-    results = read_results()
-    TABLE.write_text(table(results))
-    draw(results, PICTURE)
-    print(f"written: {TABLE}, {PICTURE}")
+    write_pages(read_results())
+    print(f"written: {TABLE}, {PICTURE}, {README}")
 
 
 def read_results() -> list[dict[str, Any]]:

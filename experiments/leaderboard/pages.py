@@ -1,12 +1,16 @@
-"""The table and the picture of the leaderboard's results: README.md from intro.md and the rows, and front.svg."""
+"""The table and the picture of the leaderboard's results, and their summary in the project's README.
+
+python experiments/leaderboard/pages.py     # from results.json, without measuring anything
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TABLE, PICTURE = HERE / "README.md", HERE / "front.svg"
+TABLE, PICTURE, README = HERE / "README.md", HERE / "front.svg", HERE.parents[1] / "README.md"
 KINDS = {"weights": "up and gate, weights alone", "calibrated": "all three families, calibrated"}
 STYLES = {
     "GloBE, one square atom, coded": ("navy", "o"),
@@ -26,6 +30,15 @@ STYLES = {
     "pruned by REAP": ("black", "x"),
 }
 """Colour and mark of each method, the same in all panels, in the order of the legend."""
+SUMMARY = {
+    "GloBE, one square atom": ("GloBE, one square atom",),
+    "the same, coded": ("GloBE, one square atom, coded",),
+    "GPTQ, the best form of four": tuple(name for name in STYLES if name.startswith("GPTQ")),
+    "rounded factors, the best of four": tuple(name for name in STYLES if name.endswith("rounded")),
+}
+"""Methods of one row of the summary in the project's own README."""
+SHARES = (0.125, 0.145, 0.182, 0.21, 0.27)
+MARKS = ("<!-- leaderboard, written by board.py -->\n", "<!-- end -->\n")
 TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8, 12)
 
 
@@ -78,6 +91,47 @@ def table(results: list[dict[str, Any]]) -> str:
                 else "- | - | - |\n"
             )
     return text
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Return the least divergence of each method within shares of the bytes, of all calibrated models."""
+    text = (
+        "| KL within a share of the bfloat16 bytes | " + " | ".join(f"{share:g}" for share in SHARES) + " |\n"
+    )
+    text += "|---" * (len(SHARES) + 1) + "|\n"
+    for model, kind, points in boards(results):
+        if kind != "calibrated":
+            continue
+        best = {
+            (title, share): min(
+                (one["kl"] for one in points if one["method"] in methods and one["share"] <= share),
+                default=None,
+            )
+            for title, methods in SUMMARY.items()
+            for share in SHARES
+        }
+        for title in SUMMARY:
+            cells = []
+            for share in SHARES:
+                kl = best[title, share]
+                least = min(found for other in SUMMARY if (found := best[other, share]) is not None)
+                cells.append("-" if kl is None else f"**{kl:.5f}**" if kl == least else f"{kl:.5f}")
+            text += f"| `{model}`: {title} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def with_summary(page: str, results: list[dict[str, Any]]) -> str:
+    """Return a page with the summary between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + summary(results) + MARKS[1] + after
+
+
+def write_pages(results: list[dict[str, Any]]) -> None:
+    """Write table, picture and the summary in the project's README."""
+    TABLE.write_text(table(results))
+    draw(results, PICTURE)
+    README.write_text(with_summary(README.read_text(), results))
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -138,3 +192,7 @@ def _panel(axis: Any, points: list[dict[str, Any]]) -> dict[str, Any]:
         one.minorticks_off()
     axis.grid(alpha=0.3)
     return lines
+
+
+if __name__ == "__main__":
+    write_pages(json.loads(TABLE.with_name("results.json").read_text()))

@@ -109,3 +109,25 @@ def test_table_and_picture_show_every_row(pages: Any, tmp_path: Path) -> None:
     assert "**at 6**" not in weights
     pages.draw(results, tmp_path / "front.svg")
     assert "<svg" in (tmp_path / "front.svg").read_text()
+
+
+def test_pages_are_those_of_the_results(board: Any, pages: Any) -> None:
+    results = board.read_results()
+    assert pages.TABLE.read_text() == pages.table(results)
+    readme = pages.README.read_text()
+    assert readme == pages.with_summary(readme, results)
+
+
+def test_summary_is_the_least_within_a_share(pages: Any) -> None:
+    rows = [
+        point(12, 0.4, method="GPTQ"),
+        point(11, 0.3, method="GPTQ, rotated"),
+        point(18, 0.5, method="GPTQ"),
+    ]
+    rows += [point(14, 0.1, method="GloBE, one square atom"), point(50, 0.01, method="pruned by REAP")]
+    text = pages.summary([one | {"kind": "calibrated"} for one in rows] + [point(5, 0.001, method="GPTQ")])
+    lines = [line.split(" | ") for line in text.splitlines()[2:]]
+    assert [line[0] for line in lines] == [f"| `m`: {title}" for title in pages.SUMMARY]
+    assert lines[0][1:3] == ["-", "**0.10000**"]
+    assert lines[2][1:4] == ["**0.30000**", "0.30000", "0.30000"]
+    assert pages.with_summary("a\n" + "".join(pages.MARKS) + "z\n", []).endswith(pages.MARKS[1] + "z\n")
