@@ -31,6 +31,8 @@ from globe.numerics.metric import Metric
 
 _STALLED_AFTER = 12
 """Refused steps in a row; the damping has then grown by 5^12 and nothing descends any more."""
+_RIDGE_OF_ERROR = 0.1
+"""The relative ridge of the adapters is at most this share of the squared relative error that a fit begins with."""
 
 
 def fit_bank(
@@ -110,6 +112,7 @@ def _begin(
     products = curvature_dtype(options.curvature, X)
     saved = None
     if resume is not None:
+        options = _of_start(options, float(resume.numbers["relfrob_start"] or 0.0))
         saved = restore(resume, X, options.step, metric=metric, group=group)
         products = torch.bfloat16 if saved.progress.low_precision else X.dtype
     options = replace(options, step=replace(options.step, curvature_dtype=products))
@@ -131,7 +134,25 @@ def _begin(
     )
     low = products is torch.bfloat16
     progress = Progress(seed, problem.relfrob(state.point.error), low_precision=low)
+    problem = replace(problem, options=_of_start(options, progress.relfrob_start))
+    if problem.options.step.lambda_A < options.step.lambda_A:
+        state = start_state(
+            X,
+            state.atoms,
+            problem.options.step,
+            damping=state.damping,
+            constraint=state.constraint,
+            metric=metric,
+            into=state.point,
+            group=group,
+        )
     return problem, Running(state, Best.of(state), progress, None)
+
+
+def _of_start(options: FitOptions, relfrob_start: float) -> FitOptions:
+    """Return the options with the ridge that the first error allows: a larger one would be most of what is left."""
+    ridge = max(options.least_ridge, _RIDGE_OF_ERROR * relfrob_start**2)
+    return replace(options, step=replace(options.step, lambda_A=min(options.step.lambda_A, ridge)))
 
 
 def _control(problem: Problem, running: Running, controls: Controls) -> Running:
@@ -233,6 +254,7 @@ def _finish(problem: Problem, running: Running, controls: Controls, stop: StopRe
     return FitResult(
         factors=Factors(atoms.bank, atoms.codes, adapters, atoms.left, atoms.right),
         lam=state.lam,
+        lambda_A=problem.options.step.lambda_A,
         stop=stop,
         steps=progress.step,
         relfrob_start=progress.relfrob_start,

@@ -49,6 +49,8 @@ class FitOptions:
     temperature: Curve = Curve()
     curvature: str = "auto"
     """arithmetic of the conjugate gradients: auto, same or bfloat16; see `curvature_dtype`"""
+    least_ridge: float = 0.0
+    """what the ridge is not lowered below where a fit begins with a small error, as adapters of few bits need it"""
     damping: float = 1e-2
     """first damping of Levenberg and Marquardt"""
     simplex: bool = False

@@ -167,3 +167,5 @@ class FitResult:
     accepted: int = 0
     rejected: int = 0
     regularised_solves: int = 0
+    lambda_A: float = 0.0
+    """ridge of the adapters' refit, which an export repeats"""

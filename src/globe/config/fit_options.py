@@ -145,8 +145,9 @@ class TrainConfig:
     momentum: float = 0.95
     """Largest Nesterov extrapolation between Gauss-Newton steps; 0 is none."""
     lambda_A: float = 1e-4
-    """Relative ridge of the adapter refit. It keeps the mixed bases well conditioned, so that rounding the bank to
-    bfloat16 costs less. 0 fits exact problems exactly."""
+    """Largest relative ridge of the adapter refit. It keeps the mixed bases well conditioned, so that rounding the bank
+    to bfloat16 costs less. A fit that begins with a relative error E takes at most 0.1 E^2. 0 fits exact problems
+    exactly."""
     lambda_B: float = 0.0
     """Relative ridge of the dictionary step."""
     lambda_T: float = 0.0

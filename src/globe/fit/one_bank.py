@@ -277,10 +277,6 @@ def fit_globe(
 ) -> tuple[FitResult, Finalised]:
     """Fit one bank and return it with its exported factors; see `fit_bank` and `finalise` for `group`."""
     X = read.joined.experts
-    precision = bank.precision
-    if precision is not None:  # a fit that is to be rounded takes the ridge that rounding wants
-        train = config.train
-        config = replace(config, train=replace(train, lambda_A=max(train.lambda_A, precision.ridge)))
     metric = metric_of(config, read, group)
     columns = None
     if metric is not None:
@@ -289,7 +285,7 @@ def fit_globe(
     result = fit_bank(
         X,
         bank.sizes,
-        fit_options(config, export_dtype=read.export_dtype),
+        fit_options(config, export_dtype=read.export_dtype, precision=bank.precision),
         generator=generator,
         metric=columns,
         resume=state,
@@ -308,9 +304,9 @@ def fit_globe(
         activation=str(config.bank.activation),
         export_dtype=read.export_dtype,
         prune=config.codes.prune,
-        refit=lambda X, M: refit(X, M, lambda_A=config.train.lambda_A).adapters,
+        refit=lambda X, M: refit(X, M, lambda_A=result.lambda_A).adapters,
         metric=metric,
-        precision=precision,
+        precision=bank.precision,
         group=group,
     )
     return result, done

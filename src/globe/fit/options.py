@@ -6,12 +6,19 @@ import torch
 
 from globe.am.options import Curve, FitOptions, Start
 from globe.am.records import StepOptions
+from globe.bank.precision import Precision
 from globe.config.fit_options import CurveConfig
 from globe.config.schema import Config
 
 
-def fit_options(config: Config, *, export_dtype: torch.dtype | None = None) -> FitOptions:
-    """Return the options of a fit; they leave the configuration nowhere else."""
+def fit_options(
+    config: Config, *, export_dtype: torch.dtype | None = None, precision: Precision | None = None
+) -> FitOptions:
+    """Return the options of a fit; they leave the configuration nowhere else.
+
+    A fit whose factors are rounded to a `precision` takes at least the ridge that the rounding wants.
+    """
+    least_ridge = 0.0 if precision is None else precision.ridge
     train, codes, init, schedule = config.train, config.codes, config.init, config.schedule
     step = StepOptions(
         activation=str(config.bank.activation),
@@ -22,7 +29,7 @@ def fit_options(config: Config, *, export_dtype: torch.dtype | None = None) -> F
         cg_iterations=train.cg_iterations,
         cg_tolerance=train.cg_tolerance,
         momentum=train.momentum,
-        lambda_A=train.lambda_A,
+        lambda_A=max(train.lambda_A, least_ridge),
         lambda_B=train.lambda_B,
         lambda_T=train.lambda_T,
     )
@@ -33,6 +40,7 @@ def fit_options(config: Config, *, export_dtype: torch.dtype | None = None) -> F
         _curve(schedule.beta),
         _curve(schedule.temperature),
         curvature=str(train.curvature_dtype),
+        least_ridge=least_ridge,
         damping=train.damping,
         simplex=codes.simplex,
         coding_every=codes.every,

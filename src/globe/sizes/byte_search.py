@@ -87,17 +87,14 @@ def _error(
     """Return the relative error of a short fit once it is rounded, in the metric; infinity where it breaks."""
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, atom_rank=size.atom_rank)
     precision = room.precision(size)
-    lambda_A = max(config.train.lambda_A, precision.ridge)
-    train = replace(
-        config.train, steps=FEWEST_STEPS, time_limit=None, patience=0, checkpoint_every=1e9, lambda_A=lambda_A
-    )
+    train = replace(config.train, steps=FEWEST_STEPS, time_limit=None, patience=0, checkpoint_every=1e9)
     linear = is_linear(config)
     seen = X if metric is None else metric.seen(X, slice(0, len(X)))
     try:
         fitted = fit_bank(
             seen,
             sizes,
-            fit_options(replace(config, train=train)),
+            fit_options(replace(config, train=train), precision=precision),
             metric=None if metric is None else metric.kernel(linear=linear),
             generator=torch.Generator().manual_seed(seed),
         )
