@@ -27,7 +27,7 @@ COOLING = {"temperature": CurveConfig(Curve.exponential, 1.0, 0.5)}
 DENSE = InitConfig()
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "linear": ({}, {}),
+    "linear, with the ridge of its start": ({"lambda_A": 1.0}, {}),
     "silu homotopy": ({"activation": "silu", "schedule": HOMOTOPY}, {}),
     "low rank": ({"init": DENSE}, {"atom_rank": 2}),
     "low rank, gelu, sparse": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from planted import configured, fitted, normal, sizes_of
 from torch import Tensor
 
+from globe.am.loop import fit_bank
 from globe.am.objective import evaluate, mix
 from globe.am.records import StepOptions
 from globe.config.schema import InitConfig
+from globe.fit.options import fit_options
 
 N, P, D, R = 12, 21, 34, 8
 RIDGES = (0.0, 1e-4, 1e-2, 1e-1)
@@ -73,3 +76,19 @@ def test_the_objective_of_a_linear_fit_knows_no_scale(ridge: float) -> None:
     Y = mix(codes, bank)
     along = (at.force * Y).sum(dim=(1, 2)) / (at.force.norm(dim=(1, 2)) * Y.norm(dim=(1, 2)))
     assert float(along.abs().max()) < 1e-10
+
+
+def test_a_small_error_is_not_left_to_the_ridge() -> None:
+    """Directions of little energy count where the rest is fitted; adapters of few bits keep their ridge."""
+    shared = torch.logspace(0, -2, R, dtype=torch.float64)[:, None] * normal(R, D, seed=1)
+    X = (normal(N, P, R, seed=2) @ shared + 1e-3 * normal(N, P, D, seed=3)).float()
+    X /= X.std()
+    sizes = sizes_of(X, 2, R)
+    options = fit_options(configured(lambda_A=1e-3, steps=12, init=InitConfig()))
+    found, held = (
+        fit_bank(X, sizes, one, generator=torch.Generator().manual_seed(0))
+        for one in (options, replace(options, least_ridge=1e-3))
+    )
+    assert found.lambda_A == 0.1 * found.relfrob_start**2 < 1e-4
+    assert held.lambda_A == 1e-3
+    assert found.relfrob < 0.5 * held.relfrob

@@ -17,7 +17,6 @@ from globe.errors import ConfigError
 from globe.fit.plan import BankSize
 from globe.sizes.byte_room import ATOM_BITS, ByteRoom, least_share, too_small
 from globe.sizes.byte_search import search_bytes
-from globe.sizes.search import FEWEST_STEPS
 from run_support import composed, load, run_in
 
 N, P, D = 9, 26, 40
@@ -64,7 +63,7 @@ def test_search_takes_the_least_error_and_says_all_it_tried() -> None:
     config = Config()
     config.schedule.lam.start = config.schedule.lam.end = 0.0
     found = search_bytes(X, room, config, seed=3)
-    errors = {probe.size: probe.relfrob[FEWEST_STEPS] for probe in found.probes}
+    errors = {probe.size: probe.relfrob for probe in found.rounds[0].probes}
     assert found.chosen == min(errors, key=errors.__getitem__)
     assert len(errors) >= 4
     assert len({size.m for size in errors}) >= 2

@@ -144,7 +144,7 @@ LARGE = [(60, 1408, 2048), (128, 768, 2048), (256, 2048, 7168), (60, 88, 256), (
 @pytest.mark.parametrize("shape", LARGE)
 @pytest.mark.parametrize("words", [[], ["codes.target_support=5"], ["train.dictionary=mod"]])
 def test_candidates_for_large_experts_fill_the_budget(shape: tuple[int, int, int], words: list[str]) -> None:
-    """The search probes a small block of such experts; what it would choose for it keeps next to nothing of them."""
+    """They are sizes of the whole experts, though the search fits them in small blocks."""
     config = to_config(composed("bank.kept=0.5", "layer=3", *words))
     (bank,) = outline(config, Large(*shape))
     plans = globe.sizes.dry_run.candidate_plans(config, bank)
@@ -169,7 +169,7 @@ def test_the_run_takes_sizes_between_those_shown(tmp_path: Path, quick: None) ->
     found = choose_sizes(config, [bank], sizing, tmp_path / "f.json")
     chosen = found[bank.shape]
     frontier = json.loads((tmp_path / "f.json").read_text())["shapes"]["9x160x200"]["frontier"]
-    assert frontier["block"]["p"] < 160
+    assert frontier["rounds"][0]["block"]["p"] < 160
     dense = sorted((one.sizes.m, one.sizes.r) for one in plans if one.sizes.atom_rank is None)
     assert dense[0][0] <= chosen.m <= dense[-1][0]
     assert dense[-1][1] <= chosen.r <= dense[0][1]

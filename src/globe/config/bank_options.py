@@ -161,7 +161,7 @@ def _check_bits(bank: BankConfig) -> None:
 class BudgetConfig:
     """What `bank.kept` asks for: a search for sizes, once for each shape of bank, and how the share is spread."""
 
-    seconds: float = 10.0
+    seconds: float = 20.0
     """Seconds that all short fits may take on one core of the reference machine (see `globe.sizes.costs`). They become
     a number of steps beforehand, so that equal seeds choose equal sizes on any machine."""
 

@@ -12,7 +12,7 @@ from globe.errors import ConfigError
 from globe.fit.plan import BankPlan, BankSize, Outline, is_search, plan_bank
 from globe.runs.allocation import FILE
 from globe.runs.folder import RunFolder
-from globe.sizes.budget import enlarged
+from globe.sizes.budget import resized
 from globe.sizes.byte_spread import spread_bytes
 from globe.sizes.chosen import allows, choose_sizes, room_of
 from globe.sizes.serving import require_served, serving_of
@@ -72,4 +72,4 @@ def _of_form(config: Config, bank: Outline, form: BankSize, share: float | None)
         return plan_bank(config, bank, form)
     own = replace(config, bank=replace(config.bank, kept=share))
     room = room_of(own, bank)
-    return plan_bank(own, bank, enlarged(room, form, room, allows=partial(allows, own)))
+    return plan_bank(own, bank, resized(room, form, room, allows=partial(allows, own)))

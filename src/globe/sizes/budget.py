@@ -94,7 +94,7 @@ def neighbours(
     return tuple(dict.fromkeys(one for one in found if one is not None and one not in seen))
 
 
-def enlarged(
+def resized(
     room: Room, size: BankSize, block: Room, *, allows: Callable[[int], bool] = lambda m: True
 ) -> BankSize:
     """Return the sizes in `room` for `size` in a block of it: as many atoms, rows in proportion, filled up."""

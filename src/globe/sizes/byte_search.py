@@ -22,7 +22,7 @@ from globe.numerics.figures import squared_norms
 from globe.numerics.input_metric import InputMetric
 from globe.sizes.budget import Room, grid
 from globe.sizes.byte_room import AVERAGES, ByteRoom
-from globe.sizes.search import FEWEST_STEPS, Frontier, probe_of
+from globe.sizes.search import FEWEST_STEPS, Frontier, Round, probes_of
 
 _log = logging.getLogger(__name__)
 _MOST_ATOMS = 4
@@ -65,8 +65,7 @@ def search_bytes(
             "no size within bank.size could be fitted: use dtype=float64, or give bank.m, bank.r, bank.bits"
         )
     whole = Room(room.n, room.p, room.d, room.bits // 16)
-    probes = tuple(probe_of(size, whole, {FEWEST_STEPS: error}) for size, error in tried.items())
-    return Frontier(whole, whole, (FEWEST_STEPS,), probes, chosen)
+    return Frontier(whole, (Round(whole, FEWEST_STEPS, probes_of(tried)),), chosen)
 
 
 def byte_candidates(room: ByteRoom) -> list[BankSize]:

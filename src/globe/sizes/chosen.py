@@ -34,12 +34,12 @@ from globe.sizes.budget import Room, candidates, too_small
 from globe.sizes.byte_room import ByteRoom
 from globe.sizes.byte_room import too_small as bytes_too_small
 from globe.sizes.byte_search import search_bytes
-from globe.sizes.search import RATIO, Frontier, search
+from globe.sizes.search import RATIO, Frontier, described, search
 from globe.sizes.serving import Serving, costs_of, served, serving_of, unservable
 from globe.sizes.sizing import Sizing
 
 _log = logging.getLogger(__name__)
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Shape = tuple[int, int, int]
 
 
@@ -205,32 +205,28 @@ def print_frontier(searched: Searched, console: Console | None = None) -> None:
 
 
 def frontier_table(searched: Searched) -> Table:
-    """Return the table: dense candidates by m, then low-rank ones by rank; the chosen one is bold."""
+    """Return the table, round by round: dense candidates by m, then low-rank ones by rank; the chosen one is bold."""
     frontier = searched.frontier
-    room, block = frontier.room, frontier.block
-    title = f"sizes within {room.limit / (room.n * room.p * room.d):.1%} of {searched.probed}"
-    if block != room:
-        title += f", probed in blocks of {block.p} x {block.d}: m={frontier.chosen.m}, r={frontier.chosen.r}"
-        title += f", k={frontier.chosen.atom_rank}" if frontier.chosen.atom_rank else ""
-    steps = sorted(set(frontier.steps))
+    room = frontier.room
+    full = room.n * room.p * room.d
     few = frontier.chosen.bits_A is not None
     bits = ("bits of A", "bits of B") if few else ()
     table = new_table(
-        title, ("m", "r", "k", *bits, "kept", *(f"error after\n{count} steps" for count in steps))
+        f"sizes within {room.limit / full:.1%} of {searched.probed}",
+        ("fitted to", "m", "r", "k", *bits, "kept", "error"),
     )
-    for probe in sorted(frontier.probes, key=lambda one: (one.size.atom_rank or 0, one.size.m)):
-        size = probe.size
-        cells = (
-            str(size.m),
-            str(size.r),
-            "-" if size.atom_rank is None else str(size.atom_rank),
-            *((f"{size.bits_A:.2f}", str(size.bits_B)) if few else ()),
-            f"{probe.parameters / (block.n * block.p * block.d):.2%}",
-            *(
-                "" if count not in probe.relfrob else "broke" if error is None else f"{error:.4f}"
-                for count in steps
-                for error in [probe.relfrob.get(count)]
-            ),
-        )
-        add_row(table, cells, "bold" if block == room and size == frontier.chosen else None)
+    for one in frontier.rounds:
+        for probe in sorted(one.probes, key=lambda probe: (probe.size.atom_rank or 0, probe.size.m)):
+            size = probe.size
+            cells = (
+                described(one, room),
+                str(size.m),
+                str(size.r),
+                "-" if size.atom_rank is None else str(size.atom_rank),
+                *((f"{size.bits_A:.2f}", str(size.bits_B)) if few else ()),
+                f"{room.parameters(size) / full:.2%}",
+                "broke" if probe.relfrob is None else f"{probe.relfrob:.4f}",
+            )
+            last = one is frontier.rounds[-1]
+            add_row(table, cells, "bold" if last and size == frontier.chosen else None)
     return table

@@ -27,7 +27,6 @@ from globe.fit.plan import BankPlan, BankSize, Outline, is_search, outline, plan
 from globe.fit.reading import DTYPES
 from globe.numerics.device import arithmetic, limit_threads, peak_host_bytes
 from globe.runs.allocation import FILE
-from globe.sizes.budget import enlarged
 from globe.sizes.byte_search import byte_candidates
 from globe.sizes.byte_spread import spread_bytes
 from globe.sizes.chosen import allows, byte_room_of, given_bytes, limits_of, room_of
@@ -35,7 +34,7 @@ from globe.sizes.costs import fit_bytes, in_metric
 from globe.sizes.file_sizes import file_bytes, saved_bytes
 from globe.sizes.model_size import with_model_size
 from globe.sizes.search import plan_search
-from globe.sizes.serving import Cost, costs_of, require_served, served, serving_of, serving_table, size_of
+from globe.sizes.serving import Cost, costs_of, require_served, serving_of, serving_table, size_of
 from globe.sizes.sizing import Sizing
 from globe.sizes.timing import is_curved, seconds_of_steps
 from globe.sizes.whole_budget import spread_budget
@@ -151,22 +150,14 @@ def byte_sizes(config: Config, bank: Outline) -> list[BankSize]:
 
 
 def candidate_plans(config: Config, bank: Outline, checkpoint: Checkpoint | None = None) -> list[BankPlan]:
-    """Return the sizes that the search begins with, for the whole experts: it may probe them in a smaller block of
-    these.
+    """Return the sizes that the search begins with.
 
     `checkpoint` is asked what serving costs, where `serve` has limits.
     """
     room = room_of(config, bank)
     serving = None if checkpoint is None else limits_of(config, checkpoint, bank, room)
-
-    def allowed(m: int) -> bool:
-        return allows(config, m)
-
-    search = plan_search(room, config, allowed, serving)
-    block = search.room
-    sizes = [one if block == room else enlarged(room, one, block, allows=allowed) for one in search.first]
-    sizes = list(served(sizes, serving, room.p, room.d))
-    return [plan_bank(config, bank, size) for size in dict.fromkeys(sizes)]
+    search = plan_search(room, config, lambda m: allows(config, m), serving)
+    return [plan_bank(config, bank, size) for size in search.first]
 
 
 def totals(config: Config, checkpoint: Checkpoint, found: Sequence[Prediction]) -> Totals:

@@ -53,7 +53,7 @@ def measure_gain(X: Float[Tensor, "n p d"], metric: InputMetric | None, config: 
         admitted = partial(allows, own)
         if room.dense(ATOMS, admitted) is None:
             continue
-        block = plan_search(room, own, admitted).room
+        block = plan_search(room, own, admitted).look.block
         size = block.dense(min(ATOMS, block.n), admitted)
         part, seen_by = (X, metric) if block is room else block_of(X, metric, block, config.seed)
         basis = spectrum(part, seen_by)

@@ -1,4 +1,4 @@
-"""Successive halving over sizes that fill a budget, by short fits: what `bank.kept` chooses (m, r, atom_rank) with.
+"""A search among sizes that fill a budget, by short fits: what `bank.kept` chooses (m, r, atom_rank) with.
 
 Steps, not seconds, are what a fit is given, and their number follows from a count of multiply-adds: equal seeds choose
 equal sizes, on a busy machine as on an idle one.
@@ -26,40 +26,60 @@ from globe.fit.options import fit_options
 from globe.fit.plan import BankSize, target_support
 from globe.numerics.input_metric import InputMetric
 from globe.numerics.metric import Metric
-from globe.sizes.budget import Room, candidates, enlarged, neighbours
+from globe.sizes.budget import Room, candidates, neighbours, resized
 from globe.sizes.costs import average_work, reference_seconds
 from globe.sizes.serving import Serving, served
 
 _log = logging.getLogger(__name__)
 
-FEWEST_STEPS = 12
-"""Of a first fit. On 60 trained experts the order after 12 steps was nearly that after 70, the one after 5 was not."""
+FEWEST_STEPS, FEWEST_AT_LAST = 12, 24
+"""Of a first fit and of a last one. On 60 trained experts the order after 12 steps was nearly that after 70, the one
+after 5 was not; the best few of those take twice as many to tell apart."""
 RATIO = 2.0
-"""Steps of the first grid; the second rung looks halfway between the best candidates and their neighbours."""
-KEPT_OF_FIRST, FINALISTS = 1 / 3, 3
-"""What goes on: a third after the first rung, and three sizes into the last one."""
+"""Steps of the first grid; then come those halfway between the best candidates and their neighbours."""
+KEPT_OF_FIRST, FINALISTS = 1 / 3, 4
+"""Share of the grid whose neighbours are looked at, and how many sizes are fitted once more."""
+_BETWEEN = 4
+"""Sizes between those of the grid, at most."""
+_FIRST_SHARE = 1 / 2
+"""Of the time for the first fits; the last ones tell sizes apart that differ by little, in larger blocks and longer."""
 _SMALLEST_BLOCK = 12
 """Rows and columns; a smaller block of the experts has too few ranks to choose from."""
 _SLACK = 0.6
 """The error falls by this share of what more is kept (log by log), around the best sizes."""
 
 
-class Plan(NamedTuple):
-    """What the time limit allows: in which block of the experts to look, and steps per rung."""
+class Rung(NamedTuple):
+    """In which block of the experts sizes are fitted, and for how many steps."""
 
-    room: Room
+    block: Room
+    steps: int
+
+
+class Plan(NamedTuple):
+    """What the time limit allows. Sizes are those of the whole experts."""
+
     first: tuple[BankSize, ...]
-    steps: tuple[int, int, int]
+    look: Rung
+    last: Rung
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One candidate and its errors; fewer if it was left behind or came later."""
+    """A size of the whole experts and the error of its fit."""
 
     size: BankSize
-    parameters: int
-    relfrob: dict[int, float | None]
-    """by the steps it was fitted for; None for a fit that broke"""
+    relfrob: float | None
+    """in a block, whose sizes are coarse, what it would be if the budget were filled; None for a fit that broke"""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Sizes that were fitted alike."""
+
+    block: Room
+    steps: int
+    probes: tuple[Probe, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,41 +87,37 @@ class Frontier:
     """All that a search saw, and what it chose."""
 
     room: Room
-    block: Room
-    """what the probes were fitted to: `room`, or a block of fewer rows and columns"""
-    steps: tuple[int, ...]
-    probes: tuple[Probe, ...]
+    rounds: tuple[Round, ...]
     chosen: BankSize
-    """sizes for `room`"""
 
 
 def plan_search(
     room: Room, config: Config, allows: Callable[[int], bool], serving: Serving | None = None
 ) -> Plan:
-    """Plan rungs of equal cost within `budget.seconds` of the reference core.
+    """Plan the fits within `budget.seconds` of the reference core. `room` must have a candidate that serves as asked.
 
     Where the experts are too large for even the fewest steps, a block of them stands for all: rows and columns in one
-    proportion, in which the same share is kept by as many atoms. `room` must have a candidate that serves as asked.
+    proportion, in which the same share is kept by as many atoms.
     """
     low_rank = config.train.dictionary is Dictionary.gauss_newton
-    factor = 1.0
-    while True:
-        block = room if factor == 1 else room.shrunk(factor)
-        found = candidates(block, ratio=RATIO, low_rank=low_rank, allows=allows)
-        first = served(found, serving, block.p, block.d)
-        smallest = min(block.p, block.d) <= _SMALLEST_BLOCK
-        if first:
-            each = sum(_seconds(block, size, config) for size in first) / len(first)
-            numbers = (len(first), _second(len(first)) + 4, FINALISTS)
-            steps = [int(config.budget.seconds / 3 / number / each) for number in numbers]
-            if steps[0] >= FEWEST_STEPS or smallest:
-                most = config.train.steps
-                rungs = [min(max(FEWEST_STEPS, step), most) for step in steps]
-                return Plan(block, first, (rungs[0], max(rungs[:2]), max(rungs)))
-        elif smallest:
-            found = candidates(room, ratio=RATIO, low_rank=low_rank, allows=allows)
-            return Plan(room, served(found, serving, room.p, room.d), (FEWEST_STEPS,) * 3)
-        factor *= 2**0.5
+    first = served(candidates(room, ratio=RATIO, low_rank=low_rank, allows=allows), serving, room.p, room.d)
+
+    def rung(number: int, fewest: int, seconds: float) -> Rung:
+        factor, block = 1.0, room
+        while True:
+            sizes = [resized(block, size, room, allows=allows) for size in first]
+            each = sum(_seconds(block, size, config) for size in sizes) / len(sizes)
+            steps = int(seconds / number / each)
+            factor *= 2**0.5
+            smaller = room.shrunk(factor)
+            small = min(block.p, block.d) <= _SMALLEST_BLOCK or smaller.dense(1, allows) is None
+            if steps >= fewest or small:
+                return Rung(block, min(max(fewest, steps), config.train.steps))
+            block = smaller
+
+    look = rung(len(first) + _BETWEEN, FEWEST_STEPS, config.budget.seconds * _FIRST_SHARE)
+    last = rung(FINALISTS, FEWEST_AT_LAST, config.budget.seconds * (1 - _FIRST_SHARE))
+    return Plan(first, look, last)
 
 
 def search(
@@ -114,55 +130,56 @@ def search(
     allows: Callable[[int], bool],
     serving: Serving | None = None,
 ) -> Frontier:
-    """Fit the candidates to normalised experts for a few steps, the better third and what lies between for more steps,
-    the best three for the most, and take the one with the least error, in the metric of the fit. Raises FitError if all
-    break.
+    """Fit the candidates to normalised experts for a few steps, then what lies between the best of them, then the best
+    four for more steps in as large a block as the time allows, and take the one with the least error, in the metric of
+    the fit. Raises FitError if all break.
     """
     plan = plan_search(room, config, allows, serving)
-    block = plan.room
-    if block is not room:
-        X, metric = block_of(X, metric, block, seed)
-    columns = None
-    if metric is not None:
-        X = metric.seen(X, slice(0, len(X)))
-        columns = metric.kernel(linear=is_linear(config))
-    seen: dict[BankSize, dict[int, float]] = {}
-    running = list(plan.first)
-    for rung, steps in enumerate(plan.steps):
-        _log.info("trying %d sizes on %d experts of %d x %d for %d steps", len(running), *X.shape, steps)
-        with progress_bar(len(running), "fit", f"sizes, round {rung + 1} of {len(plan.steps)}") as bar:
-            for size in running:
-                tried = seen.setdefault(size, {})
-                if steps not in tried:
-                    tried[steps] = short_error(X, columns, block, size, config, steps, seed)
+
+    def errors(rung: Rung, sizes: Sequence[BankSize], name: str) -> dict[BankSize, float]:
+        _log.info("trying %d sizes on %d experts of %s", len(sizes), room.n, described(rung, room))
+        part, columns = _seen(X, metric, rung.block, room, config, seed)
+        found: dict[BankSize, float] = {}
+        known: dict[BankSize, float] = {}
+        with progress_bar(len(sizes), "fit", f"sizes, {name}") as bar:
+            for size in sizes:
+                own = resized(rung.block, size, room, allows=allows)
+                if own not in known:
+                    known[own] = short_error(part, columns, rung.block, own, config, rung.steps, seed)
+                found[size] = _merit(rung.block, own, known[own], rung.block != room)
                 bar.update()
-        merits = {size: _merit(block, size, seen[size][steps], block is not room) for size in running}
-        running.sort(key=merits.__getitem__)
-        if rung == 0:
-            leaders = running[: _second(len(running))]
-            between = served(_halfway(block, leaders, tuple(seen), allows), serving, block.p, block.d)
-            running = [*leaders, *(size for size in between if size not in seen)]
-        else:
-            running = running[:FINALISTS]
-    if not math.isfinite(merits[running[0]]):
+        return found
+
+    looked = errors(plan.look, plan.first, "first look")
+    leaders = sorted(looked, key=looked.__getitem__)[: max(2, math.ceil(len(looked) * KEPT_OF_FIRST))]
+    between = served(_halfway(room, leaders, plan.first, allows), serving, room.p, room.d)
+    if between:
+        looked |= errors(plan.look, between, "in between")
+    rounds, found = [_round(plan.look, looked)], looked
+    if plan.last != plan.look:
+        found = errors(plan.last, sorted(looked, key=looked.__getitem__)[:FINALISTS], "the best")
+        rounds.append(_round(plan.last, found))
+    chosen = min(found, key=found.__getitem__)
+    if not math.isfinite(found[chosen]):
         raise FitError(
             "no size within bank.kept could be fitted: use dtype=float64, or give bank.m and bank.r"
         )
-    probes = tuple(probe_of(size, block, tried) for size, tried in seen.items())
-    chosen = running[0]
-    if block is not room:
-        whole = enlarged(room, chosen, block, allows=allows)
-        # rounded in the block, it may serve there alone: then the first size that serves whole
-        (chosen, *_) = served(
-            (whole, *candidates(room, ratio=RATIO, low_rank=False, allows=allows)), serving, room.p, room.d
-        )
-    return Frontier(room, block, plan.steps, probes, chosen)
+    return Frontier(room, tuple(rounds), chosen)
 
 
-def probe_of(size: BankSize, block: Room, tried: dict[int, float]) -> Probe:
-    """Return the record of a candidate, from its errors by steps, infinite where a fit broke."""
-    relfrob = {steps: error if math.isfinite(error) else None for steps, error in tried.items()}
-    return Probe(size, block.parameters(size), relfrob)
+def described(rung: Rung | Round, room: Room) -> str:
+    """Return the block and the steps in words."""
+    whole = "" if rung.block == room else "blocks of "
+    return f"{whole}{rung.block.p} x {rung.block.d}, {rung.steps} steps"
+
+
+def _round(rung: Rung, found: dict[BankSize, float]) -> Round:
+    return Round(rung.block, rung.steps, probes_of(found))
+
+
+def probes_of(found: dict[BankSize, float]) -> tuple[Probe, ...]:
+    """Return the records of sizes and their errors, infinite where a fit broke."""
+    return tuple(Probe(size, error if math.isfinite(error) else None) for size, error in found.items())
 
 
 def _halfway(
@@ -174,13 +191,20 @@ def _halfway(
     return tuple(dict.fromkeys(found))
 
 
-def _second(first: int) -> int:
-    return max(2, math.ceil(first * KEPT_OF_FIRST))
-
-
 def _seconds(room: Room, size: BankSize, config: Config) -> float:
     sizes = Sizes(room.n, room.p, room.d, size.m, size.r, atom_rank=size.atom_rank)
     return reference_seconds(average_work(config, sizes))
+
+
+def _seen(
+    X: Float[Tensor, "n p d"], metric: InputMetric | None, block: Room, room: Room, config: Config, seed: int
+) -> tuple[Float[Tensor, "n q c"], Metric | None]:
+    """Return a block of the experts as the metric sees it, and what a fit has to know of the metric."""
+    if block != room:
+        X, metric = block_of(X, metric, block, seed)
+    if metric is None:
+        return X, None
+    return metric.seen(X, slice(0, len(X))), metric.kernel(linear=is_linear(config))
 
 
 def short_error(
