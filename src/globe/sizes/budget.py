@@ -45,9 +45,15 @@ class Room:
         return BankSize(next(one for one in range(most, 0, -1) if allows(one)), r, None)
 
     def low_rank(self, k: int, allows: Callable[[int], bool] = lambda m: True) -> BankSize | None:
-        """Return the most rows of n atoms of rank k; None if none fit, or if dense atoms would be smaller."""
+        """Return the most rows of n atoms of rank k; None if none fit, or if dense atoms would be smaller.
+
+        Where there is room for more rows than an expert has the rank is as high as fits.
+        """
         n, p, d, limit = self.n, self.p, self.d, self.limit
         r = min(p, d, (limit - n * n - n * k * d) // (n * p + n * k))
+        if r == min(p, d):
+            most = (limit - n * n - n * p * r) // (n * (r + d))
+            k = max(k, min(most, (r * d - 1) // (r + d)))
         return BankSize(n, r, k) if r > k >= 1 and k * (r + d) < r * d and allows(n) else None
 
     def rank_of_share(self, share: float) -> int:
