@@ -121,10 +121,10 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def with_summary(page: str, results: list[dict[str, Any]]) -> str:
-    """Return a page with the summary between its marks."""
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return before + MARKS[0] + summary(results) + MARKS[1] + after
+    """Return a page with the summary between its marks; one without them stays as it is."""
+    before, begin, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    return before + begin + summary(results) + end + after if end else page
 
 
 def write_pages(results: list[dict[str, Any]]) -> None:
