@@ -8,6 +8,7 @@ text=embedded      UTF-8 text file, or the calibration text that comes with the 
 out=null           folder to write; null is outputs/calibration/NAME, named by model, text and sizes
 layer=all          layers: 12, [4,12,20], 4-8 or all; the layers before are computed as well
 tokens=61440       tokens of the text at most, in windows that are spread evenly over it
+gradient_tokens=8192  tokens on which gradients say how much each direction of an output counts; 0: all alike
 window=256         tokens the model sees at once
 batch=16           windows that go through a layer together
 memory=null        gigabytes to use at most; what would not fit is kept as low rank plus diagonal
@@ -47,6 +48,7 @@ class CalibrateOptions:
     out: str | None = path_option(None)
     layer: Any = "all"
     tokens: int = 61440
+    gradient_tokens: int = 8192
     window: int = 256
     batch: int = 16
     memory: float | None = None
@@ -63,6 +65,7 @@ class CalibrateOptions:
         return CalibrateConfig(
             text=self.text,
             tokens=self.tokens,
+            gradient_tokens=self.gradient_tokens,
             window=self.window,
             batch=self.batch,
             memory=self.memory,

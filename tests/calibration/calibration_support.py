@@ -47,6 +47,38 @@ def make(tmp_path: Path, model_type: str = "qwen3_moe", **overrides: Any) -> tup
     return open_checkpoint(str(folder)), options
 
 
+def output_information(model: Any, windows: Int[Tensor, "w t"]) -> dict[int, Tensor]:
+    """Layer -> F of its experts' output, from gradients through a whole model, one token's at a time.
+
+    Tokens are drawn as the streamed pass draws them.
+    """
+    model.requires_grad_(False)
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+            outputs[layer] = torch.zeros_like(output, requires_grad=True)
+            return output + outputs[layer]
+
+        return hook
+
+    modules = {layer: model.get_submodule(name) for layer, name in sorted(experts_modules(model).items())}
+    handles = [module.register_forward_hook(keep(layer)) for layer, module in modules.items()]
+    found: dict[int, list[Tensor]] = {layer: [] for layer in modules}
+    for number, ids in enumerate(windows):
+        logits = model(ids[None], use_cache=False).logits[0].float()
+        generator = torch.Generator().manual_seed(number)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        sum(logits[at].log_softmax(-1)[token] for at, token in enumerate(drawn.tolist())).backward()
+        for layer, one in outputs.items():
+            assert one.grad is not None
+            rows = one.grad.reshape(-1, one.shape[-1]).double()
+            found[layer] += [torch.outer(row, row) for row in rows]
+    for handle in handles:
+        handle.remove()
+    return {layer: torch.stack(one).mean(0) for layer, one in found.items()}
+
+
 @torch.no_grad()
 def collect(
     model: Any, windows: Int[Tensor, "w t"], *, batch: int = 8, rank: int | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_support import collect, make
+from calibration_support import collect, make, output_information
 from safetensors.torch import load_file, save_file
 
 from globe.calibration import run as run_module
@@ -29,18 +29,31 @@ from tiny_models import TINY, load_tiny
 
 def same(one: Calibration, other: Calibration, layers: tuple[int, ...]) -> None:
     for layer in layers:
-        assert one.file(layer).read_bytes() == other.file(layer).read_bytes()
+        for name in ("file", "output_file"):
+            assert getattr(one, name)(layer).read_bytes() == getattr(other, name)(layer).read_bytes()
+    assert not list(one.folder.rglob("hidden-*.bin"))
 
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_layer_by_layer_gives_what_the_whole_model_gives(model_type: str, tmp_path: Path) -> None:
     checkpoint, options = make(tmp_path, model_type)
+    options.gradient_tokens = 3 * 13
     calibration = calibrate(checkpoint, options)
     model = load_tiny(checkpoint.folder, model_type)
-    windows = prepare(checkpoint, options).windows
-    assert windows.shape == (11, 13)
-    whole = collect(model, windows, batch=4)
+    request = prepare(checkpoint, options)
+    assert request.windows.shape == (11, 13)
+    assert request.gradient_windows.shape == (3, 13)
+    whole = collect(model, request.windows, batch=4)
     assert tuple(whole) == checkpoint.moe_layers
+    for layer, want in output_information(model, request.gradient_windows).items():
+        output = calibration.layer(layer).output
+        assert output is not None
+        scale = float(want.diagonal().mean())
+        assert scale > 0
+        torch.testing.assert_close(output.F.double() / scale, want / scale, rtol=1e-5, atol=1e-5)
+        down = checkpoint.read_experts(layer, "down").weights.double()
+        energies = ((down @ want) * down).sum(2) / down.square().sum(2)
+        torch.testing.assert_close(output.down.double() / scale, energies / scale, rtol=1e-4, atol=1e-5)
     for layer, want in whole.items():
         got = calibration.layer(layer)
         for name in ("C", "H", "counts", "gate2", "rows_up", "rows_gate", "reap"):
@@ -48,7 +61,11 @@ def test_layer_by_layer_gives_what_the_whole_model_gives(model_type: str, tmp_pa
             if second is not None:
                 torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
     left = {one.name for one in calibration.folder.iterdir()}
-    files = {calibration.file(layer).name for layer in checkpoint.moe_layers}
+    files = {
+        one(layer).name
+        for layer in checkpoint.moe_layers
+        for one in (calibration.file, calibration.output_file)
+    }
     assert left == {RECORD, ".lock"} | files
 
 
@@ -61,7 +78,7 @@ def test_a_pass_that_ends_at_any_moment_goes_on_to_the_same_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, options = make(tmp_path)
-    options.batch = 6
+    options.batch, options.gradient_tokens = 6, 26
     want = calibrate(checkpoint, options)
     layers = checkpoint.moe_layers
     assert len(layers) == 2
@@ -88,6 +105,8 @@ def test_a_pass_that_ends_at_any_moment_goes_on_to_the_same_statistics(
 
     watch(run_module.Decoder, "step")
     watch(run_module, "write_statistics")
+    watch(run_module, "write_output")
+    watch(run_module.Decoder, "logits")
     watch(run_module, "write_json")
     watch(HiddenStates, "create")
     watch(HiddenStates, "commit")

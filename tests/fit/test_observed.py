@@ -11,7 +11,7 @@ from torch import Tensor
 
 from globe.bank.file import read_artefact
 from globe.calibration.run import Calibration
-from globe.calibration.statistics import LayerStatistics, SecondMoments
+from globe.calibration.statistics import EVEN, LayerStatistics, OutputWeights, SecondMoments
 from globe.config.choices import Metric
 from globe.config.composition import plain, to_config
 from globe.config.identity import run_name
@@ -36,7 +36,7 @@ def moments(n: int, q: int, seed: int) -> SecondMoments:
     return SecondMoments(matrix=(rows.mT @ rows / rows.shape[1]).float())
 
 
-def statistics(*, uneven: bool = True, layer: int = 3) -> LayerStatistics:
+def statistics(*, uneven: bool = True, layer: int = 3, output: bool = False) -> LayerStatistics:
     counts = torch.tensor([40.0, 3.0, 0.0, 700.0, 90.0]).double()
     one = LayerStatistics(
         layer=layer,
@@ -48,6 +48,9 @@ def statistics(*, uneven: bool = True, layer: int = 3) -> LayerStatistics:
         rows_gate=draw(N, P, seed=4).abs().float() + 0.1,
         reap=counts,
     )
+    if output:
+        F = moments(1, D, 11 + layer).dense()[0] * 3e-4
+        one = replace(one, output=OutputWeights(F, draw(N, P, seed=12).square().float() * 2e-3))
     if uneven:
         return one
     same, even = torch.ones(N).double(), torch.ones(N, P)
@@ -70,6 +73,12 @@ def slow_errors(s: LayerStatistics, family: str, E: Tensor) -> Tensor:
         mean += s.gate2[i] * dense[i] / s.gate2.sum()
     rows = {"up": s.rows_up, "gate": s.rows_gate, "down": torch.ones(N, 1)}[family]
     assert rows is not None
+    F = torch.eye(D, dtype=torch.float64)
+    if s.output is not None:
+        even = s.output.F.double().trace() / D
+        F = s.output.F.double() / even + EVEN * F
+        if family != "down":
+            rows = rows.double() * (s.output.down / even + EVEN)
     total = torch.stack([rows[i].double() * s.gate2[i] * dense[i].trace() for i in range(N)])
     average = total.sum() / (s.counts.sum() * total.shape[1])
     weights = torch.stack([(total[i] + q * average) / (s.counts[i] + q) * s.counts[i] for i in range(N)])
@@ -79,7 +88,7 @@ def slow_errors(s: LayerStatistics, family: str, E: Tensor) -> Tensor:
         C = (s.counts[i] * dense[i] + q * mean) / (s.counts[i] + q)
         C = C / (C.trace() / q) + FLOOR * torch.eye(q, dtype=torch.float64)
         if family == "down":
-            found.append(weights[i, 0] * (E[i].T @ C @ E[i]).trace())
+            found.append(weights[i, 0] * (E[i].T @ C @ E[i] @ F).trace())
         else:
             found.append((weights[i] * (E[i] @ C @ E[i].T).diagonal()).sum())
     return torch.stack(found)
@@ -93,9 +102,10 @@ def wanted_norms(s: LayerStatistics, family: str, X: Tensor, E: Tensor) -> Tenso
     return slow_errors(s, family, E) * float(X.square().sum() / slow_errors(s, family, X).sum())
 
 
+@pytest.mark.parametrize("output", [False, True])
 @pytest.mark.parametrize("family", ["up", "gate", "down"])
-def test_norms_are_the_weighted_errors(family: str) -> None:
-    s, X, E = statistics(), draw(N, P, D, seed=5), draw(N, P, D, seed=6)
+def test_norms_are_the_weighted_errors(family: str, output: bool) -> None:
+    s, X, E = statistics(output=output), draw(N, P, D, seed=5), draw(N, P, D, seed=6)
     metric = inputs_metric([observed(s, family)], X)
     assert metric is not None
     torch.testing.assert_close(metric.norms(E), wanted_norms(s, family, X, E), rtol=1e-6, atol=0)
@@ -144,14 +154,17 @@ def test_members_keep_their_energies_and_share_their_roots() -> None:
         )
 
 
-def test_down_beside_up_in_one_bank() -> None:
-    s, X, E = statistics(), draw(2 * N, P, D, seed=5), draw(2 * N, P, D, seed=6)
-    metric = inputs_metric([observed(s, "up"), observed(s, "down")], X)
+@pytest.mark.parametrize("output", [False, True])
+def test_down_beside_up_in_one_bank(output: bool) -> None:
+    s, other = (statistics(layer=layer, output=output) for layer in (3, 8))
+    X, E = draw(3 * N, P, D, seed=5), draw(3 * N, P, D, seed=6)
+    members = [(s, "up"), (s, "down"), (other, "down")]
+    metric = inputs_metric([observed(*one) for one in members], X)
     assert metric is not None
-    for at, family in enumerate(("up", "down")):
+    for at, (one, family) in enumerate(members):
         here = slice(at * N, (at + 1) * N)
         torch.testing.assert_close(
-            metric.norms(E)[here], wanted_norms(s, family, X[here], E[here]), rtol=1e-6, atol=1e-9
+            metric.norms(E)[here], wanted_norms(one, family, X[here], E[here]), rtol=1e-6, atol=1e-9
         )
 
 
@@ -288,6 +301,7 @@ def test_equal_statistics_leave_a_float64_fit_bit_for_bit(
             counts=torch.full((n,), 50.0).double(),
             gate2=torch.full((n,), 3.0).double(),
             rows_up=torch.full((n, p), 0.3),
+            output=None,
         )
 
     monkeypatch.setattr(Calibration, "layer", equal)

@@ -73,7 +73,7 @@ class LayerSums:
 
     def __init__(self, layer: int, view: ExpertsView, *, rank: int | None = None) -> None:
         self.layer, self.view = layer, view
-        self._norms = view.down_norms()
+        self._norms = view.down_energies()
         device = self._norms.device
         self._inputs = MomentSums(view.n, view.d, rank=_below(rank, view.d), device=device)
         self._inner = MomentSums(view.n, view.p, rank=_below(rank, view.p), device=device)

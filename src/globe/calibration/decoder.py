@@ -70,6 +70,7 @@ class Decoder:
         """Hold the values of a decoder layer in memory."""
         module = self._modules[layer]
         self._load(self._names.get(layer, []))
+        module.requires_grad_(False)
         absent = [name for name, one in module.named_parameters() if one.is_meta]
         if absent:
             raise CheckpointError(
@@ -82,7 +83,6 @@ class Decoder:
                 for name, one in list(part.named_parameters(recurse=False)):
                     part.register_parameter(name, nn.Parameter(torch.empty_like(one, device="meta"), False))
 
-    @torch.no_grad()
     def step(
         self, layer: int, ids: Int[Tensor, "b t"], hidden: Float[Tensor, "b t ..."] | None
     ) -> Float[Tensor, "b t ..."]:
@@ -109,7 +109,6 @@ class Decoder:
         self.wrapped = len(output) if isinstance(output, tuple) else None
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
     def logits(self, ids: Int[Tensor, "b t"], hidden: Float[Tensor, "b t ..."]) -> Float[Tensor, "b t v"]:
         """Return what norm and output layer make of the hidden states after the last layer; needs `head`."""
         assert self._head
@@ -162,6 +161,7 @@ class Decoder:
         model._initialize_missing_keys(False)
         if self._head:
             model.tie_weights(recompute_mapping=False)
+        model.requires_grad_(False)
 
     def _load(self, names: Iterable[str]) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model

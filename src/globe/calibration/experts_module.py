@@ -177,12 +177,13 @@ class ExpertsView:
             return weights[:, int(family == "up") :: 2]
         return weights[:, self.p :] if family == "up" else weights[:, : self.p]
 
-    def down_norms(self) -> Float[Tensor, "n p"]:
-        """Return ||down_k||^2, the squared norm of what unit k of each expert writes."""
-        if self._stacked is not None:
-            return torch.stack([matrix.float().square().sum(1) for matrix in self._stacked["down"]])
-        rows = [matrix.float().square().sum(1 if self._transposed else 0) for matrix in self._down.detach()]
-        return torch.stack(rows)
+    def down_energies(self, F: Float[Tensor, "d d"] | None = None) -> Float[Tensor, "n p"]:
+        """Return down_k^T F down_k of what unit k of each expert writes; ||down_k||^2 without F."""
+        found = []
+        for matrix in self._matrices("down"):
+            rows = matrix.float()
+            found.append((rows * (rows if F is None else rows @ F)).sum(1))
+        return torch.stack(found)
 
     def _linear(self, weight: Tensor, bias: str, expert: int, x: Tensor) -> Tensor:
         matrix = weight[expert].detach().float()

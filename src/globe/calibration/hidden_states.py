@@ -28,11 +28,12 @@ class Progress:
 class HiddenStates:
     """The hidden states of all windows before one layer, in a file of a folder; those after it go to another file.
 
-    A file counts once `progress.json` names it, and that is written last.
+    A file counts once `progress.json` names it, and that is written last. With `keep` the files of all layers stay
+    until the pass is done.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, keep: bool = False) -> None:
+        self._folder, self._keep = folder, keep
         self._record = folder / "progress.json"
 
     @property
@@ -63,7 +64,8 @@ class HiddenStates:
         """Let the states before layer `progress.next`, all written, take the place of those before the last layer."""
         sync(self._file(progress.next))
         write_json(self._record, plain_record(progress))
-        self._remove(keep=progress.next)
+        if not self._keep:
+            self._remove(keep=progress.next)
 
     def clear(self) -> None:
         """Remove the files: the pass is done."""

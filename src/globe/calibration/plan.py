@@ -15,6 +15,8 @@ from globe.errors import ConfigError
 WHOLE = 16e9
 """Bytes up to which the second moments of a layer are kept whole where no limit is given."""
 LEAST_RANK = 8
+GRADIENT_PART = 4
+"""The part of a batch that gradients go through a layer with, since they need all that is computed on the way."""
 _GB = 1e9
 
 
@@ -51,6 +53,8 @@ class Plan:
     """bytes, about"""
     disk: int
     """bytes of the files that stay and of the hidden states in between"""
+    gradient_tokens: int = 0
+    """tokens on which gradients are taken"""
 
     @property
     def sentence(self) -> str:
@@ -58,6 +62,7 @@ class Plan:
         return (
             f"calibration takes about {_size(self.memory)} of memory and {_size(self.disk)} of disk, with "
             f"second moments {form}"
+            + (f" and gradients on {self.gradient_tokens:,} tokens" if self.gradient_tokens else "")
         )
 
 
@@ -66,7 +71,12 @@ def _size(count: int) -> str:
 
 
 def plan_calibration(
-    checkpoint: Checkpoint, options: CalibrateConfig, *, tokens: int, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    options: CalibrateConfig,
+    *,
+    tokens: int,
+    gradient_tokens: int = 0,
+    dtype: torch.dtype,
 ) -> Plan:
     """Return the form that fits into `calibrate.memory`. Raises ConfigError if none does."""
     shapes = [checkpoint.shape(layer, "up") for layer in checkpoint.moe_layers]
@@ -80,8 +90,23 @@ def plan_calibration(
             f"calibrate.memory={options.memory} is too little for a layer of {checkpoint.folder}: give at least "
             f"{least + 0.01:.2f}"
         )
-    hidden = 2 * tokens * size.d * dtype.itemsize
-    return Plan(rank, int(model + size.sums(rank)), len(shapes) * size.stored(rank) + hidden)
+    state = size.d * dtype.itemsize
+    disk = len(shapes) * size.stored(rank) + 2 * tokens * state
+    if not gradient_tokens:
+        return Plan(rank, int(model + size.sums(rank)), disk)
+    back = model + 20.0 * size.d**2 + 16.0 * options.window * _vocabulary(checkpoint)
+    if options.memory is not None and back > options.memory * _GB:
+        raise ConfigError(
+            f"calibrate.memory={options.memory} is too little for gradients: give at least {back / _GB + 0.01:.2f}, or "
+            "calibrate.gradient_tokens=0, which takes none"
+        )
+    disk += len(shapes) * size.d * (size.d + size.n) * 4
+    states = (checkpoint.num_layers + 2) * gradient_tokens * state
+    return Plan(rank, int(max(back, model + size.sums(rank))), disk + states, gradient_tokens)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.config.get("text_config", checkpoint.config).get("vocab_size") or 0)
 
 
 def _rank(size: LayerSize, room: float) -> int | None:

@@ -1,7 +1,8 @@
 """Calibrate a model: its decoder layers one after the other over windows of a text, each layer's statistics in a file.
 
 The folder of a calibration holds `calibration.json`, which says what it is of, `layer-012.safetensors` for every layer
-with experts, and, while it is not finished, the hidden states after the layers done.
+with experts, `output-012.safetensors` for what an error of its output costs, and, while it is not finished, the hidden
+states after the layers done.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,17 @@ from torch import Tensor
 import globe.embedded
 from globe.calibration.collect import LayerSums, watched
 from globe.calibration.decoder import Decoder
+from globe.calibration.gradients import GradientPass, discard
 from globe.calibration.hidden_states import HiddenStates, Progress
-from globe.calibration.plan import Plan, plan_calibration
+from globe.calibration.plan import GRADIENT_PART, Plan, plan_calibration
 from globe.calibration.statistics import (
     FORMAT_VERSION,
     LayerStatistics,
+    OutputWeights,
     is_complete,
+    read_output,
     read_statistics,
+    write_output,
     write_statistics,
 )
 from globe.calibration.text import Text, passages, read_file, read_tokenizer, spread_windows, tokenise
@@ -37,7 +42,7 @@ from globe.checkpoint import Checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.config.choices import ExportDtype
 from globe.config.console import progress_bar
-from globe.errors import ConfigError
+from globe.errors import ArtefactError, ConfigError
 from globe.files import clear_files, lock, read_record, write_json
 
 RECORD = "calibration.json"
@@ -56,14 +61,27 @@ class Calibration:
 
     def layer(self, layer: int) -> LayerStatistics:
         """Return the statistics of a layer. Raises ArtefactError if the layer has no statistics, or a damaged file."""
-        return read_statistics(self.file(layer), key=self.key)
+        found = read_statistics(self.file(layer), key=self.key)
+        if not self.record["gradient_tokens"]:
+            return found
+        output = read_output(self.output_file(layer), key=self.key)
+        if output.down.shape != found.rows_up.shape or len(output.F) != found.inputs.q:
+            raise ArtefactError(f"{self.output_file(layer)} is damaged (sizes do not fit): calibrate again")
+        return replace(found, output=output)
 
     def file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:03d}.safetensors"
 
+    def output_file(self, layer: int) -> Path:
+        return self.folder / f"output-{layer:03d}.safetensors"
+
     def has(self, layer: int) -> bool:
-        """Return whether there is a whole file of this calibration."""
+        """Return whether there is a whole file of a layer's statistics."""
         return is_complete(self.file(layer), key=self.key)
+
+    def has_output(self, layer: int) -> bool:
+        """Return whether what an error of a layer's output costs is there, or not asked for."""
+        return not self.record["gradient_tokens"] or is_complete(self.output_file(layer), key=self.key)
 
 
 def recorded_passages(folder: Path) -> frozenset[int] | None:
@@ -83,6 +101,8 @@ class Request:
     options: CalibrateConfig
     text: Text
     windows: Int[Tensor, "w t"]
+    gradient_windows: Int[Tensor, "g t"]
+    """those on which gradients are taken; none without them"""
     dtype: torch.dtype
     plan: Plan
     passages: frozenset[int]
@@ -91,8 +111,11 @@ class Request:
     def key(self) -> str:
         """64 hexadecimal digits of model, windows, dtype and form."""
         digest = hashlib.sha256(fingerprint(self.checkpoint).encode())
-        digest.update(self.windows.numpy().tobytes())
-        sizes = [FORMAT_VERSION, list(self.windows.shape), str(self.dtype), self.plan.rank]
+        shapes = []
+        for windows in (self.windows, self.gradient_windows):
+            digest.update(windows.numpy().tobytes())
+            shapes.append(list(windows.shape))
+        sizes = [FORMAT_VERSION, *shapes, str(self.dtype), self.plan.rank]
         digest.update(json.dumps(sizes).encode())
         return digest.hexdigest()
 
@@ -104,6 +127,7 @@ class Request:
             "text": self.text.name,
             "text_sha256": self.text.sha256,
             "tokens": self.windows.numel(),
+            "gradient_tokens": self.gradient_windows.numel(),
             "window": self.windows.shape[1],
             "dtype": str(self.dtype).removeprefix("torch."),
             "rank": self.plan.rank,
@@ -133,9 +157,18 @@ def calibrate(
     with _held(folder):
         calibration = Calibration(folder, key, _recorded(folder, request, key))
         absent = [layer for layer in wanted if not calibration.has(layer)]
-        if absent:
+        unweighted = any(not calibration.has_output(layer) for layer in wanted)
+        if absent or unweighted:
             say(request.plan.sentence)
-            _run(calibration, request, max(absent), device or torch.device("cpu"))
+            decoder = Decoder(
+                checkpoint, dtype=request.dtype, device=device or torch.device("cpu"), head=unweighted
+            )
+            if absent:
+                _run(calibration, request, decoder, max(absent))
+            if unweighted:
+                _weigh_outputs(calibration, request, decoder)
+        if all(calibration.has_output(layer) for layer in checkpoint.moe_layers):
+            discard(folder)
     return calibration
 
 
@@ -148,11 +181,16 @@ def prepare(checkpoint: Checkpoint, options: CalibrateConfig) -> Request:
     tokenizer = read_tokenizer(folder)
     ids = tokenise(text.content, tokenizer).ids
     windows = spread_windows(ids, window=options.window, tokens=options.tokens)
+    few = windows[:0]
+    if options.gradient_tokens:
+        few = spread_windows(ids, window=options.window, tokens=min(options.tokens, options.gradient_tokens))
     _check_windows(checkpoint, windows)
     dtype = _dtype(checkpoint, options)
-    plan = plan_calibration(checkpoint, options, tokens=windows.numel(), dtype=dtype)
-    read = passages(tokenizer.decode(one, skip_special_tokens=True) for one in windows)
-    return Request(checkpoint, options, text, windows, dtype, plan, read)
+    plan = plan_calibration(
+        checkpoint, options, tokens=windows.numel(), gradient_tokens=few.numel(), dtype=dtype
+    )
+    read = passages(tokenizer.decode(one, skip_special_tokens=True) for one in torch.cat([windows, few]))
+    return Request(checkpoint, options, text, windows, few, dtype, plan, read)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -201,11 +239,10 @@ def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
 
     Raises ConfigError for a folder of something else.
     """
-    files = [folder / RECORD, *HiddenStates(folder).records]
-    clear_files(
-        [*files, *(Calibration(folder, key, {}).file(layer) for layer in request.checkpoint.moe_layers)]
-    )
     record, fresh = read_record(folder / RECORD), request.record(key)
+    named, layers = Calibration(folder, key, fresh), request.checkpoint.moe_layers
+    files = [one for name in (named.file, named.output_file) for one in map(name, layers)]
+    clear_files([folder / RECORD, *HiddenStates(folder).records, *files])
     if record is not None and record.get("key") == key:
         return fresh  # the same, or what stood there is damaged
     if any(one.name != ".lock" for one in folder.iterdir()):
@@ -217,9 +254,20 @@ def _recorded(folder: Path, request: Request, key: str) -> dict[str, Any]:
     return fresh
 
 
-def _run(calibration: Calibration, request: Request, last: int, device: torch.device) -> None:
+def _weigh_outputs(calibration: Calibration, request: Request, decoder: Decoder) -> None:
+    """Write what errors of the outputs of all layers cost."""
+    few = max(1, request.options.batch // GRADIENT_PART)
+
+    def write(layer: int, weights: OutputWeights) -> None:
+        write_output(weights, calibration.output_file(layer), layer=layer, key=calibration.key)
+
+    gradients = GradientPass(decoder, request.gradient_windows, calibration.folder, batch=few)
+    with progress_bar(2 * decoder.layers, "layer") as bar:
+        gradients.run(calibration.has_output, write, lambda: bar.update(1))
+
+
+def _run(calibration: Calibration, request: Request, decoder: Decoder, last: int) -> None:
     """Run the layers up to `last`, from where an earlier pass came to."""
-    decoder = Decoder(request.checkpoint, dtype=request.dtype, device=device)
     states = HiddenStates(calibration.folder)
     done = states.found()
     if done is not None:

@@ -52,8 +52,8 @@ def sensitivities(
     Takes `tokens` tokens of `calibrate.text` at most, spread over it. `candidates` is called once for each place, when
     its layer is in memory. Equal calls give equal figures. Raises as `globe.calibration.run.calibrate` does.
     """
-    fewer = CalibrateConfig(**{**vars(options), "tokens": min(tokens, options.tokens), "out": None})
-    request = prepare(checkpoint, fewer)
+    fewer = {"tokens": min(tokens, options.tokens), "gradient_tokens": 0, "out": None}
+    request = prepare(checkpoint, CalibrateConfig(**{**vars(options), **fewer}))
     decoder = Decoder(checkpoint, dtype=request.dtype, device=device or torch.device("cpu"), head=True)
     with tempfile.TemporaryDirectory(prefix="globe-sensitivity-") as folder:
         return _Pass(decoder, request, Path(folder)).run(candidates, sorted(set(places)))
@@ -98,6 +98,7 @@ class _Pass:
                     found.append(((layer, family, number), self._advance(layer, self._original, None)))
         return found
 
+    @torch.no_grad()
     def _advance(self, layer: int, before: Tensor | None, after: Tensor | None) -> Tensor:
         """Run all windows through a loaded layer; the result goes into `after`, or a file of its own."""
         start = 0

@@ -25,8 +25,11 @@ from globe.checkpoint.tensorfile import TensorFile
 from globe.errors import ArtefactError
 from globe.files import parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "globe"
+EVEN = 0.3
+"""Share of the mean that every direction of the output gets beside its own weight: F is of errors without size, and
+with less of it errors grow where F is small until it holds no longer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +69,35 @@ class SecondMoments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OutputWeights:
+    """The Fisher information of the output y of a layer's experts: an error e of it costs e^T F e / 2 nats.
+
+    F = E[s s^T] over tokens, s the derivative by y of the log probability of tokens drawn from the model's own
+    distributions (Kullback and Leibler 1951: to second order their divergence is that of the error in F).
+    """
+
+    F: Float[Tensor, "d d"]
+    down: Float[Tensor, "n p"]
+    """down_k^T F down_k / ||down_k||^2, what the direction in which unit k of each expert writes counts for"""
+
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue of F."""
+        return float(self.F.diagonal().double().mean())
+
+    @property
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """F with `EVEN` of its mean eigenvalue in every direction, in float64."""
+        even = torch.eye(len(self.F), dtype=torch.float64) * (EVEN * self.mean)
+        return (self.F.double() + even) / (1 + EVEN)
+
+    @property
+    def of_rows(self) -> Float[Tensor, "n p"]:
+        """The same of every down_k."""
+        return (self.down + EVEN * self.mean) / (1 + EVEN)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerStatistics:
     """What the routed experts of one layer did on a calibration text. Row i is routed expert i, all n of them.
 
@@ -88,6 +120,8 @@ class LayerStatistics:
     """the same for gate x; None where the experts have no gate"""
     reap: Float[Tensor, " n"]
     """sum of g ||expert output||, the pruning score of REAP; divide by the counts for its mean"""
+    output: OutputWeights | None = None
+    """what an error of the layer's output costs; None where it has not been measured, and all directions are alike"""
 
     @property
     def C(self) -> Float[Tensor, "n d d"]:
@@ -96,6 +130,12 @@ class LayerStatistics:
     @property
     def H(self) -> Float[Tensor, "n p p"]:
         return self.inner.dense()
+
+    def rows(self, family: str) -> Float[Tensor, "n p"]:
+        """Return what depends on each row of up or gate, with the directions of the output weighted."""
+        rows = self.rows_up if family == "up" else self.rows_gate
+        assert rows is not None, "experts without a gate have no family gate"
+        return rows if self.output is None else rows * self.output.of_rows
 
 
 _MOMENTS = {"C": "inputs", "H": "inner"}
@@ -115,10 +155,17 @@ def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") 
         if (value := getattr(getattr(statistics, attribute), part)) is not None
     }
     tensors |= {name: value for name in _VECTORS if (value := getattr(statistics, name)) is not None}
+    _write(tensors, path, layer=statistics.layer, key=key)
+
+
+def write_output(output: OutputWeights, path: Path, *, layer: int, key: str = "") -> None:
+    """Write the weights of one layer's output likewise."""
+    _write({"F": output.F, "down": output.down}, path, layer=layer, key=key)
+
+
+def _write(tensors: dict[str, Tensor], path: Path, *, layer: int, key: str) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = json.dumps(
-        {"format_version": FORMAT_VERSION, "layer": statistics.layer, "key": key}, sort_keys=True
-    )
+    header = json.dumps({"format_version": FORMAT_VERSION, "layer": layer, "key": key}, sort_keys=True)
     fresh = path.with_name(f".{path.name}.globe-{secrets.token_hex(4)}")  # which `clear_files` knows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +186,25 @@ def write_statistics(statistics: LayerStatistics, path: Path, *, key: str = "") 
 
 def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
     """Return the statistics of a layer. Raises ArtefactError if the file is missing, damaged or of another `key`."""
+    return _checked(*_read(path, key), path)
+
+
+def read_output(path: Path, *, key: str | None = None) -> OutputWeights:
+    """Return the weights of a layer's output likewise."""
+    tensors, _ = _read(path, key)
+    try:
+        output = OutputWeights(tensors["F"], tensors["down"])
+    except KeyError as error:
+        raise ArtefactError(f"{path} is damaged ({error}): calibrate again") from error
+    whole = all(one.dtype == torch.float32 and bool(torch.isfinite(one).all()) for one in tensors.values())
+    square = output.F.dim() == 2 and output.F.shape[0] == output.F.shape[1]
+    if not whole or not square or output.down.dim() != 2:
+        raise ArtefactError(f"{path} is damaged (sizes or numbers do not fit): calibrate again")
+    return output
+
+
+def _read(path: Path, key: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the header of a file."""
     try:
         file = TensorFile(path)
         header = parse_json(file.metadata.get(METADATA_KEY, "null").encode())
@@ -149,7 +215,7 @@ def read_statistics(path: Path, *, key: str | None = None) -> LayerStatistics:
         raise ArtefactError(f"{path} is not a file of statistics that can be read here: calibrate again")
     if key is not None and header.get("key") != key:
         raise ArtefactError(f"{path} is of another model, text or size: calibrate again")
-    return _checked(tensors, header, path)
+    return tensors, header
 
 
 def is_complete(path: Path, *, key: str) -> bool:

@@ -14,6 +14,9 @@ class CalibrateConfig:
     """Text on which the experts are watched: a UTF-8 file, `embedded` for the one in the package, or null for none."""
     tokens: int = 61440
     """Tokens taken of the text at most, in windows that are spread evenly over it."""
+    gradient_tokens: int = 8192
+    """Tokens on which the model's gradients are taken, which say how much each direction of a layer's output counts;
+    0 takes none and counts all directions alike."""
     window: int = 256
     """Tokens that the model sees at once."""
     batch: int = 16
@@ -31,6 +34,8 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         check(self.tokens >= 1, "calibrate.tokens", self.tokens, "an integer of at least 1")
+        given = self.gradient_tokens
+        check(given >= 0, "calibrate.gradient_tokens", given, "an integer of at least 0")
         check(self.window >= 2, "calibrate.window", self.window, "a number of tokens of at least 2")
         check(self.batch >= 1, "calibrate.batch", self.batch, "an integer of at least 1")
         memory = self.memory

@@ -3,7 +3,9 @@
 The squared error that E_i makes in the output of expert i is to first order gate2_i sum_k rows_ik (E_i C_i E_i^T)_kk,
 with the second moment C_i of the inputs that are routed to it, what depends on its row k, and the sum of squared gate
 values. For down, whose matrices are read transposed, it is gate2_i tr(E_i^T H_i E_i) with the second moment H_i of its
-inputs. An expert that few tokens reach knows little of all that; it borrows from the layer.
+inputs. An expert that few tokens reach knows little of all that; it borrows from the layer. Where gradients say how
+much each direction of the output counts, rows of up and gate are weighted by those they write in, and columns of down,
+which are these directions, by F.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from globe.calibration.statistics import LayerStatistics, SecondMoments
+from globe.calibration.statistics import LayerStatistics, OutputWeights, SecondMoments
 from globe.checkpoint.experts import SHARED
 from globe.numerics.group import ALONE, ProcessGroup
 from globe.numerics.input_metric import InputMetric
@@ -24,6 +26,8 @@ from globe.numerics.metric import Metric, metric_of_roots, root_of
 
 FLOOR = 1e-2
 """Weight of a direction that no input has, beside the mean of 1."""
+_DOWN = -2
+"""Stands for an expert's number where all have one metric of columns."""
 LEAST = 1e-3
 """Weight of a row that nothing depends on, beside the mean of 1."""
 
@@ -103,9 +107,7 @@ def row_weights(one: Observed) -> Float[Tensor, "n p"]:
     sum g^2 rows_ik tr C_i, its mean over the tokens of an expert first shrunk to that of the layer by d tokens.
     """
     s = one.statistics
-    each = s.rows_up if one.family == "up" else s.rows_gate
-    assert each is not None, "experts without a gate have no family gate"
-    return _of_experts(one, each.double() * (s.gate2 * _traces(s.inputs))[:, None], s.inputs.q)
+    return _of_experts(one, s.rows(one.family).double() * (s.gate2 * _traces(s.inputs))[:, None], s.inputs.q)
 
 
 def expert_weights(one: Observed) -> Float[Tensor, " n"]:
@@ -155,22 +157,37 @@ def _traces(moments: SecondMoments) -> Float[Tensor, " n"]:
 def _columns(
     members: Sequence[Observed], parts: Sequence[ProcessGroup], X: Float[Tensor, "n p d"], group: ProcessGroup
 ) -> Metric | None:
-    """Return L of the experts here; up and gate of one expert have one, and all of down the identity."""
+    """Return L of the experts here: one for up and gate of an expert, and one for all of down in a layer."""
     wanted = [
-        (-1, -1) if one.is_down else (one.statistics.layer, expert)
+        (one.statistics.layer if one.statistics.output else -1, _DOWN)
+        if one.is_down
+        else (one.statistics.layer, expert)
         for one, part in zip(members, parts, strict=True)
         for expert in one.experts[part.rows]
     ]
     index = {key: at for at, key in enumerate(dict.fromkeys(wanted))}
-    of_layer = {one.statistics.layer: one.statistics for one in members if not one.is_down}
-    means = {layer: mean_of(s.inputs, s.gate2) for layer, s in of_layer.items()}
+    of_layer = {one.statistics.layer: one.statistics for one in members}
+    read = {one.statistics.layer for one in members if not one.is_down}
+    means = {layer: mean_of(of_layer[layer].inputs, of_layer[layer].gate2) for layer in read}
     roots = X.new_empty(len(index), X.shape[2], X.shape[2])
     for (layer, expert), at in index.items():
         if layer < 0:
             roots[at] = torch.eye(X.shape[2])
             continue
         s = of_layer[layer]
+        if expert == _DOWN:
+            assert s.output is not None
+            roots[at] = _output_root(s.output).to(roots)
+            continue
         roots[at] = root_of(shrunk(s, s.inputs, expert, means[layer])).to(roots)
     which: Int[Tensor, " n"] = torch.tensor([index[key] for key in wanted], dtype=torch.int64)
     in_order = len(which) == len(roots)
+    if len(of_layer) == 1 and all(one.is_down for one in members):
+        return metric_of_roots(roots, common=True, group=group)
     return metric_of_roots(roots, None if in_order else which.to(X.device), group=group)
+
+
+def _output_root(output: OutputWeights) -> Float[Tensor, "d d"]:
+    F = output.matrix
+    mean = F.diagonal().mean()
+    return root_of(F / mean) if float(mean) > 0 else torch.eye(len(F), dtype=torch.float64)

@@ -59,7 +59,9 @@ def recipe(entries: tuple[BankEntry, ...]) -> str:
         }
     watched = read_record(run_of(entries[0].folder) / CALIBRATION)
     if watched is not None:
-        options["calibrate"] = {key: watched[key] for key in ("tokens", "window", "dtype") if key in watched}
+        options["calibrate"] = {
+            key: watched[key] for key in ("tokens", "gradient_tokens", "window", "dtype") if key in watched
+        }
     text = "" if watched is None else " calibrate.text=TEXT"
     chosen: dict[str, Any] = {"layer": sorted({layer for layer, _ in places})}
     if families in _FAMILIES:

@@ -3,7 +3,7 @@
 What an entry of the adapters costs if it is left out is known in advance: with one basis for all experts in the mean
 metric it is the energy of the expert's row in that direction, and bits lower it as `NOISE` says. One water level for
 the entries of all banks together is the best there is (reverse water-filling), once the banks count in one unit: the
-squared error of a layer's output, as a share of that output.
+nats that gradients say an error of a layer's output costs, or else its square as a share of that output.
 """
 
 from __future__ import annotations
@@ -156,27 +156,34 @@ def _conditional(
 
 
 def _weight(checkpoint: Checkpoint, observed: Sequence[Observed]) -> float:
-    """Return the squared output of a bank's layers that hangs on its experts, as a share of the whole; 1 without a
-    text.
+    """Return what of the output of a bank's layers hangs on its experts; 1 without a text.
 
-    To first order, sum_i g_i^2 E ||J_i W_i x||^2 for gate and up, with the slopes J_i of the output: `rows_up` and
-    `rows_gate` of the statistics. What hangs on down is the whole output.
+    To first order, sum_i g_i^2 E ||J_i W_i x||^2 for gate and up, with the slopes J_i of the output, and for down the
+    whole output. Where gradients weight its directions that is in nats, up to one factor for all layers; without them
+    it is a share of the whole.
     """
     own = whole = 0.0
     for member in observed:
         s = member.statistics
         down = checkpoint.read_experts(s.layer, "down").weights.float()
-        outputs = [_seen(down[at].mT, s.inner.dense([at])[0]) for at in range(s.inner.n)]
-        whole += float(s.gate2.double() @ torch.stack([one.sum() for one in outputs]))
+        F = None if s.output is None else s.output.matrix.float()
+        outputs = [_energy(down[at].mT, s.inner.dense([at])[0], F) for at in range(s.inner.n)]
+        whole += float(s.gate2.double() @ torch.stack(outputs))
         if member.is_down:
             own = whole
             continue
-        rows = s.rows_up if member.family == "up" else s.rows_gate
-        assert rows is not None
+        rows = s.rows(member.family)
         weights = checkpoint.read_experts(s.layer, member.family).weights.float()
         each = torch.stack([_seen(weights[at], s.inputs.dense([at])[0]) for at in range(s.inputs.n)])
         own += float(s.gate2.double() @ (rows * each).sum(dim=1))
+    if any(member.statistics.output is not None for member in observed):
+        return own
     return own / whole if whole > 0 else 1.0
+
+
+def _energy(W: Float[Tensor, "d p"], H: Float[Tensor, "p p"], F: Float[Tensor, "d d"] | None) -> Tensor:
+    """Return tr(F W H W^T)."""
+    return _seen(W, H).sum() if F is None else ((F @ W @ H) * W).double().sum()
 
 
 def _seen(W: Float[Tensor, "rows q"], C: Float[Tensor, "q q"]) -> Float[Tensor, " rows"]:

@@ -131,6 +131,7 @@ def _fingerprint(config: Config, checkpoint: Checkpoint, banks: Sequence[Outline
     calibrate = {
         "text": config.calibrate.text,
         "tokens": config.calibrate.tokens,
+        "gradient_tokens": config.calibrate.gradient_tokens,
         "window": config.calibrate.window,
     }
     what = [bank_options(config), calibrate, checkpoint.source(), stamp(config.model.path)]
