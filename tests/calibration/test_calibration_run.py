@@ -78,7 +78,7 @@ def test_a_pass_that_ends_at_any_moment_goes_on_to_the_same_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, options = make(tmp_path)
-    options.batch, options.gradient_tokens = 6, 26
+    options.batch, options.gradient_tokens = 6, 13
     want = calibrate(checkpoint, options)
     layers = checkpoint.moe_layers
     assert len(layers) == 2

@@ -167,6 +167,9 @@ def calibrate(
                 _run(calibration, request, decoder, max(absent))
             if unweighted:
                 _weigh_outputs(calibration, request, decoder)
+        # also what a pass left that was killed after its last layer
+        if all(calibration.has(layer) for layer in checkpoint.moe_layers):
+            HiddenStates(folder).clear()
         if all(calibration.has_output(layer) for layer in checkpoint.moe_layers):
             discard(folder)
     return calibration
@@ -279,8 +282,6 @@ def _run(calibration: Calibration, request: Request, decoder: Decoder, last: int
     with progress_bar((last + 1 - first) * batches, "batch") as bar:
         for layer in range(first, last + 1):
             done = _one_layer(calibration, request, decoder, layer, states, done, bar.update)
-    if all(calibration.has(layer) for layer in decoder.moe_layers):
-        states.clear()
 
 
 @torch.no_grad()
