@@ -37,12 +37,12 @@ def same(one: Calibration, other: Calibration, layers: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_layer_by_layer_gives_what_the_whole_model_gives(model_type: str, tmp_path: Path) -> None:
     checkpoint, options = make(tmp_path, model_type)
-    options.gradient_tokens = 3 * 13
+    options.gradient_tokens = 2 * 13
     calibration = calibrate(checkpoint, options)
     model = load_tiny(checkpoint.folder, model_type)
     request = prepare(checkpoint, options)
     assert request.windows.shape == (11, 13)
-    assert request.gradient_windows.shape == (3, 13)
+    assert request.gradient_windows.shape == (2, 13)
     whole = collect(model, request.windows, batch=4)
     assert tuple(whole) == checkpoint.moe_layers
     for layer, want in output_information(model, request.gradient_windows).items():
