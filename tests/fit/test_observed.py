@@ -261,12 +261,12 @@ def with_text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         ("bank.activation=tanh",),
         ("bank.activation=identity", "bank.atom_rank=6"),
         ("family=down", "bank.activation=tanh"),
-        ("method=svd",),
+        ("method=svd", "family=down"),
         ("method=shared_basis",),
-        ("method=mean_svd",),
-        ("method=group_svd",),
-        ("method=mobe_corrected", "bank.activation=tanh", "train.steps=150"),
-        ("method=slbf", "bank.activation=tanh", "train.steps=300"),
+        ("method=mean_svd", "family=down"),
+        ("method=group_svd", "family=down"),
+        ("method=mobe_corrected", "family=down", "bank.activation=tanh", "train.steps=150"),
+        ("method=slbf", "family=down", "bank.activation=tanh", "train.steps=300"),
     ],
 )
 def test_a_run_with_a_text_gains_in_the_metric_what_it_pays_in_relfrob(
