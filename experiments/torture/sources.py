@@ -42,6 +42,12 @@ def statistics_of(folder: Path) -> object:
     return recorded_passages(folder), read_statistics(folder / "layer-001.safetensors", key="abc")
 
 
+def output_of(folder: Path) -> object:
+    from globe.calibration.statistics import read_output
+
+    return read_output(folder / "output-001.safetensors", key="abc")
+
+
 def report_of(folder: Path) -> object:
     """Read what a report is made of, and make its tables of digits."""
     from globe.reporting.digits import digits
@@ -73,6 +79,7 @@ def more_sources(folder: Path, sources: dict[str, Reader]) -> dict[str, Reader]:
         "state.json": Reader(_state(folder / "fit"), "state.json", state_of),
         "state tensors": Reader(folder / "fit", "state-0.safetensors", state_of),
         "statistics": Reader(_statistics(folder / "cache"), "layer-001.safetensors", statistics_of),
+        "output weights": Reader(folder / "cache", "output-001.safetensors", output_of),
         "calibration.json": Reader(folder / "cache", "calibration.json", statistics_of),
     }
     run = _run(folder / "finished")
@@ -123,7 +130,13 @@ def _state(folder: Path) -> Path:
 def _statistics(folder: Path) -> Path:
     import torch
 
-    from globe.calibration.statistics import LayerStatistics, SecondMoments, write_statistics
+    from globe.calibration.statistics import (
+        LayerStatistics,
+        OutputWeights,
+        SecondMoments,
+        write_output,
+        write_statistics,
+    )
 
     def some(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
@@ -139,6 +152,7 @@ def _statistics(folder: Path) -> Path:
         reap=some(3).double(),
     )
     write_statistics(made, folder / "layer-001.safetensors", key="abc")
+    write_output(OutputWeights(some(7, 7), some(3, 5)), folder / "output-001.safetensors", layer=1, key="abc")
     (folder / "calibration.json").write_text(json.dumps({"key": "abc", "tokens": 128, "passages": [3, 5, 8]}))
     return folder
 
