@@ -212,6 +212,8 @@ def test_ridge_is_a_share_of_the_noise() -> None:
     assert NOISE[3] * 0.25 > Precision(3.5, 8, 64).ridge > NOISE[4] * 0.25
     assert Precision(8.0, 8, 64).ridge == pytest.approx(0.25 * NOISE[8])
     assert Precision(8.0, 8).ridge == pytest.approx(0.02 * NOISE[8])
+    assert Precision(2.0, 8, coded=True).ridge == pytest.approx(5e-4 * NOISE[2])
+    assert Precision(8.0, 8, coded=True).ridge == 2e-6
 
 
 @pytest.mark.parametrize("k", [None, K])

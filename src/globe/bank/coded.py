@@ -1,10 +1,10 @@
 """Adapters as entropy-coded integers: one step in a row, and integers in as many bits as they are surprising.
 
-A row of a matrix is read back as q_k s c_k, with one step s = 2^(e/2) of the row, e = 0 .. 15, a number c_k of each
-column, and integers q_k that no bits are set apart for: what a row and a column of small numbers have is nearly always
-0 and takes next to nothing. How far an integer spreads is known from its row and column: its class
-(`globe.bank.entropy`) is the sum of a number 0 .. 15 of the row and one of the column. Both numbers of a row share a
-byte.
+A row of a matrix is read back as q_k s c_k, with one step s = 2^(e/2) of the row, a number c_k of each column, and
+integers q_k that no bits are set apart for: what a row and a column of small numbers have is nearly always 0 and takes
+next to nothing. How far an integer spreads is known from its row and column: its class (`globe.bank.entropy`) is the
+sum of a number of the row and one of the column. The exponent and that number of a row are each what its expert has,
+in a byte, and 0 .. 15 more of its own, which share a byte.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
-from globe.bank.entropy import CLASSES, ZERO, decode, encode, states_of, tables
-from globe.bank.rounding import SCALE_DTYPE, Rounded, StepGrid
+from globe.bank.entropy import CLASSES, decode, encode, states_of, tables
+from globe.bank.rounding import LARGEST, SCALE_DTYPE, Rounded, StepGrid
 from globe.errors import ArtefactError
 
 _SPREADS = 16
+_BELOW = 24
+"""What the sum of a row's and a column's numbers is lowered by to be a class, so that neither has to be negative."""
+_FARTHEST = 128
+"""Largest exponent of an expert: sixty-four octaves."""
 _SAMPLE = 1024
 """Rows that the spreads of columns are chosen on."""
 _CHUNK = 1 << 22
@@ -37,6 +41,8 @@ class Coded:
     """streams of the n matrices, one after the other"""
     ends: Int32[Tensor, " n"]
     """bytes up to the end of each stream"""
+    experts: UInt8[Tensor, "n 2"]
+    """the exponent and the spread that are added to those of an expert's rows"""
     rows: UInt8[Tensor, "n p"]
     """16 times the exponent of the row's step, plus the spread of its integers"""
     spread: UInt8[Tensor, " k"]
@@ -50,33 +56,33 @@ class Coded:
         grid = rounded.grid
         assert isinstance(grid, StepGrid)
         n, p, k = rounded.codes.shape
-        codes = rounded.codes.cpu().reshape(n * p, k).numpy()
-        row, column = _spreads(np.abs(codes.astype(np.int16) - ZERO).astype(np.uint8))
-        classes = _classes(row, column)
+        integers = rounded.codes.cpu().numpy().reshape(n, p * k) - np.int16(LARGEST)
+        spread, row, column = map(torch.from_numpy, _spreads(np.abs(integers).reshape(n, p, k)))
+        least = grid.exponents.amin(dim=1)
+        experts = torch.stack([least.cpu(), spread], dim=1)
+        rows = row + 16 * (grid.exponents - least[:, None]).cpu()
+        classes = _classes(experts, rows, column)
         reach = tables().reach[classes]
-        codes = np.clip(codes, ZERO - reach, ZERO + reach).astype(np.uint8)
-        stream, ends = encode(codes.reshape(n, p * k), classes.reshape(n, p * k))
-        rows = torch.from_numpy(row.astype(np.uint8)).view(n, p) + 16 * grid.exponents.cpu()
-        own = (torch.from_numpy(stream), torch.from_numpy(ends.astype(np.int32)), rows)
-        device = rounded.codes.device
-        found = (*own, torch.from_numpy(column.astype(np.uint8)), columns.to(SCALE_DTYPE))
-        return cls(*(one.to(device) for one in found))
+        stream, ends = encode(integers.clip(-reach, reach), classes)
+        words, bounds = torch.from_numpy(stream), torch.from_numpy(ends.astype(np.int32))
+        found = (words, bounds, experts, rows, column, columns.to(SCALE_DTYPE))
+        return cls(*(one.to(rounded.codes.device) for one in found))
 
     def rounded(self) -> Rounded:
         """Return the integers and steps again. Raises ArtefactError for streams that none were coded into."""
         n, p, k = self.shape
         if not n:
-            return Rounded(self.words.new_zeros(n, p, k), self._grid.scale, self._grid)
-        row = (self.rows & 15).cpu().flatten().numpy().astype(np.int64)
-        classes = _classes(row, self.spread.cpu().numpy().astype(np.int64)).reshape(n, p * k)
+            none = self.words.new_zeros(n, p, k, dtype=torch.int16)
+            return Rounded(none, self._grid.scale, self._grid)
+        classes = _classes(self.experts, self.rows, self.spread)
         try:
-            codes = decode(self.words.cpu().numpy(), self.ends.cpu().numpy().astype(np.int64), classes)
+            found = decode(self.words.cpu().numpy(), self.ends.cpu().numpy().astype(np.int64), classes)
         except ValueError as error:
             raise ArtefactError(
                 f"coded adapters can't be used: they have {error}; copy or export them again"
             ) from error
-        whole = torch.from_numpy(np.ascontiguousarray(codes)).view(n, p, k).to(self.words.device)
-        return Rounded(whole, self._grid.scale, self._grid)
+        codes = torch.from_numpy(found + np.int16(LARGEST)).view(n, p, k)
+        return Rounded(codes.to(self.words.device), self._grid.scale, self._grid)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the adapters: computed in float32, rounded once to `dtype`, a few matrices at a time."""
@@ -95,11 +101,17 @@ class Coded:
         words = torch.cat([self.words[bounds[at] : bounds[at + 1]] for at in chosen] or [self.words[:0]])
         lengths = torch.tensor([bounds[at + 1] - bounds[at] for at in chosen], dtype=torch.int32)
         ends = lengths.cumsum(0, dtype=torch.int32).to(self.ends.device)
-        return replace(self, words=words, ends=ends, rows=self.rows[rows])
+        return replace(self, words=words, ends=ends, experts=self.experts[rows], rows=self.rows[rows])
+
+    def sizes(self, columns: Float[Tensor, " k"]) -> tuple[Float[Tensor, "n p"], Float[Tensor, " k"]]:
+        """Return what the classes say of the squares of integers, as a share of the row and one of the column, were the
+        columns divided by `columns`."""
+        row = torch.exp2(((self.rows & 15) + self.experts[:, 1:]) / 2 - 6 - _BELOW / 2)
+        return row, torch.exp2(self.spread / 2) * (self.columns.float() / columns.float()).square()
 
     @property
     def _grid(self) -> StepGrid:
-        return StepGrid(len(self.spread), self.rows >> 4)
+        return StepGrid(len(self.spread), (self.rows >> 4) + self.experts[:, :1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,7 +124,7 @@ class Coded:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is written, by the names that follow the factor's own and a point."""
-        names = ("words", "ends", "rows", "spread", "columns")
+        names = ("words", "ends", "experts", "rows", "spread", "columns")
         return {name: getattr(self, name) for name in names}
 
     def layout(self) -> dict[str, Any]:
@@ -120,29 +132,32 @@ class Coded:
         return {"coded": len(self.spread)}
 
 
-def _classes(row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """Return the class of every integer."""
-    return np.minimum(row[:, None] + column, CLASSES - 1).astype(np.uint8)
+def _classes(
+    experts: UInt8[Tensor, "n 2"], rows: UInt8[Tensor, "n p"], spread: UInt8[Tensor, " k"]
+) -> np.ndarray:
+    """Return the class of every integer, (n, p k)."""
+    row = ((rows & 15) + experts[:, 1:]).short()[..., None]
+    classes = (row + spread - _BELOW).clamp(0, CLASSES - 1).to(torch.uint8)
+    return classes.flatten(1).cpu().numpy()
 
 
-def _spreads(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of rows and columns that code these sizes (rows, k) of integers in the fewest bits.
+def _spreads(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the numbers of experts, rows and columns that code sizes (n, p, k) of integers in the fewest bits.
 
-    They are chosen in turn, the columns' on some of the rows.
+    Those of rows and columns are chosen in turn, the columns' on some of the rows; the expert's are as large as leaves
+    the largest of its rows 15, since what is more than a row needs costs little.
     """
-    length = tables().length
-    count, k = sizes.shape
-    sample = sizes[:: max(1, count // _SAMPLE)]
-    row, column = np.full(len(sample), _SPREADS // 2), np.zeros(k, dtype=np.int64)
+    n, p, k = sizes.shape
+    flat = sizes.reshape(n * p, k)
+    sample = flat[:: max(1, n * p // _SAMPLE)]
+    column = np.full(k, _BELOW)
     for _ in range(3):
-        tried = np.arange(CLASSES)
-        cost = np.stack(
-            [length[np.minimum(row + one, CLASSES - 1)[:, None], sample].sum(axis=0) for one in tried]
-        )
-        column = cost.argmin(axis=0)
-        row = _best_rows(sample, column)
-    every = np.concatenate([_best_rows(part, column) for part in _parts(sizes, k)])
-    return every, column
+        row = _best(sample, column)
+        column = _best(sample.T, row)
+    row = np.concatenate([_best(part, column) for part in _parts(flat, k)]).reshape(n, p)
+    expert = np.maximum(0, row.max(axis=1) - _SPREADS + 1)
+    own = np.maximum(0, row - expert[:, None])
+    return expert.astype(np.uint8), own.astype(np.uint8), column.astype(np.uint8)
 
 
 def _parts(sizes: np.ndarray, k: int) -> list[np.ndarray]:
@@ -150,10 +165,21 @@ def _parts(sizes: np.ndarray, k: int) -> list[np.ndarray]:
     return [sizes[start : start + step] for start in range(0, len(sizes), step)]
 
 
-def _best_rows(sizes: np.ndarray, column: np.ndarray) -> np.ndarray:
+def _best(sizes: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the number of every row that codes its sizes in few bits, where the columns have `other`.
+
+    It is the best of every fourth number, and then of the neighbours of that.
+    """
     length = tables().length
-    cost = [length[np.minimum(column + one, CLASSES - 1), sizes].sum(axis=1) for one in range(_SPREADS)]
-    return np.stack(cost).argmin(axis=0)
+
+    def cost(tried: np.ndarray) -> np.ndarray:
+        return length[(other + tried[:, None] - _BELOW).clip(0, CLASSES - 1), sizes].sum(axis=1)
+
+    coarse = np.arange(0, CLASSES + _BELOW, 4)
+    best = coarse[np.argmin([cost(np.full(len(sizes), one)) for one in coarse], axis=0)]
+    near = best + np.arange(-3, 4)[:, None]
+    near = near.clip(0, CLASSES + _BELOW - 1)
+    return near[np.argmin([cost(one) for one in near], axis=0), np.arange(len(sizes))]
 
 
 def read_coded(tensors: Mapping[str, Tensor], layout: Mapping[str, Any], where: str) -> Coded:
@@ -170,19 +196,22 @@ def read_coded(tensors: Mapping[str, Tensor], layout: Mapping[str, Any], where: 
     k = layout.get("coded")
     whole = isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= 1 << 20
     require(whole, f"{k!r} columns")
-    dtypes = {"words": torch.uint8, "ends": torch.int32, "rows": torch.uint8, "spread": torch.uint8}
-    dtypes["columns"] = SCALE_DTYPE
+    dtypes = dict.fromkeys(("words", "experts", "rows", "spread"), torch.uint8)
+    dtypes |= {"ends": torch.int32, "columns": SCALE_DTYPE}
     require(set(tensors) == set(dtypes), f"other parts than {sorted(dtypes)}")
     for name, dtype in dtypes.items():
         require(tensors[name].dtype == dtype, f"{name} of {tensors[name].dtype} where {dtype} is due")
     words, ends, rows = tensors["words"], tensors["ends"], tensors["rows"]
     shapes = rows.dim() == 2 and rows.numel() > 0 and words.dim() == 1 and ends.shape == rows.shape[:1]
     shapes = shapes and tensors["spread"].shape == (k,) and tensors["columns"].shape == (k,)
+    shapes = shapes and tensors["experts"].shape == (len(ends), 2)
     require(bool(shapes), "parts of shapes that do not fit")
     bounds = torch.cat([ends.new_zeros(1), ends]).long()
     least = 4 * states_of(rows.shape[1] * len(tensors["spread"]))
     good = bool((bounds.diff() >= least).all()) and int(bounds[-1]) == len(words)
     require(good, "streams that do not fit its bytes")
     require(bool(torch.isfinite(tensors["columns"]).all()), "columns that are NaN or infinite")
-    require(bool((tensors["spread"] < CLASSES).all()), "columns of an unknown spread")
-    return Coded(words, ends, rows, tensors["spread"], tensors["columns"])
+    spreads = torch.cat([tensors["spread"], tensors["experts"][:, 1]])
+    require(bool((spreads < CLASSES + _BELOW).all()), "columns or experts of an unknown spread")
+    require(bool((tensors["experts"][:, 0] <= _FARTHEST).all()), "steps that are too large")
+    return Coded(**tensors)

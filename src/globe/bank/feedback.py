@@ -20,6 +20,10 @@ from globe.bank.rounding import (
     StepGrid,
     group_scale,
     nearest_level,
+    no_codes,
+    part_of,
+    pull_cost,
+    pull_of,
     round_nearest,
     scale_of,
 )
@@ -109,16 +113,15 @@ def elimination(H: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
 def _feed_columns(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], grid: AnyGrid) -> Rounded:
     """Round the columns in order; within a group the error is fed column by column, to later groups by one product."""
     U, W, top = elimination(H), W.clone(), grid.top(W)
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    scales = []
+    codes, scales, pull = no_codes(grid, W), [], pull_of(grid, W)
     for part in grid.groups:
         scale = scale_of(grid, W[:, :, part], top[..., part])
         costs = torch.empty_like(W[:, :, part])
         for j in range(part.start, part.stop):
             own = W[:, :, j]
-            q = nearest_level(own[..., None], scale, top[..., j, None])[..., 0]
+            q = nearest_level(own[..., None], scale, top[..., j, None], part_of(pull, [j]))[..., 0]
             codes[:, :, j] = q
-            costs[:, :, j - part.start] = (own - (q.to(own) - top[..., j] / 2) * scale) / U[:, j, j, None]
+            costs[:, :, j - part.start] = (own - (q - top[..., j] / 2) * scale) / U[:, j, j, None]
             if j + 1 < part.stop:
                 now, rest = slice(j - part.start, j + 1 - part.start), slice(j + 1, part.stop)
                 W[:, :, rest] -= costs[:, :, now] * U[:, j : j + 1, rest]
@@ -137,9 +140,10 @@ def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: An
     every = torch.arange(len(W), device=W.device)[:, None]
     back = order.argsort(dim=1)
     U = elimination(rows[every[:, None], order[:, :, None], order[:, None]])
-    W, top = W[every, order], grid.top(W).expand(W.shape)[every, order]
+    top, pull = grid.top(W).expand(W.shape)[every, order], pull_of(grid, W)
+    pull = None if pull is None else pull[every, order]
     steps = grid.scale.to(W)[every, order] if isinstance(grid, StepGrid) else W[:, :, :0]
-    codes, scales = torch.empty(W.shape, dtype=torch.uint8, device=W.device), []
+    codes, scales, W = no_codes(grid, W), [], W[every, order]
     for i in range(W.shape[1]):
         own, reach = W[:, i], top[:, i]
         if isinstance(grid, StepGrid):
@@ -148,7 +152,8 @@ def _feed_rows(W: Float[Tensor, "n o k"], rows: Float[Tensor, "n o o"], grid: An
             found = [group_scale(own[:, j], reach[:, j], searched=True) for j in grid.groups]
             scale = torch.stack(found, dim=-1)
         spread = grid.spread(scale)
-        codes[:, i] = nearest_level(own[..., None], spread, reach[..., None])[..., 0]
+        drawn = None if pull is None else pull[:, i, :, None]
+        codes[:, i] = nearest_level(own[..., None], spread, reach[..., None], drawn)[..., 0]
         cost = (own - (codes[:, i].to(own) - reach / 2) * spread) / U[:, i, i, None]
         W[:, i + 1 :] -= U[:, i, i + 1 :, None] * cost[:, None]
         scales.append(scale)
@@ -177,7 +182,7 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
         return start
     grid, codes, scale = start.grid, start.codes.clone(), start.scale.to(W)
     top = grid.top(W)
-    offset = top / 2
+    offset, pull = top / 2, pull_of(grid, W)
     diagonal = H.diagonal(dim1=1, dim2=2)
     for _ in range(sweeps):
         gradient = ((codes.to(W) - offset) * grid.spread(scale) - W) @ H
@@ -187,10 +192,10 @@ def _descend(W: Float[Tensor, "n o k"], H: Float[Tensor, "n k k"], start: Rounde
                 weight = diagonal[:, j, None]
                 value = (codes[..., j].to(W) - offset[..., j]) * s
                 wanted = value - gradient[..., j] / weight.clamp_min(1e-30)
-                q = nearest_level(wanted[..., None], s, top[..., j, None])[..., 0]
+                q = nearest_level(wanted[..., None], s, top[..., j, None], part_of(pull, [j]))[..., 0]
                 # where neither the scale nor the metric says anything, the integer stays
-                q = torch.where((s > 0) & (weight > 0), q, codes[..., j])
-                moved = (q.to(W) - offset[..., j]) * s - value
+                q = torch.where((s > 0) & (weight > 0), q, codes[..., j].to(W))
+                moved = (q - offset[..., j]) * s - value
                 codes[..., j] = q
                 gradient += moved[..., None] * H[:, j : j + 1]
             if isinstance(grid, StepGrid):
@@ -210,7 +215,7 @@ def _descend_in_both(
     """Improve all integers of a row at once, as if columns did not couple, where that lowers the error, then scales."""
     grid, codes, scale = start.grid, start.codes.to(W), start.scale.to(W)
     top = grid.top(W).expand(W.shape)
-    offset = top / 2
+    offset, pull = top / 2, pull_of(grid, W)
     diagonal, weights = H.diagonal(dim1=1, dim2=2), rows.diagonal(dim1=1, dim2=2)
     pulled = rows @ ((codes - offset) * grid.spread(scale) - W)  # R E, kept up to date
     for _ in range(sweeps):
@@ -219,13 +224,15 @@ def _descend_in_both(
             slope, size = (pulled[:, i, None] @ H)[:, 0], weights[:, i, None] * diagonal
             value = (codes[:, i] - offset[:, i]) * spread
             free = (spread > 0) & (size > 0)
-            wanted = (value - slope / size.clamp_min(1e-30)) / torch.where(
-                free, spread, torch.ones_like(spread)
-            )
-            q = torch.round(wanted + offset[:, i]).clamp_min_(0).minimum(top[:, i])
+            wanted = value - slope / size.clamp_min(1e-30)
+            drawn = None if pull is None else pull[:, i, :, None]
+            q = nearest_level(wanted[..., None], spread, top[:, i, :, None], drawn)[..., 0]
             q = torch.where(free, q, codes[:, i])
             move = (q - codes[:, i]) * spread
             curve = weights[:, i] * ((move[:, None] @ H)[:, 0] * move).sum(dim=1)
+            if drawn is not None:
+                both = (pull_cost(one - offset[:, i], drawn[..., 0]) for one in (q, codes[:, i]))
+                curve += (size * spread.square() * (next(both) - next(both))).sum(dim=1)
             gains = (2 * (slope * move).sum(dim=1) + curve < 0)[:, None]
             codes[:, i] = torch.where(gains, q, codes[:, i])
             move = torch.where(gains, move, torch.zeros_like(move))
@@ -238,7 +245,7 @@ def _descend_in_both(
                 scale[:, i, at] += step
                 move[:, part] += step[:, None] * levels
             pulled += rows[:, :, i, None] * move[:, None]
-    return start._replace(codes=codes.to(torch.uint8), scale=scale.to(SCALE_DTYPE))
+    return start._replace(codes=codes.to(start.codes.dtype), scale=scale.to(SCALE_DTYPE))
 
 
 def _fit_scale(

@@ -12,6 +12,8 @@ _FEEDBACK = 0.25
 best ridges of a trained layer lay at 0.1 to 0.3 of that noise."""
 _FEEDBACK_OF_ROWS = 0.02
 """The same where bits are shared out over rows: those that matter have many, and want hardly any ridge."""
+_FEEDBACK_OF_CODED, _LEAST_RIDGE = 5e-4, 2e-6
+"""The same where integers are coded, which are drawn to 0 by themselves; and a ridge that float32 can do with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Precision:
         low = int(self.adapters)
         share = self.adapters - low
         noise = NOISE[low] ** (1 - share) * NOISE[min(low + 1, len(NOISE) - 1)] ** share
+        if self.coded:
+            return max(_LEAST_RIDGE, _FEEDBACK_OF_CODED * noise)
         return (_FEEDBACK_OF_ROWS if self.group_adapters is None else _FEEDBACK) * noise
 
     def row_bits(self, r: int) -> int:
@@ -43,8 +47,10 @@ class Precision:
 
     def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
         """Return the bits that such factors take in a file: rows of whole bytes, scales and codes of 16 bits."""
-        if self.coded:  # a byte for each row, steps and spreads of columns, and where streams end
-            adapters = n * p * (self.row_bits(r) + 8) + 24 * r + 32 * n
+        if (
+            self.coded
+        ):  # a byte for each row, numbers and spreads of columns, steps, spreads and ends of experts
+            adapters = n * p * (self.row_bits(r) + 8) + 24 * r + 48 * n
         elif self.group_adapters is None:  # rows of different bits, each with its scale and level
             adapters = n * p * (self.row_bits(r) + 24) + 16 * r
         else:

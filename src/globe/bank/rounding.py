@@ -9,7 +9,7 @@ same size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +23,11 @@ NOISE = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104, 0.0003043, 0.
 Other distributions and shared scales differ by some ten per cent."""
 STEP = (1.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.05687, 0.03076)
 """The scale of that grid; for 0 bits there is none."""
+LARGEST = 15_000
+"""Of the integers of coded numbers."""
+FRUGAL, _FARTHEST = 0.6, 0.25
+"""What bits weigh where integers are coded, as a share of what a bit gains in a fine step, and how many steps an
+integer is drawn to 0 for them at most. Normal numbers alone want more of both; errors of banks were the least here."""
 _TRIED = 18
 _SHORTEST, _LONGEST = 0.45, 2.2
 """Scales that the search tries, as shares of the one that the group's root mean square suggests."""
@@ -135,30 +140,47 @@ class LevelGrid(_OneGroup):
 @dataclass(frozen=True, slots=True, eq=False)
 class StepGrid(_OneGroup):
     """How matrices are rounded whose integers are coded by their surprise: every row has a step of its own, given in
-    advance, and integers from -127 to 127 for all columns, so that 0 is read back as 0."""
+    advance, and all columns have integers of both signs, so that 0 is read back as 0."""
 
     group: int
     """all columns share the step"""
     exponents: UInt8[Tensor, "*rows"]
-    """e of each row, 0 to 15: its step is 2^(e/2)"""
+    """e of each row: its step is 2^(e/2)"""
+    sizes: tuple[Float[Tensor, "*rows"], Float[Tensor, " k"]] | None = None
+    """what to expect of the squares of the numbers in steps: the product of a row's and a column's share. With these
+    integers are chosen by their bits too."""
 
     @property
     def scale(self) -> Shaped[Tensor, "*rows 1"]:
         """Return the steps, in bfloat16."""
-        steps = torch.tensor([2 ** (e // 2) * (1.0, 1.4140625)[e % 2] for e in range(16)], dtype=SCALE_DTYPE)
-        return steps.to(self.exponents.device)[self.exponents.long()][..., None]
+        e = self.exponents.long()[..., None]
+        odd = torch.where(e % 2 > 0, 1.4140625, 1.0)
+        return torch.ldexp(odd, e // 2).to(SCALE_DTYPE)
 
     def top(self, like: Tensor) -> Float[Tensor, " k"]:
         """Return the largest code of each column."""
-        return torch.full((self.group,), 254.0, dtype=like.dtype, device=like.device)
+        return torch.full((self.group,), 2.0 * LARGEST, dtype=like.dtype, device=like.device)
+
+    def pull(self, like: Tensor) -> Float[Tensor, "*rows k"] | None:
+        """Return c of every entry: the integer q of a number of x steps is the one of the least (x - q)^2 + c q^2.
+
+        A normal number of variance v takes q^2 / (2 v ln 2) bits more than 0 does, and a bit is worth 2 ln 2 / 12 of
+        a squared step where steps are fine, which makes c = 1 / (12 v).
+        """
+        if self.sizes is None:
+            return None
+        rows, columns = (one.to(like) for one in self.sizes)
+        return FRUGAL / 12 / (rows[..., None] * columns).clamp_min(1e-12)
 
     def flipped(self) -> StepGrid:
         """Return the grid of the columns in reverse order."""
-        return self
+        sizes = None if self.sizes is None else (self.sizes[0], self.sizes[1].flip(0))
+        return replace(self, sizes=sizes)
 
     def of_rows(self, rows: Any) -> StepGrid:
         """Return the grid of some of the first axis."""
-        return StepGrid(self.group, self.exponents[rows])
+        sizes = None if self.sizes is None else (self.sizes[0][rows], self.sizes[1])
+        return StepGrid(self.group, self.exponents[rows], sizes)
 
 
 AnyGrid = Grid | LevelGrid | StepGrid
@@ -172,7 +194,8 @@ def row_width(bits: Sequence[int]) -> int:
 class Rounded(NamedTuple):
     """Integers and scales of a matrix, or of many: the last axis is that of the columns."""
 
-    codes: UInt8[Tensor, "*rows k"]
+    codes: Shaped[Tensor, "*rows k"]
+    """in 8 bits; in 16 those of a StepGrid"""
     scale: Shaped[Tensor, "*rows groups"]
     """in bfloat16"""
     grid: AnyGrid
@@ -197,13 +220,12 @@ def round_nearest(W: Float[Tensor, "*rows k"], grid: AnyGrid, *, searched: bool 
 
     The scale of a group of zeros is 0.
     """
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    scales = []
-    top = grid.top(W)
+    codes, scales = no_codes(grid, W), []
+    top, pull = grid.top(W), pull_of(grid, W)
     for part in grid.groups:
         own = W[..., part]
         scale = scale_of(grid, own, top[..., part], searched=searched)
-        codes[..., part] = nearest_level(own, scale, top[..., part])
+        codes[..., part] = nearest_level(own, scale, top[..., part], part_of(pull, part))
         scales.append(scale)
     return Rounded(codes, torch.stack(scales, dim=-1).to(SCALE_DTYPE), grid)
 
@@ -217,17 +239,46 @@ def scale_of(
     return group_scale(W, top, searched=searched)
 
 
+def pull_of(grid: AnyGrid, like: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows k"] | None:
+    """Return how strongly each integer is drawn to 0 (`StepGrid.pull`); None where bits are set apart."""
+    return grid.pull(like) if isinstance(grid, StepGrid) else None
+
+
+def part_of(pull: Tensor | None, part: slice | list[int]) -> Tensor | None:
+    """Return the columns of a pull, if there is one."""
+    return None if pull is None else pull[..., part]
+
+
+def no_codes(grid: AnyGrid, like: Tensor) -> Tensor:
+    """Return an empty tensor for the codes of such a grid."""
+    dtype = torch.int16 if isinstance(grid, StepGrid) else torch.uint8
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
 def nearest_level(
-    W: Float[Tensor, "*rows g"], scale: Float[Tensor, "*rows"], top: Float[Tensor, ...]
-) -> UInt8[Tensor, "*rows g"]:
-    """Return the integers of the nearest levels; those of a zero scale are as near to the middle as they can be."""
-    return _levels(W, scale, top).to(torch.uint8)
+    W: Float[Tensor, "*rows g"],
+    scale: Float[Tensor, "*rows"],
+    top: Float[Tensor, ...],
+    pull: Float[Tensor, ...] | None = None,
+) -> Float[Tensor, "*rows g"]:
+    """Return the codes of the nearest levels; those of a zero scale are as near to the middle as they can be.
 
-
-def _levels(W: Tensor, scale: Tensor, top: Tensor) -> Tensor:
+    pull   draws numbers of x steps to x / (1 + pull) first, but at most `_FARTHEST`
+    """
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    levels = torch.round(W * inverse[..., None] + top / 2)
+    x = W * inverse[..., None]
+    if pull is not None:
+        x = x - (x * (pull / (1 + pull))).clamp_(-_FARTHEST, _FARTHEST)
+    levels = torch.round(x + top / 2)
     return torch.minimum(levels.clamp_min_(0), top)
+
+
+def pull_cost(q: Tensor, pull: Tensor) -> Tensor:
+    """Return what integers cost by their pull, in squared steps."""
+    size = q.abs()
+    return torch.where(
+        pull * size < _FARTHEST, pull * size.square(), 2 * _FARTHEST * size - _FARTHEST**2 / pull
+    )
 
 
 def group_scale(
@@ -254,7 +305,7 @@ def group_scale(
 
 def _fitted(W: Tensor, top: Tensor, scale: Tensor, error: Tensor) -> Tensor:
     """Return the best multiple of the levels that a scale gives, where it is any better."""
-    levels = _levels(W, scale, top) - top / 2
+    levels = nearest_level(W, scale, top) - top / 2
     size = levels.square().sum(dim=-1)
     found = torch.where(size > 0, (W * levels).sum(dim=-1) / size.clamp_min(1e-30), scale)
     return _better(W, top, scale, error, _storable(found.clamp_min(0)))[0]
@@ -268,7 +319,7 @@ def _better(W: Tensor, top: Tensor, held: Tensor, error: Tensor, scale: Tensor) 
 
 
 def _error(W: Tensor, scale: Tensor, top: Tensor) -> Float[Tensor, "*rows"]:
-    levels = _levels(W, scale, top) - top / 2
+    levels = nearest_level(W, scale, top) - top / 2
     return (W - levels * scale[..., None]).square().sum(dim=-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -10,10 +11,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from globe.bank.entropy import CLASSES, ZERO, tables
-from globe.bank.rounding import SCALE_DTYPE, StepGrid
+from globe.bank.entropy import CLASSES, tables
+from globe.bank.rounding import FRUGAL, LARGEST, SCALE_DTYPE, StepGrid
 
-_EXPONENTS = 16
+_EXPERTS, _ROWS = 128, 15
+"""Largest exponent of an expert, and how much more a row may have (`globe.bank.coded`)."""
 _SAMPLE = 512
 """Rows that the bits are counted on."""
 _ROOM = 0.9
@@ -21,8 +23,10 @@ _ROOM = 0.9
 
 
 def coded_bits(variance: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return the bits that a normal number takes whose variance is so many squared steps."""
-    place = 2 * (variance.clamp_min(1e-30).log2() + 6)
+    """Return the bits that a normal number takes whose variance is so many squared steps, once it is rounded as
+    `StepGrid.pull` says."""
+    drawn = variance / (1 + FRUGAL / 12 / variance.clamp_min(1e-12)).square()
+    place = 2 * (drawn.clamp_min(1e-30).log2() + 6)
     low = place.floor().clamp(0, CLASSES - 2)
     bits = torch.from_numpy(_class_bits()).to(variance)
     at = low.long()
@@ -34,9 +38,11 @@ def coded_bits(variance: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 @cache
 def _class_bits() -> NDArray[np.float64]:
     table = tables()
-    share = table.frequency / table.frequency.sum(axis=1, keepdims=True)
-    sizes = np.abs(np.arange(2 * ZERO + 1) - ZERO)
-    return (share * table.length[:, sizes]).sum(axis=1)
+    bits = np.zeros(CLASSES)
+    for z, cut in enumerate(table.cut):
+        share = table.frequency[z - 4 * cut] / table.frequency[z - 4 * cut].sum()
+        bits[z] = cut - (share * np.log2(share, where=share > 0, out=np.zeros_like(share))).sum()
+    return bits
 
 
 def choose_steps(
@@ -50,23 +56,19 @@ def choose_steps(
     """
     n, p, k = A.shape
     most = float(rows.max())
-    lower = (most / rows.clamp_min(most * 2.0**-_EXPONENTS)).log2() if most > 0 else torch.zeros_like(rows)
-    exponents = lower.round().clamp(0, _EXPONENTS - 1)
+    lower = (most / rows.clamp_min(most * 2.0**-_EXPERTS)).log2() if most > 0 else torch.zeros_like(rows)
+    exponents = lower.round()
+    exponents = exponents.minimum(exponents.amin(dim=1, keepdim=True) + _ROWS)
     alike = weights.clamp_min(float(weights.max()) * 1e-12).rsqrt()
-    flat, steps = A.reshape(n * p, k), torch.exp2(exponents / 2).reshape(-1)
-    some = slice(None, None, max(1, n * p // _SAMPLE))
-    sizes = (flat[some] / steps[some, None] / alike).abs()
-    # a column that is far larger than the others is rounded more coarsely, not its rows
-    least, seen = sizes.amax(dim=0) / (_ROOM * ZERO), sizes.square()
+    seen = (A / torch.exp2(exponents / 2)[..., None] / alike).reshape(n * p, k)
+    # the largest number has to be within reach, which is more than enough for any other
+    low, high = math.log2(max(float(seen.abs().amax()) / (_ROOM * LARGEST), 2.0**-60)), 60.0
+    seen = seen[:: max(1, n * p // _SAMPLE)].square()
     row = (seen / seen.mean(dim=0).clamp_min(1e-30)).mean(dim=1, keepdim=True)
     column = (seen / row.clamp_min(1e-30)).mean(dim=0)
-    low, high = -60.0, 60.0
     for _ in range(24):
         middle = (low + high) / 2
-        wide = least.clamp_min(2.0**middle)
-        bits = float(coded_bits(row * (column / wide.square())).mean()) * n * p * k
+        bits = float(coded_bits(row * column / 4.0**middle).mean()) * n * p * k
         low, high = (low, middle) if bits <= total else (middle, high)
-    columns = (alike * least.clamp_min(2.0**high)).to(SCALE_DTYPE).to(A)
-    needed = (A / columns).abs().amax(dim=2) / (_ROOM * ZERO)
-    exponents = torch.maximum(exponents, (2 * needed.clamp_min(1e-30).log2()).ceil())
-    return StepGrid(k, exponents.clamp(0, _EXPONENTS - 1).to(torch.uint8)), columns
+    columns = (alike * 2.0**high).to(SCALE_DTYPE).to(A)
+    return StepGrid(k, exponents.to(torch.uint8)), columns

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,8 +70,8 @@ class _Task:
     metric: InputMetric | None
     scale: Tensor | None
     dtype: torch.dtype
-    aims: list[float]
-    """bits that steps were chosen for, last of all those that coded adapters fitted"""
+    aims: list[tuple[float, Coded]]
+    """bits that steps were chosen for, and the coded adapters that they gave"""
 
     def parts(self, r: int) -> Iterator[slice]:
         n, p, d = self.X.shape
@@ -226,30 +226,35 @@ def _packed(task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], weights: Float
 def _coded(task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], weights: Float[Tensor, "n r"]) -> Coded:
     """Return adapters whose integers are coded, in no more bits than there are.
 
-    What errors that are fed on cost in bits is known afterwards alone, so the steps are chosen again until they fit.
+    What integers cost, and what errors that are fed on cost in bits, is known afterwards alone: so the steps are chosen
+    again until they fit, and integers by the bits that those before took.
     """
     n, p, r = A.shape
     stored = torch.cat([task.stored(A[part], part) for part in task.parts(r)])
     rows = torch.cat([task.stored_weights(part) for part in task.parts(r)])
     allowed, best = n * p * task.precision.row_bits(r), None
-    total = task.aims[-1] if task.aims else allowed * _FIRST
+    total, last = task.aims[-1] if task.aims else (allowed * _FIRST, None)
     slope, before = 1.0, None
     for at in range(3 * _TRIES):
         grid, columns = choose_steps(stored, rows, weights.mean(dim=0), total)
+        if last is not None:
+            grid = replace(grid, sizes=last.sizes(columns))
         found = Coded.of(_fed(task, atoms, A, grid, columns), columns)
         bits = 8 * len(found.words)
-        if bits <= allowed and (best is None or bits > 8 * len(best.words)):
+        known, last = last is not None, found
+        if known and bits <= allowed and (best is None or bits > 8 * len(best.words)):
             best = found
-        if _FULL * allowed <= bits <= allowed or (best is not None and at >= _TRIES):
+        if best is not None and (bits >= _FULL * allowed or at >= _TRIES):
             break
         # bits rarely grow as what steps are chosen for: the last two choices say how they do
         now = (math.log(total), math.log(bits))
         if before is not None and now[0] != before[0]:
             slope = min(2.0, max(0.1, (now[1] - before[1]) / (now[0] - before[0])))
-        total, before = total * (allowed * (1 + _FULL) / 2 / bits) ** (1 / slope), now
-    task.aims.append(total)
+        total *= (allowed * (1 + _FULL) / 2 / bits) ** (1 / slope)
+        before = now if known else None
     if best is None:
         raise FitError("the coded adapters do not fit their bits: give more bits, or bank.coded=false")
+    task.aims.append((total, best))
     return best
 
 

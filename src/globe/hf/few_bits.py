@@ -47,6 +47,7 @@ def _parts(rows: tuple[int, ...], layout: dict[str, Any]) -> dict[str, tuple[tup
         return {
             "words": ((layout["bytes"],), torch.uint8),
             "ends": (rows[:1], torch.int32),
+            "experts": ((*rows[:1], 2), torch.uint8),
             "rows": (rows, torch.uint8),
             "spread": ((k,), torch.uint8),
             "columns": ((k,), torch.bfloat16),
