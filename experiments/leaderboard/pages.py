@@ -114,7 +114,8 @@ def summary(results: list[dict[str, Any]]) -> str:
             cells = []
             for share in SHARES:
                 kl = best[title, share]
-                least = min(found for other in SUMMARY if (found := best[other, share]) is not None)
+                found = [one for other in SUMMARY if (one := best[other, share]) is not None]
+                least = min(found, default=None)
                 cells.append("-" if kl is None else f"**{kl:.5f}**" if kl == least else f"{kl:.5f}")
             text += f"| `{model}`: {title} | " + " | ".join(cells) + " |\n"
     return text

@@ -130,4 +130,6 @@ def test_summary_is_the_least_within_a_share(pages: Any) -> None:
     assert [line[0] for line in lines] == [f"| `m`: {title}" for title in pages.SUMMARY]
     assert lines[0][1:3] == ["-", "**0.10000**"]
     assert lines[2][1:4] == ["**0.30000**", "0.30000", "0.30000"]
+    bare = pages.summary([rows[-1] | {"kind": "calibrated"}])
+    assert bare.splitlines()[2].endswith("| - | - | - | - | - |"), "a model of no other rows"
     assert pages.with_summary("a\n" + "".join(pages.MARKS) + "z\n", []).endswith(pages.MARKS[1] + "z\n")
