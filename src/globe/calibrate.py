@@ -36,7 +36,7 @@ from globe.config.command_line import path_option, run_command
 from globe.config.commands import start
 from globe.config.console import add_row, new_table, say, show_table, wide_console
 from globe.config.layers import parse_layers
-from globe.numerics.device import pick_device
+from globe.numerics.device import pick_device, return_large_blocks
 
 
 @dataclass
@@ -76,6 +76,7 @@ class CalibrateOptions:
 
 
 def main() -> None:
+    return_large_blocks()
     run_command(
         __doc__ or "", CalibrateOptions, _calibrate_and_show, positional="model", resumes=lambda options: True
     )

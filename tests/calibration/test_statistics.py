@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from globe.calibration.collect import MomentSums
+from globe.calibration.collect import MomentSums, buffered_rows
 from globe.calibration.experts_module import ExpertsView, experts_modules
+from globe.calibration.plan import LayerSize
 from globe.calibration.statistics import (
     LayerStatistics,
     SecondMoments,
@@ -129,6 +130,30 @@ def test_statistics_equal_those_of_a_slow_reference(model_type: str, tmp_path: P
             torch.testing.assert_close(got.rows_gate.double(), want.gate * weight[:, None], **close)
         else:
             assert got.rows_gate is None
+
+
+@pytest.mark.parametrize("rank", [None, 5, 11])
+def test_sums_take_the_memory_that_is_told_however_many_rows_come(
+    rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[int] = []
+    decompose = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda one: (sides.append(len(one)), decompose(one))[1])
+    size, held, means = LayerSize(n=3, p=19, d=43), 0, 0
+    for q in (size.p, size.d):
+        k = rank if rank is not None and 2 * rank < q else None
+        sums = MomentSums(size.n, q, rank=k)
+        for rows in (7, 900, 30):
+            sums.add(1, torch.randn(rows, q))
+        held += sum(one.nbytes for one in vars(sums).values() if isinstance(one, Tensor))
+        sums.complete()
+        assert max(sides, default=0) <= (k or 0) + buffered_rows(k)
+        found = sums.finish(torch.ones(size.n).double())
+        means += sum(one.nbytes for one in (found.matrix, found.factor, found.diagonal) if one is not None)
+        assert not [one for one in vars(sums).values() if isinstance(one, Tensor) and one.dim() > 2]
+    work = 4 * size.d**2 if rank is None else 16 * size.d * (64 + rank) + 32 * (64 + rank) ** 2
+    assert held <= size.growing(rank) <= held + work
+    assert size.stored(rank) == means + 8 * size.n * size.p
 
 
 def test_rows_of_low_rank_are_found_exactly_and_the_diagonal_always_is() -> None:

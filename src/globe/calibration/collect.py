@@ -13,50 +13,83 @@ from torch import Tensor, nn
 from globe.calibration.experts_module import ExpertsView, Routed
 from globe.calibration.statistics import LayerStatistics, SecondMoments
 
-BUFFERED = 256
-"""Rows of an expert that are gathered before they are multiplied: adding d^2 sums costs as much as 100 of them."""
+
+def rank_of(rank: int | None, size: int) -> int | None:
+    """Return the rank of moments of `size` numbers where it saves something, or None for whole matrices."""
+    return rank if rank is not None and 2 * rank < size else None
+
+
+def buffered_rows(rank: int | None) -> int:
+    """Return how many rows of an expert are gathered before they enter its sum.
+
+    Adding q^2 sums costs as much as 100 rows of products. A decomposition of rank + rows vectors costs the cube of
+    that, which is least for each row at half the rank.
+    """
+    return 256 if rank is None else max(64, rank // 2)
 
 
 class MomentSums:
     """sum v v^T over the rows v that each of n experts is given, q numbers a row.
 
-    With `rank` k only the k leading directions of each sum are kept, and the diagonal of the rest: whenever k rows or
-    more have come, they and the directions so far are cut to k by a singular value decomposition.
+    With `rank` k only the k leading directions of each sum are kept, and the diagonal of the rest: whenever
+    `buffered_rows` have come, they and the directions so far are cut to k by a singular value decomposition.
     """
 
     def __init__(
         self, n: int, q: int, *, rank: int | None = None, device: torch.device | None = None
     ) -> None:
         self._rank = rank
-        self._rows: list[list[Tensor]] = [[] for _ in range(n)]
+        self._buffer: Tensor | None = torch.empty(n, buffered_rows(rank), q, device=device)
+        self._held = [0] * n
         self._sum = None if rank is not None else torch.zeros(n, q, q, dtype=torch.float64, device=device)
         self._factor = None if rank is None else torch.zeros(n, rank, q, device=device)
-        self._diagonal = torch.zeros(n, q, dtype=torch.float64, device=device)
+        size = 0 if rank is None else q
+        self._diagonal = torch.zeros(n, size, dtype=torch.float64, device=device)
 
     def add(self, expert: int, rows: Float[Tensor, "t q"]) -> None:
-        held = self._rows[expert]
-        held.append(rows)
-        if sum(one.shape[0] for one in held) >= max(BUFFERED, self._rank or 0):
+        assert self._buffer is not None, "the sums are complete"
+        room = self._buffer.shape[1]
+        if self._sum is not None and len(rows) >= room:
+            self._sum[expert] += rows.mT @ rows
+            return
+        while len(rows):
+            held = self._held[expert]
+            taken, rows = rows[: room - held], rows[room - held :]
+            self._held[expert] = held + len(taken)
+            self._buffer[expert, held : self._held[expert]] = taken
+            if self._held[expert] == room:
+                self._flush(expert)
+
+    def complete(self) -> None:
+        """Take up the rows gathered last, and free the room in which rows are gathered."""
+        for expert in range(len(self._held)):
             self._flush(expert)
+        self._buffer = None
 
     def finish(self, weights: Float[Tensor, " n"]) -> SecondMoments:
-        """Return the sums divided by the weights of the experts; zeros where a weight is zero."""
-        for expert in range(len(self._rows)):
-            self._flush(expert)
+        """Return the sums divided by the weights of the experts, zeros where a weight is zero, and free them."""
+        self.complete()
         share = torch.where(weights > 0, 1 / weights, 0.0)
         if self._sum is not None:
             self._sum *= share[:, None, None]
-            return SecondMoments(matrix=self._sum.float().cpu())
+            matrix, self._sum = self._sum.float().cpu(), None
+            return SecondMoments(matrix=matrix)
         assert self._factor is not None
-        rest = (self._diagonal - self._factor.double().square().sum(1)).clamp_min(0)
-        factor = (self._factor * share.sqrt()[:, None, None].float()).mT.contiguous()
-        return SecondMoments(factor=factor.cpu(), diagonal=(rest * share[:, None]).float().cpu())
+        n, rank, q = self._factor.shape
+        factor, diagonal = torch.empty(n, q, rank), torch.empty(n, q)
+        for expert, rows in enumerate(self._factor):
+            rest = (self._diagonal[expert] - rows.double().square().sum(0)).clamp_min(0)
+            factor[expert] = (rows * share[expert].sqrt().float()).mT
+            diagonal[expert] = rest * share[expert]
+        self._factor = None
+        return SecondMoments(factor=factor, diagonal=diagonal)
 
     def _flush(self, expert: int) -> None:
-        if not self._rows[expert]:
+        held, self._held[expert] = self._held[expert], 0
+        if not held:
             return
-        rows = torch.cat(self._rows[expert])
-        self._rows[expert] = []
+        assert self._buffer is not None
+        rows = self._buffer[expert, :held]
         if self._sum is not None:
             self._sum[expert] += rows.mT @ rows
             return
@@ -64,8 +97,8 @@ class MomentSums:
         assert self._rank is not None
         self._diagonal[expert] += rows.double().square().sum(0)
         both = torch.cat([self._factor[expert], rows])
-        _, vectors = torch.linalg.eigh((both @ both.mT).double())
-        self._factor[expert] = vectors[:, -self._rank :].mT.float() @ both
+        vectors = torch.linalg.eigh((both @ both.mT).double())[1][:, -self._rank :].float()
+        torch.mm(vectors.mT, both, out=self._factor[expert])
 
 
 class LayerSums:
@@ -75,8 +108,8 @@ class LayerSums:
         self.layer, self.view = layer, view
         self._norms = view.down_energies()
         device = self._norms.device
-        self._inputs = MomentSums(view.n, view.d, rank=_below(rank, view.d), device=device)
-        self._inner = MomentSums(view.n, view.p, rank=_below(rank, view.p), device=device)
+        self._inputs = MomentSums(view.n, view.d, rank=rank_of(rank, view.d), device=device)
+        self._inner = MomentSums(view.n, view.p, rank=rank_of(rank, view.p), device=device)
         self._vectors = torch.zeros(3, view.n, dtype=torch.float64, device=device)
         self._rows = torch.zeros(2, view.n, view.p, dtype=torch.float64, device=device)
 
@@ -101,6 +134,8 @@ class LayerSums:
 
     def finish(self) -> LayerStatistics:
         """Return the means; this object can't be used afterwards."""
+        self._inputs.complete()
+        self._inner.complete()
         counts, gate2, reap = self._vectors
         share = torch.where(gate2 > 0, 1 / gate2, 0.0)[:, None] * self._norms
         up, gate = ((rows * share).float().cpu() for rows in self._rows)
@@ -114,11 +149,6 @@ class LayerSums:
             rows_gate=gate if self.view.gated else None,
             reap=reap.cpu(),
         )
-
-
-def _below(rank: int | None, size: int) -> int | None:
-    """Return a rank that saves something, or None for whole matrices."""
-    return rank if rank is not None and 2 * rank < size else None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from globe.checkpoint.model_config import understood
 from globe.checkpoint.quantised.reader import forget_quantisation
 from globe.checkpoint.shards import StoredTensor
 from globe.errors import CheckpointError
+from globe.numerics.device import trim_heap
 
 
 class Decoder:
@@ -176,6 +177,7 @@ class Decoder:
         state = {name: StoredTensor(self._checkpoint.reader, name) for name in names}
         with _silent_bars():
             convert_and_load_state_dict_in_model(self._model, state, options)
+        trim_heap()  # its threads leave as much free as was stored, each in a heap of its own
 
 
 def _without_values(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

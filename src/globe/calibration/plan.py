@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from globe.calibration.collect import BUFFERED
+from globe.calibration.collect import buffered_rows, rank_of
 from globe.checkpoint import Checkpoint
 from globe.config.calibrate_options import CalibrateConfig
 from globe.errors import ConfigError
@@ -28,19 +29,32 @@ class LayerSize:
     p: int
     d: int
 
-    def sums(self, rank: int | None) -> int:
-        """Return the bytes of the sums of a layer while they grow, and of the copy in which they are written."""
-        n, both = self.n, self.p + self.d
-        rows = n * max(BUFFERED, rank or 0) * both * 4
-        if rank is None:
-            return rows + n * (self.p**2 + self.d**2) * 8 + n * max(self.p, self.d) ** 2 * 4
-        return rows + n * both * (2 * rank * 4 + 8) + 6 * (rank + max(BUFFERED, rank)) * both * 8
+    def growing(self, rank: int | None) -> int:
+        """Return the bytes of the sums of a layer while they grow, with rows that gather and the work space."""
+        total = work = 0
+        for q in (self.p, self.d):
+            k = rank_of(rank, q)
+            rows = buffered_rows(k)
+            both = rows + (k or 0)
+            total += self._sums(q, k) + self.n * rows * q * 4
+            # a product; or the vectors and their squares, beside matrix, eigenvectors and work space in float64
+            work = max(work, 4 * q**2 if k is None else 16 * both * q + 32 * both**2)
+        return total + work
+
+    def finishing(self, rank: int | None) -> int:
+        """Return the bytes of the sums of a layer while the means are taken, those of the inputs first."""
+        p, d = ((q, rank_of(rank, q)) for q in (self.p, self.d))
+        return self._sums(*p) + self._means(*d) + max(self._sums(*d), self._means(*p))
 
     def stored(self, rank: int | None) -> int:
         """Return the bytes of a layer's file."""
-        if rank is None:
-            return self.n * (self.p**2 + self.d**2 + 2 * self.p) * 4
-        return self.n * (self.p + self.d) * (rank + 3) * 4
+        return self.n * 8 * self.p + sum(self._means(q, rank_of(rank, q)) for q in (self.p, self.d))
+
+    def _sums(self, q: int, k: int | None) -> int:
+        return self.n * q * (8 * q if k is None else 4 * k + 8)
+
+    def _means(self, q: int, k: int | None) -> int:
+        return self.n * q * 4 * (q if k is None else k + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +95,17 @@ def plan_calibration(
     """Return the form that fits into `calibrate.memory`. Raises ConfigError if none does."""
     shapes = [checkpoint.shape(layer, "up") for layer in checkpoint.moe_layers]
     size = LayerSize(*(max(getattr(one, axis) for one in shapes) for axis in ("n", "p", "d")))
-    model = _resident(checkpoint, dtype) + _working(size, options)
-    room = WHOLE if options.memory is None else options.memory * _GB - model
-    rank = _rank(size, room)
+    rest, layer, loading = _weights(checkpoint, dtype)
+    working = _working(size, options)
+
+    def taken(rank: int | None) -> float:
+        sums = max(working + size.growing(rank), size.finishing(rank))
+        return rest + max(loading, layer + sums)
+
+    limit = None if options.memory is None else options.memory * _GB
+    rank = _rank(size, lambda rank: size.growing(rank) <= WHOLE if limit is None else taken(rank) <= limit)
     if rank is not None and rank < LEAST_RANK:
-        least = (model + size.sums(LEAST_RANK)) / _GB
+        least = taken(LEAST_RANK) / _GB
         raise ConfigError(
             f"calibrate.memory={options.memory} is too little for a layer of {checkpoint.folder}: give at least "
             f"{least + 0.01:.2f}"
@@ -93,44 +113,51 @@ def plan_calibration(
     state = size.d * dtype.itemsize
     disk = len(shapes) * size.stored(rank) + 2 * tokens * state
     if not gradient_tokens:
-        return Plan(rank, int(model + size.sums(rank)), disk)
-    back = model + 20.0 * size.d**2 + 16.0 * options.window * _vocabulary(checkpoint)
-    if options.memory is not None and back > options.memory * _GB:
+        return Plan(rank, int(taken(rank)), disk)
+    back = rest + max(layer + working + 20.0 * size.d**2, 20.0 * options.window * _vocabulary(checkpoint))
+    if limit is not None and back > limit:
         raise ConfigError(
             f"calibrate.memory={options.memory} is too little for gradients: give at least {back / _GB + 0.01:.2f}, or "
             "calibrate.gradient_tokens=0, which takes none"
         )
     disk += len(shapes) * size.d * (size.d + size.n) * 4
     states = (checkpoint.num_layers + 2) * gradient_tokens * state
-    return Plan(rank, int(max(back, model + size.sums(rank))), disk + states, gradient_tokens)
+    return Plan(rank, int(max(back, taken(rank))), disk + states, gradient_tokens)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int:
     return int(checkpoint.config.get("text_config", checkpoint.config).get("vocab_size") or 0)
 
 
-def _rank(size: LayerSize, room: float) -> int | None:
-    """Return the largest rank whose sums fit, None if whole matrices do."""
-    if size.sums(None) <= room:
+def _rank(size: LayerSize, fits: Callable[[int | None], bool]) -> int | None:
+    """Return the largest rank that fits, None if whole matrices do."""
+    if fits(None):
         return None
-    low, high = 0, max(size.p, size.d)
+    low, high = 0, (max(size.p, size.d) - 1) // 2
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if size.sums(middle) <= room else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 
-def _resident(checkpoint: Checkpoint, dtype: torch.dtype) -> float:
-    """Return the bytes of the largest decoder layer, as stored and converted, and of all that is in no layer."""
-    layers: dict[str, float] = {}
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Return the bytes of all that is in no decoder layer, of the largest layer, and of that while it is loaded.
+
+    The matrices of the experts come one by one, are stacked for each family, and gate and up, two thirds of all, are
+    then joined: with what is stored, 1 + 2/3 + 2/3 of the layer at once.
+    """
+    held: dict[str, float] = {}
+    loading: dict[str, float] = {}
     for name in checkpoint.reader.names:
         found = re.search(r"(?<![^.])layers\.(\d+)(?![^.])", name)
         entry = checkpoint.reader.entry(name)
-        numbers = entry.nbytes // entry.dtype.itemsize
+        converted = entry.nbytes // entry.dtype.itemsize * dtype.itemsize
         key = found[1] if found else ""
-        stored = entry.nbytes if found else 0
-        layers[key] = layers.get(key, 0) + numbers * dtype.itemsize + stored
-    return layers.pop("", 0) + max(layers.values(), default=0)
+        held[key] = held.get(key, 0) + converted
+        loading[key] = loading.get(key, 0) + entry.nbytes + converted * 7 / 3
+    rest = held.pop("", 0.0)
+    loading.pop("", None)
+    return rest, max(held.values(), default=0.0), max(loading.values(), default=0.0)
 
 
 def _working(size: LayerSize, options: CalibrateConfig) -> float:
