@@ -38,7 +38,7 @@ SUMMARY = {
 }
 """Methods of one row of the summary in the project's own README."""
 SHARES = (0.125, 0.145, 0.182, 0.21, 0.27)
-MARKS = ("<!-- leaderboard, written by board.py -->\n", "<!-- end -->\n")
+MARKS = ("<!-- leaderboard, written by experiments/leaderboard/pages.py -->\n", "<!-- end -->\n")
 TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8, 12)
 
 

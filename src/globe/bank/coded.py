@@ -52,7 +52,7 @@ class Coded:
 
     @classmethod
     def of(cls, rounded: Rounded, columns: Tensor) -> Coded:
-        """Code what was rounded. Integers beyond the reach of their class, which are very rare, become its largest."""
+        """Code what was rounded; every row has classes that reach all of its integers."""
         grid = rounded.grid
         assert isinstance(grid, StepGrid)
         n, p, k = rounded.codes.shape
@@ -61,9 +61,7 @@ class Coded:
         least = grid.exponents.amin(dim=1)
         experts = torch.stack([least.cpu(), spread], dim=1)
         rows = row + 16 * (grid.exponents - least[:, None]).cpu()
-        classes = _classes(experts, rows, column)
-        reach = tables().reach[classes]
-        stream, ends = encode(integers.clip(-reach, reach), classes)
+        stream, ends = encode(integers, _classes(experts, rows, column))
         words, bounds = torch.from_numpy(stream), torch.from_numpy(ends.astype(np.int32))
         found = (words, bounds, experts, rows, column, columns.to(SCALE_DTYPE))
         return cls(*(one.to(rounded.codes.device) for one in found))

@@ -47,9 +47,7 @@ class Precision:
 
     def bits(self, n: int, p: int, d: int, m: int, r: int, k: int | None) -> int:
         """Return the bits that such factors take in a file: rows of whole bytes, scales and codes of 16 bits."""
-        if (
-            self.coded
-        ):  # a byte for each row, numbers and spreads of columns, steps, spreads and ends of experts
+        if self.coded:  # a byte for each row, numbers and spreads of columns, bases and ends of experts
             adapters = n * p * (self.row_bits(r) + 8) + 24 * r + 48 * n
         elif self.group_adapters is None:  # rows of different bits, each with its scale and level
             adapters = n * p * (self.row_bits(r) + 24) + 16 * r

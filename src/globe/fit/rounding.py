@@ -71,7 +71,7 @@ class _Task:
     scale: Tensor | None
     dtype: torch.dtype
     aims: list[tuple[float, Coded]]
-    """bits that steps were chosen for, and the coded adapters that they gave"""
+    """bits that steps were last chosen for, and the coded adapters that they gave; empty before"""
 
     def parts(self, r: int) -> Iterator[slice]:
         n, p, d = self.X.shape
@@ -254,7 +254,7 @@ def _coded(task: _Task, atoms: Atoms, A: Float[Tensor, "n p r"], weights: Float[
         before = now if known else None
     if best is None:
         raise FitError("the coded adapters do not fit their bits: give more bits, or bank.coded=false")
-    task.aims.append((total, best))
+    task.aims[:] = [(total, best)]
     return best
 
 
