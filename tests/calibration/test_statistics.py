@@ -98,6 +98,11 @@ class Reference:
         return g * out
 
 
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """Assert that float32 sums are those of the reference; what cancels is as exact as the largest of them."""
+    torch.testing.assert_close(got.to(want), want, rtol=2e-4, atol=1e-5 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_statistics_equal_those_of_a_slow_reference(model_type: str, tmp_path: Path) -> None:
     folder = write_tiny(model_type, tmp_path / "model")
@@ -116,18 +121,17 @@ def test_statistics_equal_those_of_a_slow_reference(model_type: str, tmp_path: P
     assert set(found) == set(names)
     for layer, want in references.items():
         got = found[layer]
-        close = {"rtol": 2e-4, "atol": 1e-6}
         assert got.counts.tolist() == want.counts.tolist()
         assert want.counts.sum() > 0
         weight = torch.where(want.gate2 > 0, 1 / want.gate2, 0.0)
-        torch.testing.assert_close(got.gate2, want.gate2, **close)
-        torch.testing.assert_close(got.C.double(), want.C * weight[:, None, None], **close)
-        torch.testing.assert_close(got.H.double(), want.H * weight[:, None, None], **close)
-        torch.testing.assert_close(got.rows_up.double(), want.up * weight[:, None], **close)
-        torch.testing.assert_close(got.reap, want.reap, **close)
+        assert_near(got.gate2, want.gate2)
+        assert_near(got.C, want.C * weight[:, None, None])
+        assert_near(got.H, want.H * weight[:, None, None])
+        assert_near(got.rows_up, want.up * weight[:, None])
+        assert_near(got.reap, want.reap)
         if "gate" in checkpoint.families(layer):
             assert got.rows_gate is not None
-            torch.testing.assert_close(got.rows_gate.double(), want.gate * weight[:, None], **close)
+            assert_near(got.rows_gate, want.gate * weight[:, None])
         else:
             assert got.rows_gate is None
 
